@@ -1,0 +1,61 @@
+# Two commands are all that a newcomer needs: `make demo` and `make test`. Every target does its own set-up.
+#
+#   make demo PYTHON=/path/to/python3.12    another interpreter (3.11 or 3.12)
+#   make demo TORCH_INDEX=                  PyPI's torch, which on Linux brings CUDA (chosen by itself when
+#                                           nvidia-smi finds a GPU); otherwise the much smaller CPU build
+#   make up ARGS="--port 9000"              options of the command behind `demo` and `up`
+
+PYTHON ?=
+ARGS ?=
+TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+BIN = .venv/bin
+SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test test-slow check fix clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.installed ## Start a server, make six pictures, show what happened
+	@$(BIN)/tandem demo $(ARGS)
+
+up: .venv/.installed ## Start the server on http://127.0.0.1:8000 until Ctrl-C
+	@$(BIN)/tandem up $(ARGS)
+
+test: .venv/.installed ## Every test that is not slow: unit, Redis, S3, Ray, end to end
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: .venv/.installed ## The slow tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+check: .venv/.installed ## Lint, format, types, import contracts, generated docs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/settings_table.py --check
+
+fix: .venv/.installed ## Mend what `check` finds and a tool can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/python scripts/settings_table.py
+
+clean: ## Remove the environment and all caches; .tandem, the server's data, stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@for python in $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3 python); do \
+	  "$$python" -c '$(SUITABLE)' 2>/dev/null && found=$$python && break; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: no Python 3.11 or 3.12 with venv found$(if $(PYTHON), at $(PYTHON)); name one with PYTHON=/path/to/python" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Setting up .venv with $$("$$found" --version); the first time takes a few minutes."; \
+	"$$found" -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --retries 1 --timeout 15 \
+	  -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

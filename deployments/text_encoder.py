@@ -1,0 +1,41 @@
+"""The text-encoder pool."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ray import serve
+
+from deployments.metrics import RayMetrics
+from serve.domain import EncodeUnit
+from serve.encoders.cache import Fetched
+from serve.encoders.forward import TextTower
+from serve.encoders.pool import EncoderPool
+from serve.models import resolve
+from serve.settings import Settings
+from serve.telemetry import logs
+
+
+class TextEncoder:
+    """Units in, embeddings out; what is cached anywhere is not encoded again.
+
+    Owns: the text tower's weights in this process, through its EncoderPool.
+    """
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.configure(settings.log.level)
+        model = await asyncio.to_thread(resolve, settings.model, settings.data_dir)
+        tower = await asyncio.to_thread(TextTower.load, model.path, settings.encoder.device, settings.encoder.dtype)
+        self._pool = EncoderPool(tower, settings, RayMetrics())
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=32)
+    async def encode(self, requests: list[list[EncodeUnit]]) -> list[list[Fetched]]:
+        """The door: requests that arrived together share one look-up and, for what is missing, one forward.
+
+        It never waits for more to come and never holds a request back while a batch runs; batches are cut behind it,
+        by the pool's queue.
+        """
+        return await self._pool.encode_many(requests)
+
+    def describe(self) -> str:
+        return "ready"

@@ -1,0 +1,140 @@
+"""Errors as HTTP: one table from error class to status, one shape for every body.
+
+    {"error": {"message": str, "type": str, "param": str | null, "code": str}}
+
+`type` says whose turn it is: `invalid_request_error` the client's, `unavailable_error` the same request later,
+`server_error` the operator's. `param` names the field at fault. Nothing that an exception from elsewhere says gets out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from serve import errors
+from serve.telemetry.logs import escape
+
+log = logging.getLogger(__name__)
+
+STATUS: Mapping[type[errors.TandemError], int] = {
+    errors.ClientError: 400,
+    errors.InvalidRequest: 422,
+    errors.PayloadTooLarge: 413,
+    errors.ModelNotFound: 404,
+    errors.JobNotFound: 404,
+    errors.Unavailable: 503,
+    errors.GenerationFailed: 500,
+}
+"""Subclasses follow their nearest ancestor. A class without one here is internal: a 500 whose message stays inside."""
+
+_HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+_INTERNAL = "internal error; the server's log has the details"
+_MAX_PARAM = 100
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that is likely to answer with these error statuses. Any other error looks the same."""
+    listed: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses
+    }
+    return listed | {"default": {"model": ErrorBody, "description": "Any other error"}}
+
+
+def detail(status: int, message: str, code: str, param: str | None = None) -> ErrorDetail:
+    """`param` may be a key that the client invented: it is escaped and cut."""
+    kind = "invalid_request_error" if status < 500 else "unavailable_error" if status == 503 else "server_error"
+    return ErrorDetail(message=message, type=kind, code=code, param=param and escape(param)[:_MAX_PARAM])
+
+
+def respond(
+    status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    return _answer(status, detail(status, message, code, param), headers)
+
+
+def _answer(status: int, error: ErrorDetail, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(ErrorBody(error=error).model_dump(), status_code=status, headers=headers)
+
+
+def internal_error() -> JSONResponse:
+    return respond(500, _INTERNAL, errors.TandemError.code)
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(errors.TandemError, _tandem_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+def public(error: errors.TandemError) -> tuple[int, ErrorDetail]:
+    """Status and body of an error of ours. An internal one is logged and answered without its message."""
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), None)
+    if status is None:
+        log.error("internal error reached the client: %s", error, exc_info=error)
+        return 500, detail(500, _INTERNAL, errors.TandemError.code)
+    return status, detail(status, error.message, error.code, error.param)
+
+
+def respond_to(error: errors.TandemError) -> JSONResponse:
+    status, body = public(error)
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    if isinstance(error, errors.QueueFull):
+        # Clients that retry at once would triple the load of a server that has just said that it is full.
+        headers["x-should-retry"] = "false"
+    return _answer(status, body, headers)
+
+
+async def _tandem_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.TandemError)
+    return respond_to(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """The first thing wrong with the request: unreadable JSON 400, a path that names nothing 404, a bad field 422."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place, *fields = (str(part) for part in first["loc"])
+    if first["type"] == "json_invalid":
+        return respond(400, f"the body is not JSON: {first['ctx']['error']}", "invalid_json", "body")
+    if isinstance(first["input"], bytes):
+        return respond(415, "send JSON, with Content-Type: application/json", "unsupported_media_type", "body")
+    param = ".".join(fields) or place
+    if place == "path":
+        return respond(404, f"nothing has this {param}", errors.JobNotFound.code, param)
+    reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
+    return respond(422, f"{escape(param)[:_MAX_PARAM]}: {reason}", errors.InvalidRequest.code, param)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """What Starlette and FastAPI raise themselves: no such route or method, an unreadable or too large body."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, errors.TandemError):
+        return respond_to(error.__cause__)
+    status = error.status_code
+    param = "body" if status == 400 else None
+    message = f"{request.method} {escape(request.url.path)[:_MAX_PARAM]}: {error.detail}"
+    return respond(status, message, _HTTP_CODES.get(status, "http_error"), param, error.headers)

@@ -1,0 +1,50 @@
+"""A job's events as Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Annotated
+
+from fastapi import Depends, Header
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from serve.api.errors import ErrorBody, public
+from serve.api.parts import JobId, Service
+from serve.api.schemas import EventView
+from serve.domain import JobEvent, JobState
+from serve.errors import TandemError
+
+Events = AsyncIterator[JobEvent]
+LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,19}-[0-9]{1,19}$")]
+
+
+class EventStream(EventSourceResponse):
+    """FastAPI gives the stream its own media type; this one is what its page says of the route's errors."""
+
+    media_type = "application/json"
+
+
+async def _open(job_id: JobId, service: Service, last_event_id: LastEventId = None) -> AsyncIterator[Events]:
+    """The job's events after `last_event_id`. An unknown job is a 404 here, before the answer has begun.
+
+    The events are closed when the answer ends, whether the job or the client ended it.
+    """
+    events = await service.events(job_id, last_event_id)
+    try:
+        yield events
+    finally:
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
+
+
+OpenEvents = Annotated[Events, Depends(_open)]
+
+
+async def stream(events: Events) -> AsyncIterator[ServerSentEvent]:
+    """Events `step` and `state`, each with an id to resume from; `error` when they can't go on."""
+    try:
+        async for event in events:
+            stepped = event.state is JobState.RUNNING and event.step > 0
+            yield ServerSentEvent(id=event.id, event="step" if stepped else "state", data=EventView.of(event))
+    except TandemError as error:
+        yield ServerSentEvent(event="error", data=ErrorBody(error=public(error)[1]))

@@ -1,0 +1,82 @@
+"""The native dialect, `/v1`: order a job, look at it, follow it, cancel it, fetch its images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+from fastapi.responses import RedirectResponse
+from fastapi.sse import ServerSentEvent
+
+from serve.api.errors import documented
+from serve.api.events import EventStream, OpenEvents, stream
+from serve.api.parts import ImageIndex, JobId, Root, Service
+from serve.api.schemas import JobOrder, JobView, ModelList, ModelView
+from serve.service import NewImage
+
+router = APIRouter(prefix="/v1", tags=["native"], responses=documented(503))
+
+
+@router.post("/jobs", status_code=202, responses=documented(400, 404, 413, 415, 422))
+async def create_job(order: JobOrder, service: Service, root: Root, response: Response) -> JobView:
+    """Queue a job. Once this answers, the job survives a restart of any part of the server."""
+    job = await service.submit(NewImage(**order.model_dump()))
+    response.headers["Location"] = f"{root}/v1/jobs/{job.id}"
+    return JobView.of(job, root)
+
+
+@router.get("/jobs/{id}", responses=documented(404))
+async def get_job(job_id: JobId, service: Service, root: Root) -> JobView:
+    """The job as it is now."""
+    return JobView.of(await service.get(job_id), root)
+
+
+@router.get("/jobs/{id}/events", response_class=EventStream, responses=documented(404, 422))
+async def follow_job(events: OpenEvents) -> AsyncIterator[ServerSentEvent]:
+    """Server-Sent Events: `state` and `step` with JSON `{state, step, steps}`, from the job's first to its last.
+
+    `Last-Event-ID` resumes after that event. The stream ends after the terminal state; `error` says why it ended early.
+    """
+    async for event in stream(events):
+        yield event
+
+
+@router.delete("/jobs/{id}", responses=documented(404))
+async def cancel_job(job_id: JobId, service: Service, root: Root) -> JobView:
+    """Cancel: a queued job at once, a running one at its next step. A finished job stays as it is."""
+    return JobView.of(await service.cancel(job_id), root)
+
+
+@router.get(
+    "/images/{id}/{index}",
+    response_class=Response,
+    responses=documented(404)
+    | {
+        200: {"description": "The image", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+        304: {"description": "The client's copy is the image"},
+        307: {"description": "The image is at the URL in `Location` for a while"},
+    },
+)
+async def get_image(
+    job_id: JobId, index: ImageIndex, service: Service, if_none_match: Annotated[str, Header()] = ""
+) -> Response:
+    """One image of a finished job."""
+    image = await service.image(job_id, index)
+    if image.url is not None:
+        return RedirectResponse(image.url, headers={"Cache-Control": "no-store"})
+    data = image.data or b""
+    etag = f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
+    # A job's image is stored once and never again, so no copy of it can go stale.
+    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    if any(tag.strip().removeprefix("W/") in (etag, "*") for tag in if_none_match.split(",")):
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type=image.content_type, headers=headers | {"X-Content-Type-Options": "nosniff"})
+
+
+@router.get("/models")
+async def list_models(service: Service) -> ModelList:
+    """The models that this server serves."""
+    return ModelList(data=tuple(ModelView(**asdict(info)) for info in service.models()))

@@ -1,0 +1,187 @@
+"""`tandem`: serve, order a picture, watch the demo, look at the settings.
+
+Every command ends in one of three ways: 0; 1 when a picture failed; 2 with one line that says what to change.
+torch and Ray are imported by the commands that need them, so that the others answer at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from serve.client import local_url
+from serve.errors import OperatorError, TandemError
+from serve.settings import Loaded, flatten, load, shown
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Text-to-image server: text encoders and diffusion models in two pools that scale apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+app.add_typer(config, name="config")
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings (docs/settings.md).")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="ROOM.FIELD=VALUE", help="Any setting; may be repeated.")
+]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder for images, Redis files and logs.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        print(f"tandem {version('tandem-serve')}")
+        raise typer.Exit
+
+
+@app.command()
+def up(
+    port: Port = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    data_dir: DataDir = None,
+    model: Annotated[
+        str | None, typer.Option(help="`shapes`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
+    ] = None,
+    config_file: ConfigFile = None,
+    assignments: Assignments = None,
+) -> None:
+    """Start the server on this machine and keep it up until Ctrl-C."""
+    named = {"http.port": port, "http.host": host, "data_dir": data_dir, "model.source": model}
+    loaded = _load(config_file, assignments, named)
+    from serve.local import run
+
+    run(loaded)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows. A1111 weights work: (red:1.3).")],
+    number: Annotated[int, typer.Option("-n", "--number", help="How many pictures.")] = 1,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="A folder, or a file that ends in .png.", show_default="here")
+    ] = Path(),
+    negative: Annotated[str, typer.Option(help="What the picture must not show.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Fixes the picture; picture i uses seed + i.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of a served model.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="The server's address.", show_default="http.host and http.port of the settings")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the job and the files as JSON.")] = False,
+) -> None:
+    """Order pictures from a running server and save them."""
+    order = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "num_images": number,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "width": width,
+        "height": height,
+        "model": model,
+    }
+    address = url or local_url(load().settings.http)
+    from serve.generate import generate as story
+
+    raise typer.Exit(_run(story(address, order, out, as_json=as_json)))
+
+
+@app.command()
+def demo(
+    data_dir: DataDir = None,
+    port: Port = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the contact sheet.")] = Path("demo"),
+    keep: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep/--no-keep", help="Keep a server that this started up until Ctrl-C.", show_default="on a terminal"
+        ),
+    ] = None,
+) -> None:
+    """Start a server if none is up, make six pictures, show where their text came from."""
+    loaded = _load(None, None, {"data_dir": data_dir, "http.port": port})
+    from serve.demo import demo as story
+
+    raise typer.Exit(_run(story(loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
+
+
+@config.command("show")
+def config_show(
+    config_file: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Every setting, its value, and where the value came from; secrets are hidden."""
+    loaded = _load(config_file, assignments, {})
+    rows = [(name, shown(value), loaded.origins[name]) for name, value in flatten(loaded.settings)]
+    if as_json:
+        print(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in rows}, indent=2))
+        return
+    table = Table("setting", "value", "origin", box=None, header_style="bold")
+    for name, value, origin in rows:
+        table.add_row(*map(Text, (name, value, origin)), style="dim" if origin == "default" else None)
+    Console().print(table)
+
+
+def main() -> None:
+    """The entry point. What the operator can mend is one line and exit code 2, never a trace."""
+    try:
+        app(prog_name="tandem")
+    except TandemError as error:
+        wait = f"; try again in {error.retry_after_s:g} s" if error.retry_after_s else ""
+        print(f"tandem: {' '.join(error.message.split())}{wait}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _load(file: Path | None, assignments: Sequence[str] | None, named: dict[str, Any]) -> Loaded:
+    """The settings; an option of its own wins over the same setting in --set."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments or ():
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise OperatorError(f"--set {assignment}: write ROOM.FIELD=VALUE", "set")
+        overrides[name.strip()] = value
+    return load(file, overrides=overrides | {name: value for name, value in named.items() if value is not None})
+
+
+def _run(story: Coroutine[Any, Any, T]) -> T:
+    """Run to the end. SIGTERM and SIGHUP cancel it as Ctrl-C does, so that it can end what it started."""
+
+    async def main() -> T:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, task.cancel)
+        return await story
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        raise typer.Exit(143) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Latents and their steps: the tensors behind a StepPlan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from serve.diffusion.families import SdFamily
+from serve.diffusion.scheduler import Row, StepPlan
+from serve.domain import Conditioning, ImageRequest
+from serve.errors import GenerationFailed, OperatorError, OutOfMemory, TandemError
+from serve.models import ModelFolder
+from serve.settings import DiffusionSettings
+
+
+@dataclass(slots=True)
+class _ImageState:
+    """One image in the making. `latents` is (1, C, H, W); the generator and the scheduler are this image's alone."""
+
+    latents: torch.Tensor
+    scheduler: Any
+    generator: torch.Generator
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+    guidance_scale: float
+    step: int = 0
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        timestep: torch.Tensor = self.scheduler.timesteps[self.step]
+        return timestep
+
+
+class Runner:
+    """Begin, step and finish images.
+
+    Owns: the denoiser, the VAE, and every image's latents, scheduler and random generator.
+    """
+
+    def __init__(self, family: SdFamily) -> None:
+        self._family = family
+        self._states: dict[Row, _ImageState] = {}
+
+    def rows(self, job_id: str, request: ImageRequest) -> list[Row]:
+        """The job's images as rows of the step batch."""
+        factor = self._family.vae_scale_factor
+        shape = (request.height // factor, request.width // factor)
+        return [Row(job_id, index, request.num_inference_steps, shape) for index in range(request.num_images)]
+
+    def begin(self, row: Row, request: ImageRequest, conditioning: Conditioning) -> None:
+        """Draw the image's starting noise, as diffusers' pipelines do: on the CPU, from the seed, in the model's dtype."""
+        family = self._family
+        scheduler = family.new_scheduler(row.steps)
+        generator = torch.Generator("cpu").manual_seed(request.seed + row.index)
+        noise = torch.randn((1, family.latent_channels, *row.shape), generator=generator, dtype=family.dtype)
+        self._states[row] = _ImageState(
+            latents=noise.to(family.device) * scheduler.init_noise_sigma,
+            scheduler=scheduler,
+            generator=generator,
+            positive=self._context(conditioning.positive),
+            negative=None if conditioning.negative is None else self._context(conditioning.negative),
+            guidance_scale=request.guidance_scale,
+        )
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> None:
+        """One denoising step of every row in one forward pass; rows may be at different timesteps and guidance.
+
+        Guided rows stand in the batch twice (Ho & Salimans 2022: eps = eps_u + w (eps_c - eps_u)).
+        Raises OutOfMemory or GenerationFailed; the rows of the plan are then of no further use.
+        """
+        states = [self._states[row] for row in plan.rows]
+        with _device_errors():
+            predictions = self._predict(states)
+            for state, prediction in zip(states, predictions, strict=True):
+                state.latents = state.scheduler.step(
+                    prediction, state.timestep, state.latents, **_step_arguments(state), return_dict=False
+                )[0]
+                state.step += 1
+
+    @torch.inference_mode()
+    def finish(self, row: Row) -> Image.Image:
+        """Decode the image and let go of its latents. Raises GenerationFailed rather than give a black picture."""
+        state = self._states.pop(row)
+        with _device_errors():
+            pixels = self._family.decode(state.latents)[0]
+        if not torch.isfinite(pixels).all():
+            raise GenerationFailed("the image came out as not-a-number; try other parameters")
+        return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._states.pop(row, None)
+
+    def _context(self, embedding: torch.Tensor) -> torch.Tensor:
+        return embedding.to(self._family.device, self._family.dtype).unsqueeze(0)
+
+    def _predict(self, states: Sequence[_ImageState]) -> list[torch.Tensor]:
+        inputs = [state.scheduler.scale_model_input(state.latents, state.timestep) for state in states]
+        guided = [i for i, state in enumerate(states) if state.negative is not None]
+        order = guided + list(range(len(states)))
+        context = [state.negative for state in states if state.negative is not None] + [s.positive for s in states]
+        timesteps = torch.stack([states[i].timestep for i in order]).to(self._family.device)
+        out = self._family.predict(torch.cat([inputs[i] for i in order]), timesteps, torch.cat(context))
+        rows = out.unsqueeze(1).unbind()
+        unconditional = dict(zip(guided, rows[: len(guided)], strict=True))
+        predictions = []
+        for i, conditional in enumerate(rows[len(guided) :]):
+            base = unconditional.get(i)
+            predictions.append(conditional if base is None else base + states[i].guidance_scale * (conditional - base))
+        return predictions
+
+
+def open_device(settings: DiffusionSettings) -> tuple[torch.device, torch.dtype]:
+    """The device and precision that the settings ask for on this machine.
+
+    A replica that holds a fraction of a GPU is held to that fraction of its memory: Ray does not do it.
+    Raises OperatorError naming the setting.
+    """
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise OperatorError(f"diffusion.device: there is no {name} device here", "diffusion.device")
+    if name == "cuda" and 0 < settings.num_gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(settings.num_gpus)
+    if name == "cpu" and settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if name == "cpu" else "float16"
+    return torch.device(name), getattr(torch, dtype)
+
+
+def open_runner(model: ModelFolder, settings: DiffusionSettings) -> Runner:
+    return Runner(SdFamily(model, *open_device(settings)))
+
+
+def _step_arguments(state: _ImageState) -> dict[str, Any]:
+    """Samplers that add noise take the image's own generator; the others take none."""
+    takes = "generator" in inspect.signature(state.scheduler.step).parameters
+    return {"generator": state.generator} if takes else {}
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
+    except TandemError:
+        raise
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise OutOfMemory("the device ran out of memory") from error
+    except RuntimeError as error:
+        raise GenerationFailed("the denoiser failed on this request") from error

@@ -1,0 +1,186 @@
+"""The frozen messages that cross rooms. No room shares a mutable object with another."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class JobState(enum.StrEnum):
+    """queued -> running -> one of the four terminal states. A lost lease or a retry leads from running to queued."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class Tier(enum.StrEnum):
+    """Where a text unit's embedding came from: this process's memory, Redis, or a forward pass of the encoder."""
+
+    MEMORY = "memory"
+    REDIS = "redis"
+    ENCODED = "encoded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """What the client asked for, complete: every default is filled in, so that a retry repeats it exactly.
+
+    `width` and `height` are pixels. Image i of `num_images` uses the seed `seed + i`. `guidance_scale` is the w of
+    classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); at or below 1 there is none.
+    """
+
+    model: str
+    prompt: str
+    negative_prompt: str = ""
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    num_images: int = 1
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+
+UNIT_SCHEME = "tandem.unit.1"
+"""Version of the recipe behind `EncodeUnit.key`. Another recipe needs another name: Redis outlives a release."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeUnit:
+    """One forward of one fixed-length row of token ids through one text encoder: what is batched, cached and shared.
+
+    `encoder` is the fingerprint of the encoder's files and dtype. `output` names what is read out: `hidden` is the
+    last hidden state after the final layer norm, (len(token_ids), width).
+    """
+
+    encoder: str
+    token_ids: tuple[int, ...]
+    output: str = "hidden"
+
+    @property
+    def key(self) -> str:
+        """The cache key, 40 hex digits: equal keys mean equal embeddings, within the dtype's tolerance."""
+        head = "\0".join((UNIT_SCHEME, self.encoder, self.output, ""))
+        ids = struct.pack(f"<{len(self.token_ids)}I", *self.token_ids)
+        return hashlib.blake2b(head.encode() + ids, digest_size=20).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """Text that did not fit into the encoder's row: `tokens` were written, `limit` were used, `text` was cut."""
+
+    field: str
+    tokens: int
+    limit: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """How many of the job's text units came from which tier. No unit is counted twice."""
+
+    memory: int = 0
+    redis: int = 0
+    encoded: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds, by stage. `denoise_s` includes the steps that were shared with other jobs' images."""
+
+    queued_s: float | None = None
+    text_s: float | None = None
+    denoise_s: float | None = None
+    decode_s: float | None = None
+    store_s: float | None = None
+    total_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRef:
+    """One stored image. `key` is its key in the result store; `bytes` its size there."""
+
+    index: int
+    key: str
+    seed: int
+    width: int
+    height: int
+    content_type: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobError:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A copy of a job's record at one moment. Times are Unix seconds on the job store's clock.
+
+    `position` is 1 for the job that is claimed next, None once it is claimed.
+    """
+
+    id: str
+    state: JobState
+    request: ImageRequest
+    attempt: int
+    step: int
+    steps: int
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    position: int | None = None
+    truncated: tuple[Truncation, ...] = ()
+    cache: CacheReport | None = None
+    timings: Timings = field(default_factory=Timings)
+    images: tuple[ImageRef, ...] = ()
+    error: JobError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """One entry of a job's event stream. `id` orders the stream and resumes it; `step` counts denoising steps done."""
+
+    id: str
+    state: JobState
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """A denoising step of a job's slowest image was done."""
+
+    job_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """The text side of one image, ready for the denoiser: float tensors of shape (tokens, width).
+
+    `negative` is None when the request has no guidance.
+    """
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None

@@ -1,0 +1,59 @@
+"""One replica of the text-encoder pool, without the framework that carries it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from serve.domain import EncodeUnit, Tier
+from serve.encoders.cache import EmbeddingCache, Fetched
+from serve.encoders.coalesce import Coalescer
+from serve.encoders.codec import pack
+from serve.encoders.forward import TextTower
+from serve.errors import BackendUnavailable
+from serve.settings import Settings
+from serve.telemetry.metrics import Metrics
+
+
+class EncoderPool:
+    """Units in, packed embeddings out: cached where anyone has encoded them, else in one forward with all that waits.
+
+    Owns: the text tower, the cache in front of it (the one that writes to Redis), the queue between the two.
+    """
+
+    def __init__(self, tower: TextTower, settings: Settings, metrics: Metrics) -> None:
+        self._tower = tower
+        self._metrics = metrics
+        self._queue: Coalescer[EncodeUnit, bytes] = Coalescer(self.encode_batch, settings.encoder.max_batch_size)
+        self._cache = EmbeddingCache(settings.cache, self._fetch, metrics, write_through=True)
+
+    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        """In the order of `units`. Raises BackendUnavailable for a unit of another encoder that no cache has."""
+        found = await self._cache.get_many(units)
+        return [found[unit.key] for unit in units]
+
+    async def encode_many(self, requests: Sequence[Sequence[EncodeUnit]]) -> list[list[Fetched]]:
+        """Several requests as one: a single look-up, and their misses share a forward."""
+        found = await self._cache.get_many([unit for units in requests for unit in units])
+        return [[found[unit.key] for unit in units] for units in requests]
+
+    def encode_batch(self, units: list[EncodeUnit]) -> list[bytes]:
+        """One forward, no cache. Blocks; one caller at a time."""
+        started = time.perf_counter()
+        rows = self._tower.rows
+        packed = [pack(tensor) for tensor in self._tower.encode(units)]
+        self._metrics.inc("tandem_encoder_forwards_total")
+        self._metrics.inc("tandem_encoder_forward_rows_total", self._tower.rows - rows)
+        self._metrics.observe("tandem_encoder_batch_rows", self._tower.rows - rows)
+        self._metrics.observe("tandem_encoder_forward_seconds", time.perf_counter() - started)
+        return packed
+
+    async def close(self) -> None:
+        await self._queue.close()
+        await self._cache.close()
+
+    async def _fetch(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        # During a rollout, units of the other model arrive here; our embedding must not be stored under their key.
+        if any(unit.encoder != self._tower.fingerprint for unit in units):
+            raise BackendUnavailable("this text encoder serves another model", "model", 1.0)
+        return [Fetched(value, Tier.ENCODED) for value in await self._queue.submit_all(units)]

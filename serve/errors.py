@@ -1,0 +1,88 @@
+"""Every error that crosses a door, in one tree.
+
+    TandemError
+    ├── ClientError              the request can't be served as it stands
+    │   ├── InvalidRequest       a field is wrong; `param` names it
+    │   ├── PayloadTooLarge      the body is over the limit
+    │   ├── ModelNotFound        `model` names nothing that is served
+    │   └── JobNotFound          no such job, or no such image of it
+    ├── Unavailable              try again after `retry_after_s`
+    │   ├── QueueFull            the bound on waiting jobs is reached
+    │   └── BackendUnavailable   Redis, the result store or a pool does not answer
+    ├── GenerationFailed         the accepted work could not be finished
+    │   └── OutOfMemory          the device had not enough memory for it
+    ├── LeaseLost                internal: another worker owns the job now
+    └── OperatorError            a setting or a model is wrong; one line that names it
+
+`api/errors.py` maps each class to a status. Messages are public: they never carry the text of an exception from Ray,
+torch or Redis.
+"""
+
+from __future__ import annotations
+
+
+class TandemError(Exception):
+    """The root. `message` is fit for the client; `param` is the field or setting at fault.
+
+    All constructor arguments are handed to `Exception`, because errors travel between Ray's processes by pickle,
+    which rebuilds an exception from `args`.
+    """
+
+    code = "internal_error"
+
+    def __init__(self, message: str, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, param, retry_after_s)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ClientError(TandemError):
+    code = "invalid_request"
+
+
+class InvalidRequest(ClientError):
+    code = "invalid_value"
+
+
+class PayloadTooLarge(ClientError):
+    code = "payload_too_large"
+
+
+class ModelNotFound(ClientError):
+    code = "model_not_found"
+
+
+class JobNotFound(ClientError):
+    code = "not_found"
+
+
+class Unavailable(TandemError):
+    code = "unavailable"
+
+
+class QueueFull(Unavailable):
+    code = "queue_full"
+
+
+class BackendUnavailable(Unavailable):
+    code = "backend_unavailable"
+
+
+class GenerationFailed(TandemError):
+    code = "generation_failed"
+
+
+class OutOfMemory(GenerationFailed):
+    code = "out_of_memory"
+
+
+class LeaseLost(TandemError):
+    code = "lease_lost"
+
+
+class OperatorError(TandemError):
+    code = "configuration"

@@ -1,0 +1,63 @@
+"""What `tandem generate` does: one job, its bar, its files, its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from serve.client import Client, RemoteJob
+from serve.domain import JobState
+from serve.errors import OperatorError
+from serve.screen import cache_line, cut_lines, job_bars, run_job
+
+
+async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:
+    """Exit code 0, or 1 when the job did not succeed. Bars go to stderr, the report to stdout."""
+    async with Client(url) as client:
+        with job_bars(Console(stderr=True)) as bars:
+            job = await run_job(client, order, _short(order["prompt"]), bars)
+        files = []
+        for index, path in enumerate(_paths(out, job)):
+            _save(path, await client.image(job.id, index))
+            files.append(path)
+    if as_json:
+        print(json.dumps({"job": job.raw, "files": [str(path) for path in files]}, indent=2))
+    else:
+        _report(job, files)
+    return 0 if job.state is JobState.SUCCEEDED else 1
+
+
+def _report(job: RemoteJob, files: list[Path]) -> None:
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for index, path in enumerate(files):
+        console.print(f"{path}  (seed {job.seed + index})")
+    if job.state is not JobState.SUCCEEDED:
+        console.print(f"{job.state}: {job.error or 'no picture'}", style="red")
+    for line in (*cut_lines(job), cache_line(job)):
+        if line:
+            console.print(line)
+
+
+def _paths(out: Path, job: RemoteJob) -> list[Path]:
+    if out.suffix.lower() != ".png":
+        return [out / f"tandem-{job.id[:8]}-{index}.png" for index in range(job.images)]
+    if job.images == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{index}") for index in range(job.images)]
+
+
+def _save(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise OperatorError(f"--out {path}: {error.strerror}", "out") from None
+
+
+def _short(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= 48 else f"{line[:47]}…"

@@ -1,0 +1,106 @@
+"""One subscription for a whole process: who waits for a change sleeps on an `asyncio.Event`, not on a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+log = logging.getLogger(__name__)
+
+WORK = "tandem:work"
+_RECONNECT_S = 0.2
+
+
+class Bell:
+    """Sets events when Redis publishes on their channels.
+
+    A ring may be spurious, and says only "look again"; it may never be missed while the server answers. So every event
+    is also rung when its subscription takes effect (what was published before that was not heard) and when the
+    connection breaks.
+
+    Owns: one connection and the task that reads it, both from the first use until `close`.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._work = asyncio.Event()
+        self._pubsub: PubSub | None = None
+        self._changing = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def work(self) -> asyncio.Event:
+        """The event of WORK. It stays registered, so that what rings between two waits is not missed."""
+        self._start()
+        self._waiting.setdefault(WORK, set()).add(self._work)
+        return self._work
+
+    @contextlib.asynccontextmanager
+    async def listening(self, channel: str) -> AsyncIterator[asyncio.Event]:
+        """An event that is set whenever `channel` rings; the listener clears it."""
+        event = asyncio.Event()
+        self._start()
+        self._waiting.setdefault(channel, set()).add(event)
+        # Shielded: a listener is often cancelled, and half a command would break the connection that all share.
+        try:
+            await asyncio.shield(self._follow(channel))
+            yield event
+        finally:
+            self._waiting[channel].discard(event)
+            if not self._waiting[channel]:
+                del self._waiting[channel]
+            await asyncio.shield(self._follow(channel))
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def _start(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._listen())
+
+    async def _follow(self, channel: str) -> None:
+        """Make the subscription to `channel` what its listeners want now. One at a time: they come and go meanwhile."""
+        async with self._changing:
+            pubsub = self._pubsub
+            if pubsub is None:
+                return  # the next connection subscribes to every channel that is wanted then
+            with contextlib.suppress(RedisError, OSError):
+                if channel not in self._waiting:
+                    await pubsub.unsubscribe(channel)
+                elif channel.encode() in pubsub.channels:
+                    self._ring(channel)
+                else:
+                    await pubsub.subscribe(channel)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    async with self._changing:
+                        await pubsub.subscribe(WORK, *self._waiting)
+                        self._pubsub = pubsub
+                    while True:
+                        message = await pubsub.get_message(timeout=None)
+                        if message is not None:
+                            self._ring(message["channel"].decode())
+            except (RedisError, OSError):
+                log.debug("the subscription broke")
+            finally:
+                self._pubsub = None
+            for channel in self._waiting:
+                self._ring(channel)
+            await asyncio.sleep(_RECONNECT_S)
+
+    def _ring(self, channel: str) -> None:
+        for event in self._waiting.get(channel, ()):
+            event.set()

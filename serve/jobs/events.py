@@ -1,0 +1,34 @@
+"""A job's history as it happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from serve.domain import JobEvent
+from serve.jobs.store import JobStore
+
+_LOOK_AGAIN_S = 5.0
+
+
+async def follow(store: JobStore, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+    """The job's events from the first, or those after event id `after`; ends after the event of its terminal state.
+
+    Waiting holds no connection. Raises JobNotFound, BackendUnavailable, or InvalidRequest for an `after` that is no
+    event id.
+    """
+    async with store.changes(job_id) as changed:
+        while True:
+            changed.clear()
+            events, ended = await store.events_after(job_id, after)
+            for event in events:
+                yield event
+                after = event.id
+            if events:
+                continue
+            if ended:
+                return
+            # A ring is lost only with a connection that broke without a word.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), _LOOK_AGAIN_S)

@@ -1,0 +1,114 @@
+"""A job's record in Redis <-> the frozen `Job`. Numbers are decimal text, times milliseconds, the rest is JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from serve.domain import (
+    CacheReport,
+    ImageRef,
+    ImageRequest,
+    Job,
+    JobError,
+    JobEvent,
+    JobState,
+    Tier,
+    Timings,
+    Truncation,
+)
+
+REQUEST = TypeAdapter(ImageRequest)
+TRUNCATED = TypeAdapter(tuple[Truncation, ...])
+TIERS = TypeAdapter(dict[str, Tier])
+TIMINGS = TypeAdapter(Timings)
+IMAGES = TypeAdapter(tuple[ImageRef, ...])
+ERROR = TypeAdapter(JobError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A job that a worker holds until its lease lapses.
+
+    `attempt` counts the attempts that were used, this one included. `fence` numbers the job's claims: unlike `attempt`
+    it never goes back, so that a worker which released the job or lost it can't write over the next one's work.
+    """
+
+    job_id: str
+    attempt: int
+    fence: int
+    request: ImageRequest
+    truncated: tuple[Truncation, ...] = ()
+
+
+def claim(reply: Sequence[Any]) -> Claim:
+    job_id, attempt, fence, request, truncated = reply
+    return Claim(
+        job_id=job_id.decode(),
+        attempt=attempt,
+        fence=fence,
+        request=REQUEST.validate_json(request),
+        truncated=TRUNCATED.validate_json(truncated),
+    )
+
+
+def job(job_id: str, snapshot: Sequence[Any]) -> Job | None:
+    """`snapshot` is the answer of `snapshot()` in common.lua. None when there is no such job."""
+    flat, rank = snapshot
+    if not flat:
+        return None
+    fields = {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    created = _seconds(fields, "created")
+    started, finished = _seconds(fields, "started"), _seconds(fields, "finished")
+    assert created is not None
+    timings = TIMINGS.validate_json(fields["timings"]) if "timings" in fields else Timings()
+    return Job(
+        id=job_id,
+        state=JobState(fields["state"].decode()),
+        request=REQUEST.validate_json(fields["request"]),
+        attempt=int(fields["attempt"]),
+        step=int(fields["step"]),
+        steps=int(fields["steps"]),
+        created_at=created,
+        started_at=started,
+        finished_at=finished,
+        position=None if rank is None else rank + 1,
+        truncated=TRUNCATED.validate_json(fields["truncated"]),
+        cache=_cache(fields),
+        timings=dataclasses.replace(timings, queued_s=_between(created, started), total_s=_between(created, finished)),
+        images=IMAGES.validate_json(fields["images"]) if "images" in fields else (),
+        error=ERROR.validate_json(fields["error"]) if "error" in fields else None,
+    )
+
+
+def event(entry: Sequence[Any]) -> JobEvent:
+    entry_id, flat = entry
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    return JobEvent(
+        id=entry_id.decode(),
+        state=JobState(fields[b"state"].decode()),
+        step=int(fields[b"step"]),
+        steps=int(fields[b"steps"]),
+    )
+
+
+def _cache(fields: Mapping[str, bytes]) -> CacheReport | None:
+    """What the text cost: a unit encoded while the job waited counts as encoded, wherever the worker found it."""
+    if "ahead" not in fields and "cache" not in fields:
+        return None
+    ahead, used = (TIERS.validate_json(fields[name]) if name in fields else {} for name in ("ahead", "cache"))
+    tiers = ahead | used | {unit: tier for unit, tier in ahead.items() if tier is Tier.ENCODED}
+    counts = {tier: sum(each is tier for each in tiers.values()) for tier in Tier}
+    return CacheReport(memory=counts[Tier.MEMORY], redis=counts[Tier.REDIS], encoded=counts[Tier.ENCODED])
+
+
+def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
+    return int(fields[name]) / 1000 if name in fields else None
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start

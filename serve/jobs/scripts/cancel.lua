@@ -1,0 +1,9 @@
+-- ARGV: ttl, id. A queued job ends at once; the worker of a running one is told when it renews its lease.
+local id = ARGV[2]
+local state = get(id, 'state')
+if state == 'queued' then
+  finish(id, 'cancelled')
+elseif state == 'running' then
+  set(id, 'cancel', 1)
+end
+return {ended, snapshot(id)}

@@ -1,0 +1,120 @@
+"""Everything on one machine: the embedded Redis servers, a local Ray, the application; one call that blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pkgutil
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from serve.embedded import EmbeddedRedis, check_redis
+from serve.errors import OperatorError
+from serve.models import resolve
+from serve.settings import Loaded, Settings
+from serve.telemetry import logs
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "deployments.app:build"
+"""The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
+
+
+def run(loaded: Loaded) -> None:
+    """Serve until SIGINT or SIGTERM, then end every process that was started. Raises OperatorError before the start."""
+    logs.configure(loaded.settings.log.level)
+    with contextlib.ExitStack() as stack:
+        try:
+            _interrupt_on_sigterm()
+            settings = prepare(loaded.settings, stack)
+            _start(settings, stack)
+            _interrupt_on_sigterm()  # ray.init replaced the handler
+            log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            log.info("stopping; running jobs finish first, a second Ctrl-C leaves them to the next start")
+
+
+def prepare(settings: Settings, stack: contextlib.ExitStack) -> Settings:
+    """Check what can be checked before the slow start, and start the Redis servers that are not given.
+
+    Returns the settings with every path absolute and every URL filled in. Raises OperatorError naming the setting.
+    """
+    _check_port(settings.http.host, settings.http.port)
+    data_dir = settings.data_dir.absolute()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"data_dir: {data_dir}: {error.strerror}", "data_dir") from None
+    resolve(settings.model, data_dir)
+    return settings.model_copy(
+        update={
+            "data_dir": data_dir,
+            "jobs": settings.jobs.model_copy(
+                update={"redis_url": _redis(settings.jobs.redis_url, "jobs", data_dir, None, stack)}
+            ),
+            "cache": settings.cache.model_copy(
+                update={
+                    "redis_url": _redis(
+                        settings.cache.redis_url, "cache", data_dir, settings.cache.embedded_bytes, stack
+                    )
+                }
+            ),
+        }
+    )
+
+
+def _redis(
+    url: SecretStr | None, name: str, data_dir: Path, max_bytes: int | None, stack: contextlib.ExitStack
+) -> SecretStr:
+    if url is not None:
+        check_redis(url.get_secret_value(), f"{name}.redis_url")
+        return url
+    return SecretStr(stack.enter_context(EmbeddedRedis(data_dir, name, max_bytes)).url)
+
+
+def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
+    import ray
+    from ray import serve
+
+    temp_dir = Path(tempfile.mkdtemp(prefix="tandem-"))  # short: Ray keeps Unix sockets in it
+    stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, 2),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(temp_dir),
+        _metrics_export_port=settings.metrics.port,
+    )
+    stack.callback(ray.shutdown)
+    serve_logs = {"log_level": "DEBUG" if settings.log.level == "debug" else "WARNING"}
+    serve.start(http_options={"host": settings.http.host, "port": settings.http.port}, logging_config=serve_logs)
+    stack.callback(serve.shutdown)
+    application = pkgutil.resolve_name(APPLICATION)(settings)
+    serve.run(application, name="tandem", route_prefix="/", logging_config=serve_logs)
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OperatorError(f"http.port: {host}:{port}: {error.strerror}", "http.port") from None
+
+
+def _interrupt_on_sigterm() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,136 @@
+"""Where a model comes from when it is not a diffusers folder yet: a single-file checkpoint, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from serve.errors import OperatorError
+from serve.weight_files import TOKENIZER_FILES, TensorInfo, read_header, refused
+
+_FAMILIES = {
+    "conditioner.embedders.1.": "SDXL",
+    "conditioner.embedders.0.": "the SDXL refiner",
+    "model.diffusion_model.joint_blocks.": "SD 3",
+    "joint_blocks.": "SD 3",
+    "model.diffusion_model.double_blocks.": "FLUX",
+    "double_blocks.": "FLUX",
+    "lora_": "a LoRA",
+    "control_model.": "a ControlNet",
+}
+_HUB_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(
+        f"{part}/{name}"
+        for part, stem in (
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+        )
+        for name in (
+            "config.json",
+            f"{stem}.safetensors",
+            f"{stem}.safetensors.index.json",
+            f"{stem}-*-of-*.safetensors",
+        )
+    ),
+)
+"""No pickles, no variants, no safety checker: what `check_folder` asks for and nothing else."""
+
+
+def converted(checkpoint: Path, config: str | None, data_dir: Path, check: Callable[[Path], object]) -> Path:
+    """The diffusers folder made from `checkpoint`, made once and put in place by one rename.
+
+    The conversion runs in a process of its own, so that torch and the checkpoint leave memory with it. Raises
+    OperatorError; `check` raises it too, and then nothing is kept.
+    """
+    tensors = read_header(checkpoint)
+    _check_checkpoint(checkpoint, tensors)
+    models = data_dir.resolve() / "models"
+    target = models / conversion_digest(checkpoint, config)
+    if target.is_dir():
+        return target
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=models, ignore_cleanup_errors=True) as work:
+            out = Path(work) / "model"
+            _convert(checkpoint, config, out)
+            check(out)
+            try:
+                out.rename(target)
+            except OSError:
+                # Another process was faster; its folder holds the same.
+                if not target.is_dir():
+                    raise
+    except OSError as error:
+        raise OperatorError(f"data_dir: {models} can't be written: {error.strerror}", "data_dir") from None
+    return target
+
+
+def downloaded(hub_id: str, commit: str) -> Path:
+    """The hub's snapshot of exactly that commit, from the local hub cache where it is there. Raises OperatorError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(_HUB_FILES)))
+    except RevisionNotFoundError:
+        raise OperatorError(f"model.revision: {hub_id} has no commit {commit} on the hub", "model.revision") from None
+    except RepositoryNotFoundError:
+        raise refused(f"the hub has no {hub_id}, or HF_TOKEN may not read it") from None
+    except LocalEntryNotFoundError:
+        raise refused(f"the hub does not answer, and {hub_id} at {commit} is not in the local hub cache") from None
+    except (HfHubHTTPError, OSError):
+        raise refused(f"{hub_id} at {commit} could not be fetched from the hub") from None
+
+
+def _check_checkpoint(file: Path, tensors: dict[str, TensorInfo]) -> None:
+    for prefix, family in _FAMILIES.items():
+        if any(name.startswith(prefix) for name in tensors):
+            raise refused(f"{file} is of another family ({family}); this version serves checkpoints of the sd family")
+    for prefix, part in (
+        ("model.diffusion_model.input_blocks.", "U-Net"),
+        ("first_stage_model.", "VAE"),
+        ("cond_stage_model.", "text encoder"),
+    ):
+        if not any(name.startswith(prefix) for name in tensors):
+            raise refused(f"{file} is not a whole Stable Diffusion checkpoint: it has no {part} ({prefix}*)")
+
+
+def conversion_digest(checkpoint: Path, config: str | None) -> str:
+    """Names the conversion. Reading gigabytes on every start would cost seconds, so that length, time of change and
+    the first bytes (which hold the header) stand for the weights; the configuration's files are read whole."""
+    stat = checkpoint.stat()
+    digest = hashlib.blake2b(f"1\0{stat.st_size}\0{stat.st_mtime_ns}\0{config}\0".encode(), digest_size=16)
+    with checkpoint.open("rb") as file:
+        digest.update(file.read(1 << 20))
+    folder = Path(config).expanduser() if config else None
+    if folder and folder.is_dir():
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".txt") and path.is_file()):
+            digest.update(
+                f"\0{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes()
+            )
+    return digest.hexdigest()
+
+
+def _convert(checkpoint: Path, config: str | None, out: Path) -> None:
+    command = [sys.executable, "-m", "serve.diffusion.single_file", str(checkpoint), str(out)]
+    if config is not None:
+        folder = Path(config).expanduser()
+        command.append(str(folder.resolve()) if folder.is_dir() else config)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines and done.returncode > 0 else f"the conversion ended with status {done.returncode}"
+        raise refused(f"{checkpoint} can't be converted: {reason}")

@@ -1,0 +1,314 @@
+"""All settings: one frozen tree, four origins (default, YAML file, environment, command line), later ones win.
+
+The environment spells a field as TANDEM_ROOM__FIELD; the file and the command line use the same names. An unknown name
+is refused wherever it comes from. `docs/settings.md` is generated from this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from serve.errors import OperatorError
+
+ENV_PREFIX = "TANDEM_"
+ENV_DELIMITER = "__"
+MIB = 1024 * 1024
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class Room(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class HttpSettings(Room):
+    host: str = "127.0.0.1"
+    """Address that the HTTP ingress listens on."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port that the HTTP ingress listens on."""
+    max_body_bytes: int = Field(256 * 1024, ge=1024)
+    """Largest request body that is read; more is refused with 413."""
+    replicas: int = Field(1, ge=1)
+    """Number of ingress replicas."""
+    max_connections: int = Field(1000, ge=1)
+    """Requests, open event streams among them, that one ingress replica serves at once."""
+    num_cpus: float = Field(0.2, ge=0)
+    """CPUs that one ingress replica reserves in Ray."""
+
+
+class ModelSettings(Room):
+    source: str = "shapes"
+    """Model to serve: `shapes` (shipped), a diffusers folder, a `.safetensors` checkpoint, or a hub id."""
+    revision: str | None = None
+    """Hub revision; required for a hub id, as a full commit hash, so that every replica loads the same weights."""
+    name: str | None = None
+    """Name that requests use in `model`; by default the last part of the source."""
+    config: str | None = None
+    """For a single-file checkpoint: a diffusers folder or hub id whose configuration and tokenizer describe it."""
+
+
+class LimitSettings(Room):
+    max_prompt_bytes: int = Field(8192, ge=1)
+    """Longest prompt or negative prompt, in UTF-8 bytes."""
+    max_num_inference_steps: int = Field(150, ge=1)
+    """Most denoising steps of one request."""
+    max_num_images: int = Field(8, ge=1)
+    """Most images of one request."""
+    max_side: int = Field(2048, ge=64)
+    """Largest width or height, in pixels."""
+    max_guidance_scale: float = Field(50.0, ge=1)
+    """Largest guidance scale."""
+    default_num_inference_steps: int = Field(20, ge=1)
+    """Steps of a request that names none."""
+    default_guidance_scale: float = Field(5.0, ge=0)
+    """Guidance scale of a request that names none."""
+
+
+class JobSettings(Room):
+    redis_url: SecretStr | None = None
+    """Redis for jobs (durable, `noeviction`); by default `tandem up` starts one of its own under `data_dir`."""
+    max_queued: int = Field(100, ge=1)
+    """Most jobs that wait at once; one more is refused with 503."""
+    lease_s: float = Field(10.0, gt=0)
+    """Seconds after a worker's last sign of life when its job goes to another worker."""
+    max_attempts: int = Field(3, ge=1)
+    """Times that a job is started before it fails for good."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds from submission after which an unfinished job expires."""
+    result_ttl_s: float = Field(3600.0, gt=0)
+    """Seconds for which a finished job's record is kept."""
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between a worker's signs of life: a third of the lease, so that two may be lost."""
+        return self.lease_s / 3
+
+
+class CacheSettings(Room):
+    redis_url: SecretStr | None = None
+    """Redis for embeddings (`allkeys-lfu`, no persistence); by default `tandem up` starts one of its own."""
+    memory_bytes: int = Field(256 * MIB, ge=0)
+    """Bytes of embeddings that each process keeps in its own memory."""
+    embedded_bytes: int = Field(256 * MIB, ge=MIB)
+    """Memory bound of the cache Redis that `tandem up` starts."""
+    ttl_s: float = Field(7 * 86400.0, gt=0)
+    """Seconds for which Redis keeps an embedding."""
+    timeout_s: float = Field(0.25, gt=0)
+    """Seconds to wait for the cache Redis before going on without it."""
+    max_value_bytes: int = Field(16 * MIB, ge=1024)
+    """Largest embedding that is written to Redis."""
+
+
+class EncoderSettings(Room):
+    device: Device = "auto"
+    """Device of the text encoder; `auto` takes a GPU where the replica has one."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the text encoder; part of the cache key."""
+    max_batch_size: int = Field(32, ge=1)
+    """Most rows of one forward pass."""
+    min_replicas: int = Field(1, ge=1)
+    """Fewest encoder replicas."""
+    max_replicas: int = Field(1, ge=1)
+    """Most encoder replicas; Ray Serve scales between the two."""
+    num_cpus: float = Field(0.2, ge=0)
+    """CPUs that one replica reserves in Ray."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs (fractions allowed) that one replica reserves in Ray."""
+
+
+class DiffusionSettings(Room):
+    device: Device = "auto"
+    """Device of the denoiser; `auto` takes cuda, then mps, then cpu."""
+    dtype: Dtype = "auto"
+    """Precision of denoiser and VAE; `auto` takes float16 on a GPU and float32 elsewhere."""
+    max_batch_size: int = Field(8, ge=1)
+    """Most images that step together in one forward pass."""
+    replicas: int = Field(1, ge=1)
+    """Number of diffusion replicas."""
+    num_cpus: float = Field(0.5, ge=0)
+    """CPUs that one replica reserves in Ray."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs (fractions allowed) that one replica reserves in Ray."""
+    torch_threads: int | None = Field(None, ge=1)
+    """CPU threads of the denoiser; by default the machine's cores."""
+    drain_s: float = Field(120.0, gt=0)
+    """Seconds that a replica which is told to stop may take to finish the jobs that it holds."""
+
+
+class S3Settings(Room):
+    bucket: str = "tandem"
+    """Bucket for images."""
+    prefix: str = "images/"
+    """Prefix of every key in the bucket."""
+    endpoint_url: str | None = None
+    """Endpoint of an S3-compatible store; by default AWS."""
+    region: str | None = None
+    """Region of the bucket."""
+    access_key_id: str | None = None
+    """Access key; by default boto3's own chain (environment, profile, instance role)."""
+    secret_access_key: SecretStr | None = None
+    """Secret of the access key."""
+    url_ttl_s: int = Field(900, ge=1, le=900)
+    """Seconds for which a presigned image URL is valid."""
+
+
+class ResultSettings(Room):
+    store: Literal["local", "s3"] = "local"
+    """Where images are kept: a folder under `data_dir`, or S3."""
+    s3: S3Settings = S3Settings()
+
+
+class MetricsSettings(Room):
+    port: int | None = Field(None, ge=1, le=65535)
+    """Port on which the local server's Ray agent gives Prometheus its metrics; by default one that is free."""
+
+
+class LogSettings(Room):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged."""
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+        use_attribute_docstrings=True,
+    )
+
+    data_dir: Path = Path(".tandem")
+    """Folder for everything that the local server keeps: images, Redis files, logs."""
+    http: HttpSettings = HttpSettings()
+    model: ModelSettings = ModelSettings()
+    limits: LimitSettings = LimitSettings()
+    jobs: JobSettings = JobSettings()
+    cache: CacheSettings = CacheSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    results: ResultSettings = ResultSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any
+    ) -> tuple[Any, ...]:
+        # `load` merges the origins itself, so that it can say where each value came from.
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, and for every dotted field name the origin of its value."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def load(
+    file: Path | None = None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Loaded:
+    """Read the tree from all origins. `overrides` maps dotted names to values (the command line).
+
+    Raises OperatorError, one line that names the setting and its origin.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, tuple[Any, str]] = {}
+    file = file or (Path(environ[f"{ENV_PREFIX}CONFIG"]) if f"{ENV_PREFIX}CONFIG" in environ else None)
+    if file is not None:
+        values |= {name: (value, f"file {file}") for name, value in _flatten(_read_yaml(file))}
+    values |= {name: (value, f"environment {_env_name(name)}") for name, value in _flatten(_read_environ(environ))}
+    values |= {name: (value, "command line") for name, value in (overrides or {}).items() if value is not None}
+    tree: dict[str, Any] = {}
+    for name, (value, _) in values.items():
+        *rooms, leaf = name.split(".")
+        node = tree
+        for room in rooms:
+            node = node.setdefault(room, {})
+            if not isinstance(node, dict):
+                raise OperatorError(f"{room} must be a group of settings, not a value", room)
+        node[leaf] = value
+    try:
+        settings = Settings(**tree)
+    except ValidationError as error:
+        raise _operator_error(error, {name: origin for name, (_, origin) in values.items()}) from None
+    origins = {name: values[name][1] if name in values else "default" for name, _ in flatten(settings)}
+    return Loaded(settings, origins)
+
+
+def flatten(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of the tree as (dotted name, value), in the order of the source."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def shown(value: Any) -> str:
+    """A value fit for the terminal: secrets hidden, but the host of a secret URL kept."""
+    if not isinstance(value, SecretStr):
+        return "" if value is None else str(value)
+    parts = urlsplit(value.get_secret_value())
+    if not parts.hostname:
+        return "**********"
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, f"**********@{host}" if "@" in parts.netloc else host, parts.path, "", ""))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise OperatorError(f"settings file {file}: {error.strerror}", "config") from None
+    except yaml.YAMLError as error:
+        raise OperatorError(f"settings file {file} is not YAML: {' '.join(str(error).split())}", "config") from None
+    if not isinstance(tree, dict):
+        raise OperatorError(f"settings file {file} must hold names and values", "config")
+    return tree
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {_env_name(name) for name, _ in flatten(Settings())} | {f"{ENV_PREFIX}CONFIG"}
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            raise OperatorError(f"environment {name}: no such setting", name)
+    source = EnvSettingsSource(Settings, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER)
+    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    return source()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _env_name(name: str) -> str:
+    return ENV_PREFIX + name.replace(".", ENV_DELIMITER).upper()
+
+
+def _operator_error(error: ValidationError, origins: Mapping[str, str]) -> OperatorError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    reason = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+    origin = f" (from {origins[name]})" if name in origins else ""
+    return OperatorError(f"{name}: {reason}{origin}", name)

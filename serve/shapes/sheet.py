@@ -1,0 +1,38 @@
+"""A contact sheet: many pictures with their prompts underneath, as one PNG."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = 8
+GAP = 12
+CAPTION_HEIGHT = 46
+CAPTION_SIZE = 11
+CAPTION_LINES = 3
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+FRAME = (208, 208, 208)
+
+
+def contact_sheet(pictures: Sequence[tuple[str, NDArray[Any]]], out: Path, columns: int = COLUMNS) -> None:
+    """Write (prompt, picture in 0..1) pairs to ``out``, row by row, in at most 256 colours to keep the file small."""
+    side = pictures[0][1].shape[0]
+    width = columns * (side + GAP) + GAP
+    height = math.ceil(len(pictures) / columns) * (side + CAPTION_HEIGHT) + GAP
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(CAPTION_SIZE)
+    for index, (prompt, picture) in enumerate(pictures):
+        x = GAP + index % columns * (side + GAP)
+        y = GAP + index // columns * (side + CAPTION_HEIGHT)
+        sheet.paste(Image.fromarray((np.asarray(picture) * 255).round().astype(np.uint8)), (x, y))
+        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=FRAME)
+        for line, text in enumerate(textwrap.wrap(prompt, 25)[:CAPTION_LINES]):
+            pen.text((x, y + side + 3 + line * (CAPTION_SIZE + 1)), text, fill=INK, font=font)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, optimize=True)

@@ -1,0 +1,1 @@
+"""The stages of :mod:`serve.shapes.train`: tokenizer, autoencoder, latents, text encoder, U-Net, polish."""

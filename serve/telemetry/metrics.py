@@ -1,0 +1,127 @@
+"""Every metric of the product, declared once: name, kind, help, label names.
+
+Rooms take a `Metrics` and name the metric; the carrier decides where it goes. `InProcessMetrics` keeps the numbers in
+this process, the Ray shell has a second implementation that reports through Ray. A name that is not declared here, a
+wrong kind or a wrong set of labels is a programming error and raises ValueError at once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 600.0)
+
+
+class Kind(enum.StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One metric. `buckets` are the upper bounds of a histogram's buckets, in the metric's unit."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+DECLARATIONS: tuple[Declaration, ...] = (
+    Declaration("tandem_encoder_forwards_total", Kind.COUNTER, "Forward passes of a text encoder."),
+    Declaration("tandem_encoder_forward_rows_total", Kind.COUNTER, "Rows of token ids that a text encoder computed."),
+    Declaration("tandem_encoder_batch_rows", Kind.HISTOGRAM, "Rows of one encoder forward pass.", buckets=_ROWS),
+    Declaration(
+        "tandem_encoder_forward_seconds", Kind.HISTOGRAM, "Time of one encoder forward pass.", buckets=_SHORT_S
+    ),
+    Declaration("tandem_cache_units_total", Kind.COUNTER, "Text units served, by where they came from.", ("tier",)),
+    Declaration("tandem_cache_errors_total", Kind.COUNTER, "Failures of the embedding cache's Redis.", ("kind",)),
+    Declaration("tandem_jobs_total", Kind.COUNTER, "Jobs that reached a terminal state.", ("state",)),
+    Declaration("tandem_job_seconds", Kind.HISTOGRAM, "Time from submission to the terminal state.", buckets=_LONG_S),
+    Declaration("tandem_queue_depth", Kind.GAUGE, "Jobs that wait for a worker."),
+    Declaration("tandem_engine_steps_total", Kind.COUNTER, "Denoising steps, each over one batch of images."),
+    Declaration("tandem_engine_step_rows", Kind.HISTOGRAM, "Images that shared one denoising step.", buckets=_ROWS),
+    Declaration("tandem_engine_step_seconds", Kind.HISTOGRAM, "Time of one denoising step.", buckets=_SHORT_S),
+    Declaration("tandem_truncated_prompts_total", Kind.COUNTER, "Prompts of which some text did not fit."),
+)
+
+_BY_NAME = {declaration.name: declaration for declaration in DECLARATIONS}
+
+
+def declared(name: str, kind: Kind, labels: Sequence[str]) -> Declaration:
+    """The declaration of `name`. ValueError where the name is unknown, or kind or labels differ from it."""
+    declaration = _BY_NAME.get(name)
+    if declaration is None:
+        raise ValueError(f"metric {name} is not declared in serve/telemetry/metrics.py")
+    if declaration.kind is not kind:
+        raise ValueError(f"metric {name} is a {declaration.kind}, not a {kind}")
+    if set(labels) != set(declaration.labels):
+        raise ValueError(f"metric {name} takes the labels {declaration.labels}, not {tuple(labels)}")
+    return declaration
+
+
+class Metrics(Protocol):
+    """What a room may do with metrics. All methods may be called from any thread."""
+
+    def inc(self, name: str, value: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+
+
+class InProcessMetrics:
+    """Owns: a Prometheus registry of its own with every declared metric, so that two instances never share a number."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for each in DECLARATIONS:
+            if each.kind is Kind.COUNTER:
+                self._counters[each.name] = Counter(each.name, each.help, each.labels, registry=self.registry)
+            elif each.kind is Kind.GAUGE:
+                self._gauges[each.name] = Gauge(each.name, each.help, each.labels, registry=self.registry)
+            else:
+                self._histograms[each.name] = Histogram(
+                    each.name, each.help, each.labels, registry=self.registry, buckets=each.buckets
+                )
+
+    def inc(self, name: str, value: float = 1, **labels: str) -> None:
+        declared(name, Kind.COUNTER, tuple(labels))
+        counter = self._counters[name]
+        (counter.labels(**labels) if labels else counter).inc(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        declared(name, Kind.HISTOGRAM, tuple(labels))
+        histogram = self._histograms[name]
+        (histogram.labels(**labels) if labels else histogram).observe(value)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        declared(name, Kind.GAUGE, tuple(labels))
+        gauge = self._gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set(value)
+
+    def value(self, name: str, **labels: str) -> float:
+        """A counter's or gauge's number, a histogram's number of observations. Labels left out are summed over."""
+        declaration = _BY_NAME[name]
+        sample_name = f"{name}_count" if declaration.kind is Kind.HISTOGRAM else name
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == sample_name and labels.items() <= sample.labels.items()
+        )

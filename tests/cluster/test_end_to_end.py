@@ -1,0 +1,127 @@
+"""From a prompt to a picture, through Ray Serve, over HTTP. The shipped model draws, the judge looks."""
+
+import json
+import os
+import signal
+
+import httpx
+import pytest
+from support.orders import STEPS, difference, finished, picture, submit
+from support.server import Server, wait_until
+
+from serve.shapes.judge import read
+
+pytestmark = pytest.mark.cluster
+
+
+def test_pictures_obey_their_prompts(http: httpx.Client) -> None:
+    wanted = [
+        ("red", "circle", "blue"),
+        ("yellow", "star", "black"),
+        ("green", "square", "white"),
+        ("blue", "heart", "pink"),
+    ]
+    ids = [submit(http, f"a {color} {shape} on a {ground} background", seed=1) for color, shape, ground in wanted]
+    for job_id, (color, shape, ground) in zip(ids, wanted, strict=True):
+        reading = read(picture(http, finished(http, job_id)))
+        assert (reading.background, reading.things[0].color, reading.things[0].shape) == (ground, color, shape)
+
+
+def test_events_tell_every_state_in_order(http: httpx.Client) -> None:
+    job_id = submit(http, "a pink diamond on a green background", seed=2)
+    events = []
+    with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            if line.startswith("data:"):
+                events.append(json.loads(line.removeprefix("data:")))
+    states = list(dict.fromkeys(event["state"] for event in events))
+    assert states == ["queued", "running", "succeeded"]
+    steps = [event["step"] for event in events]
+    assert steps == sorted(steps)
+    assert steps[-1] == STEPS
+
+
+def test_other_weights_need_no_forward(http: httpx.Client) -> None:
+    words = "a purple cross on an orange background"
+    first = finished(http, submit(http, words, negative_prompt="blurry", seed=3))
+    assert first["cache"] == {"memory": 0, "redis": 0, "encoded": 2}
+    weighted = words.replace("purple", "(purple:1.3)")
+    again = finished(http, submit(http, weighted, negative_prompt="(blurry:0.8)", seed=3))
+    assert again["cache"] == {"memory": 2, "redis": 0, "encoded": 0}
+    assert difference(picture(http, first), picture(http, again)) > 0
+
+
+def test_sixteen_mixed_jobs_equal_their_solo_runs(http: httpx.Client) -> None:
+    orders = [
+        {
+            "prompt": f"a {color} {shape} on a white background",
+            "seed": number,
+            "num_inference_steps": 6 + number,
+            "guidance_scale": [1.0, 3.0, 5.0, 7.5][number % 4],
+        }
+        for number, (color, shape) in enumerate(
+            (color, shape)
+            for color in ("red", "blue", "green", "black")
+            for shape in ("circle", "star", "ring", "square")
+        )
+    ]
+    together = [submit(http, **order) for order in orders]
+    mixed = [picture(http, finished(http, job_id)) for job_id in together]
+    for order, image in zip(orders, mixed, strict=True):
+        alone = picture(http, finished(http, submit(http, **order)))
+        assert difference(image, alone) <= 1
+
+
+def test_a_killed_replica_loses_nothing(http: httpx.Client, server: Server) -> None:
+    order = {"prompt": "a blue triangle on a yellow background", "seed": 9, "num_inference_steps": 150, "num_images": 8}
+    job_id = submit(http, **order)
+    wait_until(lambda: http.get(f"/v1/jobs/{job_id}").json()["step"] >= 2, 60, "the job to be under way")
+    (victim,) = server.replica_pids("Diffusion")
+    os.kill(victim, signal.SIGKILL)
+    job = finished(http, job_id)
+    assert job["state"] == "succeeded"
+    assert job["attempt"] == 2
+    assert [image["index"] for image in job["images"]] == list(range(8))
+    stored = sorted(path.name for path in (server.data_dir / "images" / job_id).iterdir())
+    assert stored == [f"{index}.png" for index in range(8)]
+
+
+def test_cancel_ends_a_running_job_at_the_next_step(http: httpx.Client) -> None:
+    job_id = submit(http, "a red heart", num_inference_steps=150, num_images=8)
+    wait_until(lambda: http.get(f"/v1/jobs/{job_id}").json()["step"] >= 1, 60, "the job to be under way")
+    assert http.delete(f"/v1/jobs/{job_id}").status_code < 300
+    job = finished(http, job_id)
+    assert job["state"] == "cancelled"
+    assert job["step"] < 150
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 9000}, "prompt"),
+        ({"prompt": "x", "guidance_scale": "NaN"}, "guidance_scale"),
+        ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps"),
+        ({"prompt": "x", "num_inference_steps": 1000}, "num_inference_steps"),
+        ({"prompt": "x", "width": 130}, "width"),
+        ({"prompt": "x", "model": "sdxl"}, "model"),
+        ({"prompt": "x", "strenght": 1}, "strenght"),
+    ],
+)
+def test_bad_input_is_named_and_not_queued(http: httpx.Client, body: dict, field: str) -> None:
+    answer = http.post("/v1/jobs", json=body)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["param"] == field
+
+
+def test_unbalanced_brackets_close_themselves(http: httpx.Client) -> None:
+    job = finished(http, submit(http, "a ((red circle on a blue background", seed=4))
+    assert read(picture(http, job)).things[0].color == "red"
+
+
+def test_everything_stands_ready_and_described(http: httpx.Client) -> None:
+    assert http.get("/healthz").status_code == 200
+    assert set(http.get("/readyz").json()["pools"]) == {"jobs", "results", "text-encoder", "diffusion"}
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["shapes"]
+    assert "/v1/jobs" in http.get("/openapi.json").json()["paths"]

@@ -1,0 +1,132 @@
+"""Server-Sent Events of a job."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fastapi.routing
+import pytest
+import redis.asyncio
+
+from serve.embedded import EmbeddedRedis
+
+pytestmark = pytest.mark.anyio
+
+
+def parsed(stream: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(id, event, data) of each event of a stream."""
+    events = []
+    for block in stream.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            events.append((fields.get("id", ""), fields["event"], json.loads(fields["data"])))
+    return events
+
+
+async def test_events_from_first_to_last_and_from_any_of_them(stand: Any) -> None:
+    job = await stand.create(num_inference_steps=3)
+    await stand.finish(job["id"], steps=3)
+    answer = await stand.client.get(f"/v1/jobs/{job['id']}/events")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    events = parsed(answer.text)
+    states = [(name, data["state"], data["step"]) for _, name, data in events]
+    assert states[:2] == [("state", "queued", 0), ("state", "running", 0)]
+    assert states[2:-1] == [("step", "running", step) for step in (1, 2, 3)]
+    assert states[-1] == ("state", "succeeded", 3)
+    for index, (event_id, _, _) in enumerate(events):
+        rest = await stand.client.get(f"/v1/jobs/{job['id']}/events", headers={"last-event-id": event_id})
+        assert parsed(rest.text) == events[index + 1 :]
+
+
+@pytest.mark.parametrize("given_id", ["x", "1", "1-", "-1-1", "1-1 ", "9" * 20 + "-0", "$", "+"])
+async def test_a_last_event_id_that_is_none_of_ours(stand: Any, given_id: str, refused: Any) -> None:
+    job = await stand.create()
+    answer = await stand.client.get(f"/v1/jobs/{job['id']}/events", headers={"last-event-id": given_id})
+    refused(answer, 422, "last-event-id")
+
+
+class Follower:
+    """A client of an open stream, at ASGI's level: httpx's transport shows an answer only when it has ended."""
+
+    def __init__(self, app: Any, path: str) -> None:
+        self.left = asyncio.Event()
+        self.chunks: asyncio.Queue[bytes] = asyncio.Queue()
+        asgi = {"version": "3.0", "spec_version": "2.3"}
+        scope = {"type": "http", "asgi": asgi, "http_version": "1.1", "method": "GET", "path": path, "headers": []}
+        scope |= {"query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80)}
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.body":
+            self.chunks.put_nowait(message["body"])
+
+    async def until(self, wanted: Callable[[str], bool]) -> str:
+        """What arrives, up to the first chunk that is wanted."""
+        async with asyncio.timeout(10):
+            seen = ""
+            while not wanted(seen):
+                seen += (await self.chunks.get()).decode()
+            return seen
+
+
+async def test_events_arrive_as_they_happen_and_the_stream_ends_with_the_job(stand: Any) -> None:
+    job = await stand.create()
+    follower = Follower(stand.app, f"/v1/jobs/{job['id']}/events")
+    await follower.until(lambda seen: '"queued"' in seen)
+    claim = await stand.jobs.claim("test", ["shapes"])
+    assert claim is not None
+    await follower.until(lambda seen: '"running"' in seen)
+    await stand.jobs.renew(claim, 1)
+    await follower.until(lambda seen: "event: step" in seen)
+    await stand.jobs.cancel(job["id"])
+    await stand.jobs.cancelled(claim)
+    await follower.until(lambda seen: '"cancelled"' in seen)
+    async with asyncio.timeout(10):
+        await follower.task
+
+
+async def test_a_silent_stream_has_a_heartbeat(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fastapi.routing._PING_INTERVAL == 15
+    monkeypatch.setattr(fastapi.routing, "_PING_INTERVAL", 0.01)
+    job = await stand.create()
+    follower = Follower(stand.app, f"/v1/jobs/{job['id']}/events")
+    await follower.until(lambda seen: seen.count(": ping\n\n") >= 2)
+    follower.left.set()
+    await follower.task
+
+
+async def test_a_client_that_goes_away_leaves_nothing_running(stand: Any, redis_url: str) -> None:
+    jobs = [(await stand.create())["id"] for _ in range(20)]
+    async with stand.jobs.changes(jobs[0]):
+        before = asyncio.all_tasks()  # among them the process's one subscription, which stays
+    followers = [Follower(stand.app, f"/v1/jobs/{job}/events") for job in jobs for _ in range(2)]
+    for follower in followers:
+        await follower.until(lambda seen: '"queued"' in seen)
+    async with asyncio.timeout(10), redis.asyncio.Redis.from_url(redis_url) as client:
+        assert len(await client.pubsub_channels("tandem:events:*")) == len(jobs)
+        for follower in followers:
+            follower.left.set()
+        await asyncio.gather(*(follower.task for follower in followers))
+        while await client.pubsub_channels("tandem:events:*") or asyncio.all_tasks() - before:
+            pass
+    assert await stand.jobs.queue_depth() == len(jobs)
+
+
+async def test_a_stream_whose_redis_goes_away_ends_with_an_error(
+    jobs_redis: EmbeddedRedis, tmp_path: Path, stand_on: Any
+) -> None:
+    async with stand_on(jobs_redis.url, tmp_path) as stand:
+        job = await stand.create()
+        follower = Follower(stand.app, f"/v1/jobs/{job['id']}/events")
+        await follower.until(lambda seen: '"queued"' in seen)
+        jobs_redis.stop()
+        seen = await follower.until(lambda seen: "event: error" in seen)
+        assert parsed(seen)[-1][2]["error"]["param"] == "jobs.redis_url"
+        await follower.task

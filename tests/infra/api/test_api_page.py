@@ -1,0 +1,73 @@
+"""The OpenAPI page and schema, and the links that answers carry."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_the_page_needs_nothing_from_the_internet(stand: Any) -> None:
+    home = await stand.client.get("/")
+    assert (home.status_code, home.headers["location"]) == (307, "/docs")
+    page = await stand.client.get("/docs")
+    assert page.status_code == 200
+    assert "//" not in re.sub(r"<!--.*?-->|^\s*//.*$", "", page.text, flags=re.M)
+    assert re.search(r'"?validatorUrl"?: null', page.text)
+    assets = re.findall(r"""(?:src|href)="([^"]+)"|url: '([^']+)'""", page.text)
+    assert len(assets) >= 4
+    for asset in assets:
+        answer = await stand.client.get("".join(asset))
+        assert answer.status_code == 200
+        assert answer.content
+
+
+async def test_the_schema_describes_every_route(stand: Any) -> None:
+    schema = (await stand.client.get("/openapi.json")).json()
+    routes = {f"{method.upper()} {path}" for path, methods in schema["paths"].items() for method in methods}
+    assert routes == {
+        "POST /v1/jobs",
+        "GET /v1/jobs/{id}",
+        "DELETE /v1/jobs/{id}",
+        "GET /v1/jobs/{id}/events",
+        "GET /v1/images/{id}/{index}",
+        "GET /v1/models",
+        "GET /healthz",
+        "GET /readyz",
+    }
+    operations = [each for methods in schema["paths"].values() for each in methods.values()]
+    assert len({each["operationId"] for each in operations}) == len(operations)
+    for operation in operations:
+        assert operation["description"].endswith(".")
+        for status, response in operation["responses"].items():
+            assert status in ("304", "307") or all(
+                content.get("schema") or content.get("itemSchema") for content in response["content"].values()
+            )
+            if status[0] in "45d" and operation["operationId"] != "readyz":
+                assert set(response["content"]) == {"application/json"}
+
+
+async def test_the_schema_is_whole_and_has_only_our_shapes(stand: Any) -> None:
+    schema = (await stand.client.get("/openapi.json")).json()
+    known = schema["components"]["schemas"]
+    assert set(re.findall(r"#/components/schemas/(\w+)", json.dumps(schema))) <= set(known)
+    assert "HTTPValidationError" not in known
+    assert known["JobOrder"]["additionalProperties"] is False
+    assert known["JobOrder"]["required"] == ["prompt"]
+    assert all("description" in field for field in known["JobOrder"]["properties"].values())
+    job = ("id", "state", "position", "step", "steps", "timings", "cache", "truncated", "images", "request", "error")
+    assert set(job) <= set(known["JobView"]["properties"])
+    assert set(known["CacheReport"]["properties"]) == {"memory", "redis", "encoded"}
+
+
+async def test_under_a_mount_links_lead_through_it(stand: Any) -> None:
+    stand.app.root_path = "/tandem"
+    answer = await stand.client.post("/v1/jobs", json={"prompt": "a red circle"})
+    assert answer.headers["location"] == f"/tandem/v1/jobs/{answer.json()['id']}"
+    await stand.finish(answer.json()["id"])
+    job = (await stand.client.get(f"/v1/jobs/{answer.json()['id']}")).json()
+    assert job["images"][0]["url"].startswith("/tandem/v1/images/")
+    assert (await stand.client.get("/")).headers["location"] == "/tandem/docs"
+    assert "/tandem/openapi.json" in (await stand.client.get("/docs")).text

@@ -1,0 +1,278 @@
+"""The embedding cache on a real Redis: shared, checked, and never in the way."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from serve.domain import EncodeUnit, Tier
+from serve.embedded import EmbeddedRedis
+from serve.encoders.cache import EmbeddingCache, Fetched
+from serve.encoders.redis_tier import MAGIC, PREFIX, seal, unseal
+from serve.settings import CacheSettings
+from serve.telemetry.metrics import InProcessMetrics
+
+UNITS = [EncodeUnit("encoder", (number,)) for number in range(5)]
+UNIT = UNITS[0]
+
+
+class Node:
+    """One process's cache, and an encoder of its own whose results can be told from another's."""
+
+    def __init__(self, url: str | None, mark: bytes = b"", **options: object) -> None:
+        self.mark = mark
+        self.metrics = InProcessMetrics()
+        self.encoded: list[EncodeUnit] = []
+        write_through = bool(options.pop("write_through", True))
+        secret = SecretStr(url) if url else None
+        self.cache = EmbeddingCache(
+            CacheSettings(redis_url=secret, **options), self.encode, self.metrics, write_through=write_through
+        )
+
+    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        self.encoded += units
+        return [Fetched(unit.key.encode() + self.mark, Tier.ENCODED) for unit in units]
+
+    async def get(self, unit: EncodeUnit = UNIT) -> Fetched:
+        return (await self.cache.get_many([unit]))[unit.key]
+
+    def errors(self, kind: str) -> float:
+        return self.metrics.value("tandem_cache_errors_total", kind=kind)
+
+
+def stored(url: str, unit: EncodeUnit = UNIT) -> bytes | None:
+    with redis.Redis.from_url(url) as client:
+        return client.get(PREFIX + unit.key)
+
+
+def test_what_one_encoded_another_reads_bit_for_bit(redis_url: str) -> None:
+    async def main() -> None:
+        writer, reader = Node(redis_url, b"w"), Node(redis_url, b"r")
+        first = await writer.get()
+        second = await reader.get()
+        assert (first.tier, second.tier) == (Tier.ENCODED, Tier.REDIS)
+        assert first.value == second.value
+        assert (await reader.get()).tier is Tier.MEMORY
+        assert reader.encoded == []
+        sealed = stored(redis_url)
+        assert sealed is not None
+        assert sealed.startswith(MAGIC)
+        assert unseal(UNIT.key, sealed) == first.value
+        with redis.Redis.from_url(redis_url) as client:
+            assert 0 < client.ttl(PREFIX + UNIT.key) <= CacheSettings().ttl_s
+        await asyncio.gather(writer.cache.close(), reader.cache.close())
+
+    asyncio.run(main())
+
+
+def test_only_a_write_through_cache_writes(redis_url: str) -> None:
+    async def main() -> None:
+        reader = Node(redis_url, write_through=False)
+        assert (await reader.get()).tier is Tier.ENCODED
+        assert stored(redis_url) is None
+        await reader.cache.close()
+
+    asyncio.run(main())
+
+
+def test_two_encoders_at_once_use_the_same_bits(redis_url: str) -> None:
+    """Both miss, both encode; the first to store wins, and the other uses what the first stored."""
+
+    async def main() -> None:
+        both_miss = asyncio.Barrier(2)
+
+        class Slow(Node):
+            async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+                await both_miss.wait()
+                return await super().encode(units)
+
+        nodes = [Slow(redis_url, b"1"), Slow(redis_url, b"2")]
+        values = await asyncio.gather(*(node.get() for node in nodes))
+        assert values[0].value == values[1].value == unseal(UNIT.key, stored(redis_url) or b"")
+        assert {got.tier for got in values} == {Tier.ENCODED}
+        assert all([(await node.get()).value == values[0].value for node in nodes])
+        for node in nodes:
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+SPOILED = {
+    "flipped bit": seal(UNIT.key, b"value")[:-1] + bytes([seal(UNIT.key, b"value")[-1] ^ 1]),
+    "another unit's": seal(UNITS[1].key, b"value"),
+    "cut": seal(UNIT.key, b"value")[:-1],
+    "empty": b"",
+    "foreign": b"hello",
+    "only magic": MAGIC,
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_corrupt_value_is_a_miss_and_is_replaced(redis_url: str, kind: str) -> None:
+    async def main() -> None:
+        with redis.Redis.from_url(redis_url) as client:
+            client.set(PREFIX + UNIT.key, SPOILED[kind])
+        node = Node(redis_url)
+        got = await node.get()
+        assert got == Fetched(UNIT.key.encode(), Tier.ENCODED)
+        assert node.errors("corrupt") >= 1
+        assert (await Node(redis_url).get()).tier is Tier.REDIS
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_something_that_is_no_string_is_a_miss_and_is_replaced(redis_url: str) -> None:
+    async def main() -> None:
+        with redis.Redis.from_url(redis_url) as client:
+            client.rpush(PREFIX + UNIT.key, "a", "list")
+        node = Node(redis_url)
+        assert (await node.get()).tier is Tier.ENCODED
+        assert (await Node(redis_url).get()).tier is Tier.REDIS
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+@given(st.binary(max_size=64), st.data())
+def test_no_damage_passes_the_seal(value: bytes, data: st.DataObject) -> None:
+    sealed = bytearray(seal(UNIT.key, value))
+    assert unseal(UNIT.key, bytes(sealed)) == value
+    bit = data.draw(st.integers(0, len(sealed) * 8 - 1))
+    sealed[bit // 8] ^= 1 << bit % 8
+    assert unseal(UNIT.key, bytes(sealed)) is None
+
+
+def test_a_value_over_the_limit_stays_out(redis_url: str) -> None:
+    async def main() -> None:
+        big, small = Node(redis_url, bytes(2000), max_value_bytes=1024), Node(redis_url, max_value_bytes=1024)
+        assert (await big.get()).tier is Tier.ENCODED
+        assert stored(redis_url) is None
+        assert (await small.get()).tier is Tier.ENCODED
+        assert stored(redis_url) is not None
+        await asyncio.gather(big.cache.close(), small.cache.close())
+
+    asyncio.run(main())
+
+
+def test_a_redis_that_is_down_costs_no_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        with EmbeddedRedis(tmp_path, "cache") as server:
+            node = Node(server.url, memory_bytes=0)
+            assert (await node.get()).tier is Tier.ENCODED
+            assert (await node.get()).tier is Tier.REDIS
+            server.kill()
+            for unit in UNITS:
+                assert (await node.get(unit)).tier is Tier.ENCODED
+            assert node.errors("down") == 1  # then it is left alone
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def silent_url() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"redis://127.0.0.1:{server.getsockname()[1]}/0"
+
+
+def test_a_redis_that_hangs_costs_its_timeout_once(silent_url: str) -> None:
+    async def main() -> None:
+        node = Node(silent_url, memory_bytes=0, timeout_s=0.2)
+        started = time.monotonic()
+        for unit in UNITS:
+            assert (await node.get(unit)).tier is Tier.ENCODED
+        assert 0.15 < time.monotonic() - started < 1.0
+        assert node.errors("timeout") == 1
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_redis_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.encoders.redis_tier.PAUSE_S", 0.0)
+
+    async def main() -> None:
+        with EmbeddedRedis(tmp_path, "cache") as server:
+            node = Node(server.url, memory_bytes=0)
+            await node.get()
+            server.kill()
+            assert (await node.get()).tier is Tier.ENCODED
+            server.start()
+            assert (await node.get()).tier is Tier.ENCODED
+            assert (await node.get()).tier is Tier.REDIS
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_full_redis_still_serves_what_it_has(redis_url: str) -> None:
+    """Writes are refused, reads go on at once: a refusal is not an outage."""
+
+    async def main() -> None:
+        node = Node(redis_url, memory_bytes=0)
+        await node.get(UNITS[1])
+        with redis.Redis.from_url(redis_url) as client:
+            policy = client.config_get("maxmemory-policy")
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", 1)
+            try:
+                assert (await node.get(UNITS[2])).tier is Tier.ENCODED
+                assert node.errors("down") == 1
+                assert (await node.get(UNITS[1])).tier is Tier.REDIS
+            finally:
+                client.config_set("maxmemory", 0)
+                client.config_set("maxmemory-policy", policy["maxmemory-policy"])
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.lists(st.sampled_from(UNITS), min_size=1, max_size=4),
+            st.sampled_from(["nothing", "nothing", "drop", "spoil"]),
+        ),
+        max_size=12,
+    )
+)
+def test_any_order_of_calls_gives_one_value_per_unit(
+    redis_url: str, calls: list[tuple[int, list[EncodeUnit], str]]
+) -> None:
+    """Three processes, one Redis, entries that vanish or rot: each process always sees a true value of the unit."""
+
+    async def main() -> None:
+        with redis.Redis.from_url(redis_url) as client:
+            client.flushall()
+            nodes = [Node(redis_url, mark, memory_bytes=size) for mark, size in ((b"0", 0), (b"1", 700), (b"2", 9999))]
+            true: dict[str, set[bytes]] = {}
+            for index, wanted, mishap in calls:
+                if mishap == "drop":
+                    client.delete(PREFIX + wanted[0].key)
+                elif mishap == "spoil":
+                    client.set(PREFIX + wanted[0].key, b"rot")
+                got = await nodes[index].cache.get_many(wanted)
+                assert set(got) == {unit.key for unit in wanted}
+                for key, each in got.items():
+                    if each.tier is Tier.ENCODED:
+                        true.setdefault(key, set()).add(each.value)
+                    assert each.value in true[key]
+                    held = client.get(PREFIX + key)
+                    if each.tier is not Tier.MEMORY:
+                        assert unseal(key, held) == each.value
+            for node in nodes:
+                node.cache.check_integrity()
+                await node.cache.close()
+
+    asyncio.run(main())

@@ -1,0 +1,288 @@
+"""A random history of submissions, claims, crashes, late workers, cancels and sweeps, against a model of the contract.
+
+The clock does not run here: a lease lapses and a job's time runs out when a rule moves the deadline into the past.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from pydantic import SecretStr
+from support.job_model import MAX_ATTEMPTS, Expected
+from support.jobs import BROKEN
+
+from serve.domain import ImageRef, ImageRequest, JobState, Tier, Timings
+from serve.embedded import EmbeddedRedis
+from serve.errors import LeaseLost, QueueFull
+from serve.jobs.events import follow
+from serve.jobs.store import Claim, JobStore
+from serve.settings import JobSettings
+from serve.telemetry.metrics import InProcessMetrics
+
+MAX_QUEUED, STEPS = 3, 3
+MODELS = ("shapes", "other")
+T = TypeVar("T")
+
+
+class JobMachine(RuleBasedStateMachine):
+    jobs = Bundle("jobs")
+    claims = Bundle("claims")
+
+    def __init__(self, server: EmbeddedRedis) -> None:
+        super().__init__()
+        self.server = server
+        self.raw = redis.Redis.from_url(server.url)
+        self.raw.flushall()
+        self.runner = asyncio.Runner()
+        self.metrics = InProcessMetrics()
+        tree = JobSettings(
+            redis_url=SecretStr(server.url), max_queued=MAX_QUEUED, max_attempts=MAX_ATTEMPTS, lease_s=600
+        )
+        # Two processes: whatever one did, the other must see.
+        self.stores = [JobStore(tree, self.metrics) for _ in range(2)]
+        self.expected: dict[str, Expected] = {}
+        self.submitted = 0
+
+    def teardown(self) -> None:
+        for store in self.stores:
+            self.runner.run(store.close())
+        self.runner.close()
+        self.raw.close()
+
+    @property
+    def store(self) -> JobStore:
+        self.stores.reverse()
+        return self.stores[0]
+
+    def run(self, awaitable: Awaitable[T]) -> T:
+        async def wait() -> T:
+            return await awaitable
+
+        return self.runner.run(wait())
+
+    def queue(self) -> list[str]:
+        queued = (job_id for job_id, job in self.expected.items() if job.state is JobState.QUEUED)
+        return sorted(queued, key=lambda job_id: self.expected[job_id].place)
+
+    # What clients do.
+
+    @rule(target=jobs, model=st.sampled_from(MODELS), ahead=st.booleans())
+    def submit(self, model: str, ahead: bool) -> Any:
+        self.submitted += 1
+        job_id = f"job{self.submitted}"
+        request = ImageRequest(
+            model=model, prompt=job_id, width=8, height=8, num_inference_steps=STEPS, guidance_scale=1.0, seed=1
+        )
+        if len(self.queue()) >= MAX_QUEUED:
+            with pytest.raises(QueueFull):
+                self.run(self.store.submit(job_id, request))
+            return multiple()
+        self.run(self.store.submit(job_id, request))
+        self.expected[job_id] = Expected(request, self.submitted)
+        if ahead:
+            self.run(self.store.note_ahead(job_id, {"unit": Tier.ENCODED}))
+        return job_id
+
+    @rule(job_id=jobs)
+    def submit_again(self, job_id: str) -> None:
+        assert self.run(self.store.submit(job_id, self.expected[job_id].request)) == self.run(self.store.get(job_id))
+
+    @rule(job_id=jobs)
+    def cancel(self, job_id: str) -> None:
+        self.run(self.store.cancel(job_id))
+        job = self.expected[job_id]
+        if job.state is JobState.QUEUED:
+            job.become(JobState.CANCELLED)
+        job.cancel = True
+
+    # What workers do. They keep every claim they ever had and use it however late.
+
+    @rule(target=claims, models=st.sampled_from([MODELS, MODELS[:1], MODELS[1:]]))
+    def claim(self, models: tuple[str, ...]) -> Any:
+        claim = self.run(self.store.claim("worker", models))
+        fit = [self.expected[job_id] for job_id in self.queue()]
+        fit = [job for job in fit if job.request.model in models and not job.overdue]
+        if not fit:
+            assert claim is None
+            return multiple()
+        job = fit[0]
+        job.attempt += 1
+        job.fence += 1
+        job.become(JobState.RUNNING)
+        assert claim == Claim(job_id=job.request.prompt, attempt=job.attempt, fence=job.fence, request=job.request)
+        return claim
+
+    def holds(self, claim: Claim) -> bool:
+        job = self.expected[claim.job_id]
+        return job.state is JobState.RUNNING and job.fence == claim.fence
+
+    @rule(claim=claims, step=st.integers(0, STEPS))
+    def renew(self, claim: Claim, step: int) -> None:
+        job = self.expected[claim.job_id]
+        if not self.holds(claim):
+            with pytest.raises(LeaseLost):
+                self.run(self.store.renew(claim, step))
+            return
+        assert self.run(self.store.renew(claim, step)) is not job.cancel
+        job.lapsed = False
+        if step > job.step:
+            job.step = step
+            job.history.append((JobState.RUNNING, step))
+
+    def settle(self, claim: Claim, outcome: str, write: Awaitable[None], effect: Callable[[], None]) -> None:
+        job = self.expected[claim.job_id]
+        if self.holds(claim):
+            self.run(write)
+            job.settled = (claim.fence, outcome)
+            effect()
+        elif job.settled == (claim.fence, outcome):
+            self.run(write)  # the answer to the first call was lost
+        else:
+            with pytest.raises(LeaseLost):
+                self.run(write)
+
+    @rule(claim=claims)
+    def succeed(self, claim: Claim) -> None:
+        job = self.expected[claim.job_id]
+        image = ImageRef(index=0, key="k", seed=1, width=8, height=8, content_type="image/png", bytes=claim.fence)
+
+        def effect() -> None:
+            job.step = STEPS
+            job.become(JobState.SUCCEEDED)
+
+        write = self.store.succeed(claim, images=[image], cache={"unit": Tier.MEMORY}, timings=Timings())
+        self.settle(claim, "succeed", write, effect)
+
+    @rule(claim=claims, retry=st.booleans())
+    def fail(self, claim: Claim, retry: bool) -> None:
+        job = self.expected[claim.job_id]
+        effect = job.retry if retry else lambda: job.become(JobState.FAILED)
+        self.settle(claim, "retry" if retry else "fail", self.store.fail(claim, BROKEN, retry=retry), effect)
+
+    @rule(claim=claims)
+    def stop_as_cancelled(self, claim: Claim) -> None:
+        job = self.expected[claim.job_id]
+        self.settle(claim, "cancelled", self.store.cancelled(claim), lambda: job.become(JobState.CANCELLED))
+
+    @rule(claim=claims)
+    def release(self, claim: Claim) -> None:
+        job = self.expected[claim.job_id]
+
+        def effect() -> None:
+            job.attempt -= 1
+            job.retry()
+
+        self.settle(claim, "release", self.store.release(claim), effect)
+
+    # What time does.
+
+    @rule(job_id=jobs)
+    def lose_the_worker(self, job_id: str) -> None:
+        if self.expected[job_id].state is JobState.RUNNING:
+            self.expected[job_id].lapsed = True
+            assert self.raw.zadd("tandem:leases", {job_id: 1}, xx=True, ch=True) in (0, 1)
+
+    @rule(job_id=jobs)
+    def run_out_of_time(self, job_id: str) -> None:
+        if not self.expected[job_id].state.terminal:
+            self.expected[job_id].overdue = True
+            assert self.raw.zadd("tandem:deadlines", {job_id: 1}, xx=True, ch=True) in (0, 1)
+
+    @rule()
+    def sweep(self) -> None:
+        reaped = 0
+        for job in self.expected.values():
+            if job.overdue and not job.state.terminal:
+                job.become(JobState.EXPIRED)
+                reaped += 1
+            elif job.lapsed:
+                job.retry()
+                reaped += 1
+        assert self.run(self.store.reap()) == reaped
+
+    @rule(target=claims, claim=claims)
+    def take_over(self, claim: Claim) -> Any:
+        """Where fencing matters most: one job, two workers that believe they hold it."""
+        self.lose_the_worker(claim.job_id)
+        self.sweep()
+        return self.claim(MODELS)
+
+    # What must hold at every moment.
+
+    @invariant()
+    def every_record_is_sound(self) -> None:
+        self.run(self.store.check_integrity())
+
+    @invariant()
+    def every_job_is_what_the_contract_says(self) -> None:
+        queue = self.queue()
+        assert self.run(self.store.queue_depth()) == len(queue)
+        for job_id, job in self.expected.items():
+            real = self.run(self.store.get(job_id))
+            position = queue.index(job_id) + 1 if job_id in queue else None
+            assert (real.state, real.attempt, real.step, real.position, real.request) == (
+                (job.state, job.attempt, job.step, position, job.request)
+            )
+            if job.state.terminal:
+                job.frozen = job.frozen or real
+                assert real == job.frozen
+
+    @invariant()
+    def every_end_was_told_once(self) -> None:
+        for state in JobState:
+            if state.terminal:
+                ended = sum(job.state is state for job in self.expected.values())
+                assert self.metrics.value("tandem_jobs_total", state=state) == ended
+
+    @rule(job_id=jobs)
+    def every_event_was_told_once_in_order(self, job_id: str) -> None:
+        async def told() -> list[tuple[JobState, int]]:
+            events, _ = await self.store.events_after(job_id, None)
+            if self.expected[job_id].state.terminal:
+                assert [event async for event in follow(self.store, job_id)] == events
+            return [(event.state, event.step) for event in events]
+
+        assert self.run(told()) == self.expected[job_id].history
+
+
+class DurableMachine(JobMachine):
+    """The same on a Redis that dies in between."""
+
+    @precondition(lambda self: self.expected)
+    @rule()
+    def kill_and_restart_redis(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+
+def test_any_history_keeps_the_contract(redis_server: EmbeddedRedis) -> None:
+    run_state_machine_as_test(
+        lambda: JobMachine(redis_server),
+        settings=settings(
+            max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_any_history_keeps_the_contract_while_redis_dies(jobs_redis: EmbeddedRedis) -> None:
+    run_state_machine_as_test(
+        lambda: DurableMachine(jobs_redis),
+        settings=settings(
+            max_examples=6, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

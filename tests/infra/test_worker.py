@@ -1,0 +1,187 @@
+"""One replica's worker with a real Redis, the shipped model and a folder; only the encoder pool's carrier is missing."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from serve.diffusion.engine import Engine
+from serve.diffusion.runner import Runner, open_runner
+from serve.diffusion.scheduler import StepScheduler
+from serve.domain import EncodeUnit, ImageRequest, Job, JobState
+from serve.encoders.cache import EmbeddingCache, Fetched
+from serve.encoders.forward import TextTower
+from serve.encoders.pool import EncoderPool
+from serve.encoders.unit import fingerprint
+from serve.errors import BackendUnavailable
+from serve.jobs.events import follow
+from serve.jobs.store import JobStore
+from serve.models import ModelFolder, resolve
+from serve.prompts.plan import Planner
+from serve.prompts.tokenizers import PromptTokenizer
+from serve.results.png import read_parameters
+from serve.results.store import open_store
+from serve.settings import DiffusionSettings, JobSettings, ModelSettings, ResultSettings, Settings
+from serve.telemetry.metrics import InProcessMetrics
+from serve.worker import Worker
+
+pytestmark = pytest.mark.anyio
+
+LONG = 150
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelFolder:
+    return resolve(ModelSettings(), Path())
+
+
+@pytest.fixture(scope="module")
+def runner(model: ModelFolder) -> Runner:
+    return open_runner(model, DiffusionSettings(device="cpu", torch_threads=1))
+
+
+@pytest.fixture(scope="module")
+def tower(model: ModelFolder) -> TextTower:
+    return TextTower.load(model.path, "cpu", "float32")
+
+
+class House:
+    """A job store, a folder, and workers that share them."""
+
+    def __init__(self, url: str, folder: Path, model: ModelFolder, runner: Runner, tower: TextTower) -> None:
+        self.settings = JobSettings(redis_url=SecretStr(url), lease_s=0.6)
+        self.metrics = InProcessMetrics()
+        self.jobs = JobStore(self.settings, self.metrics)
+        self.folder = folder
+        self.model = model
+        self.runner = runner
+        self.pool = EncoderPool(tower, Settings(), self.metrics)
+        self.encoder_away = False
+
+    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        if self.encoder_away:
+            raise BackendUnavailable("the encoder pool does not answer")
+        return await self.pool.encode(units)
+
+    @asynccontextmanager
+    async def worker(self, name: str = "worker") -> AsyncIterator[Worker]:
+        worker = Worker(
+            name=name,
+            model=self.model.name,
+            max_rows=4,
+            settings=self.settings,
+            jobs=self.jobs,
+            planner=Planner(PromptTokenizer(self.model.path), fingerprint(self.model.path, "float32")),
+            embeddings=EmbeddingCache(Settings().cache, self.encode, self.metrics),
+            engine=Engine(self.runner, StepScheduler(4), self.metrics),
+            results=open_store(ResultSettings(), self.folder),
+        )
+        try:
+            yield worker
+        finally:
+            await worker.drain()
+
+    async def submit(self, job_id: str, **parameters: object) -> None:
+        values = {"width": 128, "height": 128, "num_inference_steps": 3, "guidance_scale": 5.0, "seed": 1} | parameters
+        request = ImageRequest(model=self.model.name, prompt="a red circle", **values)  # type: ignore[arg-type]
+        await self.jobs.submit(job_id, request)
+
+    async def ended(self, job_id: str) -> Job:
+        async for _ in follow(self.jobs, job_id):
+            pass
+        return await self.jobs.get(job_id)
+
+    async def reaches(self, job_id: str, condition: Callable[[Job], bool]) -> Job:
+        """The job once one of its events finds it so."""
+        async for _ in follow(self.jobs, job_id):
+            job = await self.jobs.get(job_id)
+            if condition(job):
+                return job
+        raise AssertionError("the job ended before")
+
+
+@pytest.fixture
+async def house(
+    redis_url: str, tmp_path: Path, model: ModelFolder, runner: Runner, tower: TextTower
+) -> AsyncIterator[House]:
+    house = House(redis_url, tmp_path, model, runner, tower)
+    yield house
+    await house.jobs.check_integrity()
+    await house.pool.close()
+    await house.jobs.close()
+
+
+async def test_a_job_becomes_images_with_their_parameters(house: House) -> None:
+    async with house.worker():
+        await house.submit("a", num_images=2)
+        job = await house.ended("a")
+    assert job.state is JobState.SUCCEEDED
+    assert job.cache is not None
+    assert job.cache.encoded == 2
+    assert [image.seed for image in job.images] == [1, 2]
+    data = (house.folder / "images" / job.images[1].key).read_bytes()
+    assert read_parameters(data)["seed"] == 2
+    assert job.timings.total_s is not None
+
+
+async def test_cancel_reaches_a_running_job(house: House) -> None:
+    async with house.worker():
+        await house.submit("a", num_inference_steps=LONG, num_images=4)
+        await house.reaches("a", lambda job: job.step > 0)
+        await house.jobs.cancel("a")
+        job = await house.ended("a")
+    assert job.state is JobState.CANCELLED
+    assert job.step < LONG
+    assert not (house.folder / "images" / "a").exists()
+
+
+async def test_a_job_waits_for_an_encoder_that_is_away(house: House) -> None:
+    house.encoder_away = True
+    async with house.worker():
+        await house.submit("a")
+        await house.reaches("a", lambda job: job.state is JobState.RUNNING)
+        house.encoder_away = False
+        job = await house.ended("a")
+    assert job.state is JobState.SUCCEEDED
+    assert job.attempt == 1
+
+
+async def test_a_job_waits_for_a_folder_that_can_not_be_written(house: House) -> None:
+    blocked = house.folder / "images"
+    blocked.write_text("a file where the folder should be")
+    async with house.worker():
+        await house.submit("a")
+        await house.reaches("a", lambda job: job.step == job.steps)
+        blocked.unlink()
+        job = await house.ended("a")
+    assert job.state is JobState.SUCCEEDED
+    assert job.attempt == 1
+
+
+async def test_drain_finishes_what_is_in_hand_and_claims_no_more(house: House) -> None:
+    async with house.worker() as worker:
+        await house.submit("held", num_inference_steps=20, num_images=4)
+        await house.reaches("held", lambda job: job.step > 0)
+        await house.submit("waiting")
+        await worker.drain()
+        assert (await house.jobs.get("held")).state is JobState.SUCCEEDED
+        assert (await house.jobs.get("waiting")).state is JobState.QUEUED
+    async with house.worker("next"):
+        assert (await house.ended("waiting")).state is JobState.SUCCEEDED
+
+
+async def test_many_jobs_all_end_well(house: House) -> None:
+    async with house.worker("one"):
+        for number in range(12):
+            await house.submit(str(number), num_inference_steps=2 + number % 5, seed=number)
+        jobs = await asyncio.gather(*(house.ended(str(number)) for number in range(12)))
+    assert {job.state for job in jobs} == {JobState.SUCCEEDED}
+    assert house.metrics.value("tandem_jobs_total", state="succeeded") == 12

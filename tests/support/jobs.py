@@ -1,0 +1,70 @@
+"""A job store for one test: its settings, its metrics, and a check of every record when the story is over."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from pydantic import SecretStr
+
+from serve.domain import ImageRef, ImageRequest, JobError, JobEvent, JobState, Tier, Timings, Truncation
+from serve.jobs.events import follow
+from serve.jobs.store import Claim, JobStore
+from serve.settings import JobSettings
+from serve.telemetry.metrics import InProcessMetrics
+
+MODEL = "shapes"
+BROKEN = JobError(code="generation_failed", message="it broke")
+CUT = Truncation(field="prompt", tokens=80, limit=75, text="the rest — 剩")
+IMAGE = ImageRef(index=0, key="a/0.png", seed=7, width=64, height=64, content_type="image/png", bytes=99)
+
+
+def a_request(prompt: str = "a red circle ☃ \x00", model: str = MODEL, steps: int = 4) -> ImageRequest:
+    return ImageRequest(
+        model=model, prompt=prompt, width=64, height=64, num_inference_steps=steps, guidance_scale=5.5, seed=2**32 - 1
+    )
+
+
+class Bench:
+    """A store with its metrics."""
+
+    def __init__(self, url: str, **settings: Any) -> None:
+        self.metrics = InProcessMetrics()
+        self.store = JobStore(JobSettings(redis_url=SecretStr(url), **settings), self.metrics)
+
+    async def claimed(self, job_id: str = "a", **request: Any) -> Claim:
+        await self.store.submit(job_id, a_request(**request))
+        claim = await self.store.claim("worker", [MODEL])
+        assert claim is not None
+        return claim
+
+    async def succeed(self, claim: Claim) -> None:
+        await self.store.succeed(claim, images=[IMAGE], cache={"u": Tier.REDIS}, timings=Timings(denoise_s=0.5))
+
+
+def on(url: str, story: Callable[[Bench], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    """Run the story, then check every record."""
+
+    async def run() -> None:
+        bench = Bench(url, **settings)
+        try:
+            await story(bench)
+            await bench.store.check_integrity()
+        finally:
+            await bench.store.close()
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not await condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+
+
+def states(events: list[JobEvent]) -> list[tuple[JobState, int]]:
+    return [(event.state, event.step) for event in events]
+
+
+async def history(store: JobStore, job_id: str, after: str | None = None) -> list[JobEvent]:
+    return [event async for event in follow(store, job_id, after)]

@@ -1,0 +1,171 @@
+"""The table of statuses, the shape of every error, and the middleware, on an app whose only routes fail on purpose."""
+
+import asyncio
+import inspect
+import pickle
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from serve import errors
+from serve.api.errors import STATUS, install
+from serve.api.middleware import BodyLimit, RequestIds
+
+TREE = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, errors.TandemError)]
+EXPECTED = {
+    errors.TandemError: 500,
+    errors.ClientError: 400,
+    errors.InvalidRequest: 422,
+    errors.PayloadTooLarge: 413,
+    errors.ModelNotFound: 404,
+    errors.JobNotFound: 404,
+    errors.Unavailable: 503,
+    errors.QueueFull: 503,
+    errors.BackendUnavailable: 503,
+    errors.GenerationFailed: 500,
+    errors.OutOfMemory: 500,
+    errors.LeaseLost: 500,
+    errors.OperatorError: 500,
+}
+LIMIT = 1000
+
+
+def failing_app(error: Exception | None = None) -> FastAPI:
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    install(app)
+    app.add_middleware(BodyLimit, max_bytes=LIMIT)
+    app.add_middleware(RequestIds)
+
+    @app.get("/fail")
+    async def fail() -> None:
+        assert error is not None
+        raise error
+
+    @app.get("/fail-late")
+    async def fail_late() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"begun"
+            raise RuntimeError("secret")
+
+        return StreamingResponse(body())
+
+    @app.post("/echo")
+    async def echo(request: Request) -> int:
+        return len(await request.body())
+
+    return app
+
+
+async def call(app: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        return await client.request(method, path, **kwargs)
+
+
+def ask(app: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    return asyncio.run(call(app, method, path, **kwargs))
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.headers["x-request-id"]
+    assert set(answer.json()) == {"error"}
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_the_expectations_cover_the_tree_and_the_table_has_only_its_classes() -> None:
+    assert set(EXPECTED) == set(TREE)
+    assert set(STATUS) <= set(TREE)
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_each_class_has_its_status_and_shape(kind: type[errors.TandemError]) -> None:
+    answer = ask(failing_app(kind("the reason", "the.field")), "GET", "/fail")
+    error = error_of(answer)
+    assert answer.status_code == EXPECTED[kind]
+    if kind in (errors.TandemError, errors.LeaseLost, errors.OperatorError):
+        assert "the reason" not in answer.text
+        assert (error["type"], error["param"], error["code"]) == ("server_error", None, "internal_error")
+    else:
+        assert (error["message"], error["param"], error["code"]) == ("the reason", "the.field", kind.code)
+
+
+def test_a_pickled_error_answers_the_same() -> None:
+    sent = errors.QueueFull("the queue is full", "jobs.max_queued", 2.2)
+    answer = ask(failing_app(pickle.loads(pickle.dumps(sent))), "GET", "/fail")
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "3"
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_backend_that_is_away_may_be_retried() -> None:
+    answer = ask(failing_app(errors.BackendUnavailable("away")), "GET", "/fail")
+    assert answer.headers["retry-after"] == "1"
+    assert "x-should-retry" not in answer.headers
+    assert error_of(answer)["type"] == "unavailable_error"
+
+
+def test_an_unexpected_exception_is_a_500_that_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    answer = ask(
+        failing_app(RuntimeError("redis://:password@host")), "GET", "/fail", headers={"x-request-id": "mine-1"}
+    )
+    assert answer.status_code == 500
+    assert "password" not in answer.text
+    assert error_of(answer)["code"] == "internal_error"
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert [record.request_id for record in caplog.records] == ["mine-1"]  # type: ignore[attr-defined]
+
+
+def test_an_answer_that_has_begun_is_cut() -> None:
+    with pytest.raises(RuntimeError, match="secret"):
+        ask(failing_app(), "GET", "/fail-late")
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "two words", "a\tb", "{}"])
+def test_a_request_id_that_is_not_decent_is_replaced(given: str) -> None:
+    answer = ask(failing_app(), "GET", "/nowhere", headers={"x-request-id": given})
+    assert answer.headers["x-request-id"] != given
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_unknown_routes_and_methods_have_the_shape() -> None:
+    missing = ask(failing_app(), "GET", "/nowhere")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "not_found")
+    wrong = ask(failing_app(), "DELETE", "/fail")
+    assert (wrong.status_code, error_of(wrong)["code"]) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "GET"
+
+
+def test_a_body_at_the_limit_passes_and_one_over_it_does_not() -> None:
+    assert ask(failing_app(), "POST", "/echo", content=b"x" * LIMIT).json() == LIMIT
+    for path in ("/echo", "/nowhere"):
+        answer = ask(failing_app(), "POST", path, content=b"x" * (LIMIT + 1))
+        assert (answer.status_code, error_of(answer)["param"]) == (413, "body")
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "1001"])
+def test_an_announced_length_is_refused_before_the_body_is_read(length: str) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("read")
+        yield b""
+
+    answer = ask(failing_app(), "POST", "/echo", content=body(), headers={"content-length": length})
+    assert answer.status_code == 413
+
+
+def test_a_chunked_body_is_read_only_up_to_the_limit() -> None:
+    sent = []
+
+    async def body() -> AsyncIterator[bytes]:
+        for chunk in range(1000):
+            sent.append(chunk)
+            yield b"x" * 100
+
+    answer = ask(failing_app(), "POST", "/echo", content=body())
+    assert "content-length" not in answer.request.headers
+    assert (answer.status_code, error_of(answer)["code"]) == (413, "payload_too_large")
+    assert len(sent) <= LIMIT / 100 + 2

@@ -1,0 +1,137 @@
+"""The order's types, as JSON that has gone through Python's parser, and the views of a job."""
+
+import dataclasses
+import json
+import unicodedata
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from serve.api.schemas import EventView, JobOrder, JobView, ModelView
+from serve.domain import CacheReport, ImageRef, ImageRequest, Job, JobError, JobEvent, JobState, Truncation
+from serve.service import ModelInfo, NewImage
+
+
+def parse(body: str) -> JobOrder:
+    return JobOrder.model_validate(json.loads(body))
+
+
+def test_an_order_has_the_fields_and_defaults_of_the_service() -> None:
+    expected = {each.name: each.default for each in dataclasses.fields(NewImage) if each.name != "prompt"}
+    ours = {name: field.default for name, field in JobOrder.model_fields.items() if name != "prompt"}
+    assert ours == expected
+    assert set(ModelView.model_fields) - {"object"} == {each.name for each in dataclasses.fields(ModelInfo)}
+
+
+def test_a_full_order_is_taken_as_it_stands() -> None:
+    order = {"prompt": "a\tb\n(c:1.2) 🐈", "negative_prompt": "d", "model": "shapes", "width": 64, "height": 64}
+    order |= {"num_inference_steps": 20, "guidance_scale": 7, "seed": 2**40, "num_images": 2}
+    assert parse(json.dumps(order)).model_dump() == order
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", "null"),
+        ("prompt", "1"),
+        ("prompt", '["a"]'),
+        ("prompt", r'"a\u0000b"'),
+        ("prompt", r'"a\ud800b"'),
+        ("prompt", r'"a\u001bb"'),
+        ("prompt", r'"a\u007fb"'),
+        ("prompt", r'"a\u009bb"'),
+        ("negative_prompt", r'"\u0000"'),
+        ("negative_prompt", r'"\udfff"'),
+        ("negative_prompt", "null"),
+        ("model", "true"),
+        ("model", r'"\u0007"'),
+        ("model", json.dumps("x" * 257)),
+        ("width", "true"),
+        ("width", '"64"'),
+        ("height", "64.0"),
+        ("height", "[]"),
+        ("num_inference_steps", "true"),
+        ("num_inference_steps", "1e3"),
+        ("guidance_scale", "NaN"),
+        ("guidance_scale", "Infinity"),
+        ("guidance_scale", "-Infinity"),
+        ("guidance_scale", "1e999"),
+        ("guidance_scale", "true"),
+        ("guidance_scale", '"7"'),
+        pytest.param("guidance_scale", "1" + "0" * 400, id="guidance_scale-huge"),
+        ("seed", "false"),
+        ("seed", "1.5"),
+        ("num_images", "null"),
+        ("num_images", "true"),
+        ("steps", "20"),
+        ("__class__", "{}"),
+    ],
+)
+def test_each_wrong_type_is_refused_by_name(field: str, value: str) -> None:
+    prompt = "" if field == "prompt" else '"prompt": "a", '
+    with pytest.raises(ValidationError) as caught:
+        parse(f'{{{prompt}"{field}": {value}}}')
+    assert [error["loc"] for error in caught.value.errors()] == [(field,)]
+
+
+@given(st.text(st.characters()))
+def test_any_text_is_taken_unchanged_or_refused(text: str) -> None:
+    refused = any(unicodedata.category(each) in ("Cc", "Cs") and each not in "\t\n\r" for each in text)
+    if refused:
+        with pytest.raises(ValidationError, match="prompt"):
+            JobOrder(prompt=text)
+    else:
+        assert JobOrder(prompt=text).prompt == text
+
+
+def job(**changes: Any) -> Job:
+    request = ImageRequest(
+        model="m", prompt="p", width=64, height=64, num_inference_steps=20, guidance_scale=5.0, seed=1
+    )
+    known: dict[str, Any] = {"id": "0" * 32, "state": JobState.QUEUED, "request": request, "attempt": 0}
+    return Job(**known | {"step": 0, "steps": 20, "created_at": 1.5} | changes)
+
+
+def test_a_queued_job() -> None:
+    view = json.loads(JobView.of(job(position=3), "").model_dump_json())
+    assert view["state"] == "queued"
+    assert view["position"] == 3
+    assert view["images"] == view["truncated"] == []
+    assert view["cache"] is view["error"] is view["started_at"] is None
+    assert set(view["timings"].values()) == {None}
+
+
+def test_a_finished_job_names_its_images_under_the_mount_and_hides_their_keys() -> None:
+    image = ImageRef(index=0, key="secret/key", seed=1, width=64, height=64, content_type="image/png", bytes=10)
+    cut = Truncation(field="prompt", tokens=90, limit=75, text="the rest")
+    finished = job(
+        state=JobState.SUCCEEDED, images=(image,), cache=CacheReport(redis=2), truncated=(cut,), finished_at=2.0
+    )
+    text = JobView.of(finished, "/root").model_dump_json()
+    view = json.loads(text)
+    assert "secret" not in text
+    assert view["images"][0]["url"] == f"/root/v1/images/{'0' * 32}/0"
+    assert view["cache"] == {"memory": 0, "redis": 2, "encoded": 0}
+    assert view["truncated"] == [{"field": "prompt", "tokens": 90, "limit": 75, "text": "the rest"}]
+
+
+def test_the_request_of_a_job_is_an_order_that_repeats_it() -> None:
+    view = json.loads(JobView.of(job(), "").model_dump_json())
+    again = parse(json.dumps(view["request"]))
+    assert again.model_dump() == dataclasses.asdict(job().request)
+
+
+def test_a_failed_job_says_why() -> None:
+    failed = job(state=JobState.FAILED, error=JobError(code="out_of_memory", message="too large"))
+    assert json.loads(JobView.of(failed, "").model_dump_json())["error"] == {
+        "code": "out_of_memory",
+        "message": "too large",
+    }
+
+
+def test_an_event() -> None:
+    event = JobEvent(id="1-0", state=JobState.RUNNING, step=3, steps=20)
+    assert json.loads(EventView.of(event).model_dump_json()) == {"state": "running", "step": 3, "steps": 20}

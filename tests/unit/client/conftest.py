@@ -1,0 +1,143 @@
+"""A server on loopback that speaks the native API from a script, and misbehaves on demand as a real one can't."""
+
+import asyncio
+import io
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+STEPS = 4
+JOB_ID = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@dataclass
+class Script:
+    """What the server does. `url` is where it listens.
+
+    A job's events are numbered from 1: `STEPS` steps, then the end. `cut` holds how many events each connection lets
+    through before it breaks (the last entry repeats); `hang` keeps a job running for ever.
+    """
+
+    url: str = ""
+    cut: list[int] = field(default_factory=lambda: [99])
+    streams: bool = True
+    hang: bool = False
+    end: str = "succeeded"
+    refusal: Response | None = None
+    pools: dict[str, Any] = field(default_factory=lambda: {"diffusion": {"ready": True, "detail": ""}})
+    orders: list[dict[str, Any]] = field(default_factory=list)
+    resumed_after: list[str | None] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    following: threading.Event = field(default_factory=threading.Event)
+    seen: int = 0
+
+    def job(self) -> dict[str, Any]:
+        ended = self.seen > STEPS
+        order = self.orders[-1]
+        return {
+            "id": JOB_ID,
+            "state": "cancelled" if self.cancelled.is_set() else self.end if ended else "running",
+            "step": min(self.seen, STEPS),
+            "steps": STEPS,
+            "position": None,
+            "request": order | {"model": "shapes", "seed": order.get("seed", 5)},
+            "timings": {"total_s": 1.5 if ended else None},
+            "cache": {"memory": 1, "redis": 0, "encoded": 1},
+            "truncated": [{"field": "prompt", "tokens": 80, "limit": 75, "text": " and more"}],
+            "images": [{"index": i} for i in range(order.get("num_images", 1))] if self.end == "succeeded" else [],
+            "error": None if self.end == "succeeded" else {"code": "out_of_memory", "message": "not enough memory"},
+        }
+
+    async def create(self, request: Request) -> Response:
+        if self.refusal is not None:
+            return self.refusal
+        self.orders.append(await request.json())
+        return JSONResponse(self.job(), 202)
+
+    async def get(self, request: Request) -> Response:
+        if self.refusal is not None:
+            return self.refusal
+        if not self.streams and not self.hang:
+            self.seen += 1
+        return JSONResponse(self.job())
+
+    async def cancel(self, request: Request) -> Response:
+        self.cancelled.set()
+        return JSONResponse(self.job())
+
+    async def events(self, request: Request) -> Response:
+        after = request.headers.get("last-event-id")
+        self.resumed_after.append(after)
+        if not self.streams or self.refusal is not None:
+            return self.refusal or JSONResponse({"detail": "a proxy that lets no stream pass"}, 502)
+        let_through = self.cut.pop(0) if len(self.cut) > 1 else self.cut[0]
+        return StreamingResponse(self._events(int(after or 0), let_through), media_type="text/event-stream")
+
+    async def _events(self, after: int, let_through: int) -> AsyncIterator[str]:
+        yield ": hello\n\n"
+        self.following.set()
+        for number in range(after + 1, STEPS + 2)[:let_through]:
+            self.seen = max(self.seen, number)
+            state = self.end if number > STEPS else "running"
+            data = f'{{"state": "{state}",\ndata: "step": {min(number, STEPS)}, "steps": {STEPS}}}'
+            yield f"id: {number}\nevent: step\ndata: {data}\n\n"
+        if self.hang:
+            await asyncio.to_thread(self.cancelled.wait, 10)
+
+    async def image(self, request: Request) -> Response:
+        if "stored" not in request.query_params:
+            return RedirectResponse(f"{request.url.path}?stored=1")
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    async def ready(self, request: Request) -> Response:
+        ready = all(pool["ready"] for pool in self.pools.values())
+        return JSONResponse({"ready": ready, "pools": self.pools}, 200 if ready else 503)
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    script = Script()
+    app = Starlette(
+        routes=[
+            Route("/v1/jobs", script.create, methods=["POST"]),
+            Route("/v1/jobs/{id}", script.get),
+            Route("/v1/jobs/{id}", script.cancel, methods=["DELETE"]),
+            Route("/v1/jobs/{id}/events", script.events),
+            Route("/v1/images/{id}/{index}", script.image),
+            Route("/readyz", script.ready),
+        ]
+    )
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        script.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield script
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def nowhere() -> Iterator[str]:
+    """A URL at which nothing listens: the port is held, so that nothing else takes it."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{holder.getsockname()[1]}"

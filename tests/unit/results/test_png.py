@@ -1,0 +1,85 @@
+import io
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from serve.errors import InvalidRequest
+from serve.results.png import as_text, encode_png, read_parameters
+
+IMAGE = Image.frombytes("RGB", (3, 2), bytes(range(18)))
+PARAMETERS = {
+    "prompt": "a (red:1.5) circle\non blue",
+    "negative_prompt": "green",
+    "model": "shapes",
+    "seed": 4294967295,
+    "num_inference_steps": 20,
+    "guidance_scale": 7.5,
+    "width": 64,
+    "height": 96,
+}
+
+
+def test_the_text_is_what_a1111_writes() -> None:
+    assert as_text(PARAMETERS) == (
+        "a (red:1.5) circle\non blue\nNegative prompt: green\n"
+        "Steps: 20, CFG scale: 7.5, Seed: 4294967295, Size: 64x96, Model: shapes"
+    )
+    plain = as_text({**PARAMETERS, "negative_prompt": "", "guidance_scale": 5.0, "model": "a, b: c"})
+    assert plain.endswith('on blue\nSteps: 20, CFG scale: 5, Seed: 4294967295, Size: 64x96, Model: "a, b: c"')
+
+
+def test_pixels_are_exact_and_equal_input_gives_equal_bytes() -> None:
+    data = encode_png(IMAGE, PARAMETERS)
+    assert data == encode_png(IMAGE, PARAMETERS)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "PNG"
+        assert image.tobytes() == IMAGE.tobytes()
+        assert image.info["parameters"] == as_text(PARAMETERS)
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=20),
+        st.text(max_size=300) | st.integers() | st.booleans() | st.floats(allow_nan=False),
+        max_size=8,
+    ),
+    st.text(),
+)
+def test_every_parameter_comes_back(parameters: dict[str, object], prompt: str) -> None:
+    parameters["prompt"] = prompt
+    data = encode_png(IMAGE, parameters)
+    assert read_parameters(data) == parameters
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.tobytes() == IMAGE.tobytes()
+
+
+def _with_chunk(kind: bytes, body: bytes) -> bytes:
+    data = encode_png(IMAGE, {})
+    chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    return data[:33] + chunk + data[33:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0 a JPEG",
+        encode_png(IMAGE, {})[:40],
+        _with_chunk(b"tEXt", b"tandem\0[1]").replace(b"tandem\0{}", b"tindem\0{}"),
+        _with_chunk(b"zTXt", b"tandem\0\0" + zlib.compress(bytes(1 << 24))),
+    ],
+)
+def test_a_file_from_elsewhere_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read_parameters(data)
+    assert refused.value.param == "image"
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(tail: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        read_parameters(encode_png(IMAGE, {})[:33] + tail)

@@ -1,0 +1,59 @@
+"""Declarations, and the in-process carrier."""
+
+import pytest
+
+from serve.telemetry.metrics import DECLARATIONS, InProcessMetrics, Kind
+
+
+def test_every_metric_is_declared_once_and_named_by_convention() -> None:
+    names = [each.name for each in DECLARATIONS]
+    assert len(set(names)) == len(names)
+    for each in DECLARATIONS:
+        assert each.name.startswith("tandem_")
+        assert each.name.endswith("_total") == (each.kind is Kind.COUNTER)
+        assert each.help.endswith(".")
+        assert bool(each.buckets) == (each.kind is Kind.HISTOGRAM)
+        assert list(each.buckets) == sorted(each.buckets)
+
+
+def test_every_declared_metric_can_be_reported() -> None:
+    metrics = InProcessMetrics()
+    for each in DECLARATIONS:
+        labels = dict.fromkeys(each.labels, "x")
+        report = {Kind.COUNTER: metrics.inc, Kind.GAUGE: metrics.set, Kind.HISTOGRAM: metrics.observe}[each.kind]
+        report(each.name, 1, **labels)
+        assert metrics.value(each.name, **labels) == 1
+
+
+def test_counters_add_gauges_replace_histograms_count() -> None:
+    metrics = InProcessMetrics()
+    metrics.inc("tandem_cache_units_total", 2, tier="redis")
+    metrics.inc("tandem_cache_units_total", tier="redis")
+    metrics.inc("tandem_cache_units_total", tier="memory")
+    assert metrics.value("tandem_cache_units_total", tier="redis") == 3
+    assert metrics.value("tandem_cache_units_total") == 4
+    assert metrics.value("tandem_cache_units_total", tier="encoded") == 0
+    metrics.set("tandem_queue_depth", 7)
+    metrics.set("tandem_queue_depth", 3)
+    assert metrics.value("tandem_queue_depth") == 3
+    metrics.observe("tandem_job_seconds", 0.2)
+    metrics.observe("tandem_job_seconds", 30)
+    assert metrics.value("tandem_job_seconds") == 2
+
+
+def test_two_instances_share_no_number() -> None:
+    first, second = InProcessMetrics(), InProcessMetrics()
+    first.inc("tandem_encoder_forwards_total")
+    assert second.value("tandem_encoder_forwards_total") == 0
+
+
+def test_a_slip_of_the_pen_is_an_error_at_once() -> None:
+    metrics = InProcessMetrics()
+    with pytest.raises(ValueError, match="not declared"):
+        metrics.inc("tandem_jobs")
+    with pytest.raises(ValueError, match="is a counter, not a gauge"):
+        metrics.set("tandem_jobs_total", 1, state="failed")
+    with pytest.raises(ValueError, match="takes the labels"):
+        metrics.inc("tandem_jobs_total", status="failed")
+    with pytest.raises(ValueError, match="takes the labels"):
+        metrics.inc("tandem_jobs_total")

@@ -1,0 +1,124 @@
+"""Settings: four origins, the later wins, nothing unknown slips through, no secret gets out."""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from serve.errors import OperatorError
+from serve.settings import Settings, flatten, load, shown
+
+NAMES = [name for name, _ in flatten(Settings())]
+
+
+def refused(file: Path | None = None, environ: dict[str, str] | None = None, **overrides: Any) -> str:
+    with pytest.raises(OperatorError) as error:
+        load(file, environ or {}, {name.replace("__", "."): value for name, value in overrides.items()})
+    assert "\n" not in error.value.message
+    return error.value.message
+
+
+def yaml(folder: Path, text: str) -> Path:
+    file = folder / "tandem.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_nothing_given_is_all_defaults() -> None:
+    loaded = load(None, {}, {})
+    assert loaded.settings == Settings()
+    assert set(loaded.origins.values()) == {"default"}
+    assert list(loaded.origins) == NAMES
+
+
+def test_later_origins_win_and_are_named(tmp_path: Path) -> None:
+    file = yaml(tmp_path, "http: {port: 1001, host: 0.0.0.0}\njobs: {lease_s: 5}\nlog: {level: debug}\n")
+    environ = {"TANDEM_HTTP__PORT": "1002", "TANDEM_JOBS__LEASE_S": "6", "PATH": "/bin"}
+    loaded = load(file, environ, {"http.port": 1003, "http.host": None})
+    http, jobs = loaded.settings.http, loaded.settings.jobs
+    assert (http.port, http.host, jobs.lease_s, loaded.settings.log.level) == (1003, "0.0.0.0", 6.0, "debug")
+    assert loaded.origins["http.port"] == "command line"
+    assert loaded.origins["http.host"] == f"file {file}"
+    assert loaded.origins["jobs.lease_s"] == "environment TANDEM_JOBS__LEASE_S"
+    assert loaded.origins["jobs.max_queued"] == "default"
+
+
+def test_the_environment_may_name_the_file(tmp_path: Path) -> None:
+    file = yaml(tmp_path, "results: {store: s3, s3: {bucket: pictures}}")
+    loaded = load(None, {"TANDEM_CONFIG": str(file)})
+    assert loaded.settings.results.s3.bucket == "pictures"
+    assert loaded.origins["results.s3.bucket"] == f"file {file}"
+
+
+def test_what_is_unknown_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    assert "http.prot" in refused(yaml(tmp_path, "http: {prot: 1}"))
+    assert "https" in refused(yaml(tmp_path, "https: {port: 1}"))
+    assert "TANDEM_HTTP__PROT" in refused(environ={"TANDEM_HTTP__PROT": "1"})
+    assert "TANDEM_HTTP_PORT" in refused(environ={"TANDEM_HTTP_PORT": "1"})
+    assert "http.prot" in refused(http__prot=1)
+
+
+def test_a_wrong_value_names_the_setting_and_its_origin(tmp_path: Path) -> None:
+    assert "environment TANDEM_HTTP__PORT" in refused(environ={"TANDEM_HTTP__PORT": "many"})
+    assert "http.port" in refused(http__port=70000)
+    assert "model.source" in refused(yaml(tmp_path, "model: {source: [a, b]}"))
+    assert "http" in refused(http=5)
+    assert "http.port" in refused(http__port__x=5)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a list", "just text", "a: b: c"])
+def test_a_file_that_is_no_settings_file_is_refused(text: str, tmp_path: Path) -> None:
+    assert "tandem.yaml" in refused(yaml(tmp_path, text)) or "no such setting" in refused(yaml(tmp_path, text))
+
+
+def test_an_empty_or_missing_file(tmp_path: Path) -> None:
+    assert load(yaml(tmp_path, ""), {}).settings == Settings()
+    assert "No such file" in refused(tmp_path / "missing.yaml")
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), st.one_of(st.text(), st.integers(), st.floats(), st.none())))
+def test_any_values_give_settings_or_one_line(overrides: dict[str, Any]) -> None:
+    with contextlib.suppress(OperatorError):
+        loaded = load(None, {}, overrides)
+        assert all(loaded.origins[name] == "command line" for name, value in overrides.items() if value is not None)
+
+
+def test_the_tree_is_frozen() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.http.port = 1
+    with pytest.raises(ValidationError):
+        settings.data_dir = Path()
+
+
+def test_every_setting_is_described_and_named_as_the_environment_can_spell_it() -> None:
+    def described(model: type[BaseModel]) -> None:
+        for name, field in model.model_fields.items():
+            assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                described(field.annotation)
+            else:
+                assert field.description, f"{model.__name__}.{name} has no description"
+
+    described(Settings)
+
+
+@pytest.mark.parametrize(
+    ("secret", "text"),
+    [
+        ("redis://:hunter2@host:6379/1", "redis://**********@host:6379/1"),
+        ("redis://user:hunter2@host/0?password=hunter2", "redis://**********@host/0"),
+        ("redis://host:6379", "redis://host:6379"),
+        ("hunter2", "**********"),
+    ],
+)
+def test_a_secret_is_never_shown(secret: str, text: str) -> None:
+    assert shown(SecretStr(secret)) == text
+    settings = load(None, {"TANDEM_JOBS__REDIS_URL": secret}).settings
+    assert "hunter2" not in repr(settings)
+    assert "hunter2" not in settings.model_dump_json()
