@@ -6,6 +6,8 @@ import asyncio
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.handles import DiffusionClient, EncoderClient
 from deployments.metrics import RayMetrics
@@ -32,7 +34,8 @@ class Ingress:
         logs.configure(settings.log.level)
         model = await asyncio.to_thread(resolve, settings.model, settings.data_dir)
         encoder_print = await asyncio.to_thread(fingerprint, model.path, settings.encoder.dtype)
-        jobs = JobStore(settings.jobs, RayMetrics())
+        metrics = RayMetrics()
+        jobs = JobStore(settings.jobs, metrics)
         results = open_store(settings.results, settings.data_dir)
         encoders = EncoderClient(encoder)
 
@@ -59,8 +62,26 @@ class Ingress:
                 "text-encoder": encoders.ready,
                 "diffusion": DiffusionClient(diffusion).ready,
             },
+            metrics=metrics,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
-        return create_app(self._service, self._settings)
+        app = create_app(self._service, self._settings)
+        app.add_middleware(LeaveRequestId)
+        return app
+
+
+class LeaveRequestId:
+    """Serve's proxy gives every request its id and every answer the same `x-request-id`; a second one would be ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, once)

@@ -28,14 +28,25 @@ class TextEncoder:
         tower = await asyncio.to_thread(TextTower.load, model.path, settings.encoder.device, settings.encoder.dtype)
         self._pool = EncoderPool(tower, settings, RayMetrics())
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=32)
-    async def encode(self, requests: list[list[EncodeUnit]]) -> list[list[Fetched]]:
+    async def encode(self, units: list[EncodeUnit]) -> list[Fetched]:
+        """Embeddings in the order of `units`. Raises BackendUnavailable for units of another encoder."""
+        self._pool.check(units)
+        found: list[Fetched] = await self._together(units)
+        return found
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=32)  # type: ignore[untyped-decorator]
+    async def _together(self, requests: list[list[EncodeUnit]]) -> list[list[Fetched]]:
         """The door: requests that arrived together share one look-up and, for what is missing, one forward.
 
-        It never waits for more to come and never holds a request back while a batch runs; batches are cut behind it,
-        by the pool's queue.
+        It never waits for more to come and never holds a request back while a batch runs; the batches of the forward
+        are cut behind it, by the pool's queue.
         """
         return await self._pool.encode_many(requests)
 
     def describe(self) -> str:
-        return "ready"
+        stats = self._pool.stats()
+        return f"{stats.entries} units in memory, {stats.bytes / 1e6:.0f} MB"
+
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends the process."""
+        await self._pool.close()

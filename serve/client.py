@@ -104,8 +104,10 @@ class Client:
 
     async def create(self, order: Mapping[str, Any]) -> RemoteJob:
         """Queue a job; `order` holds the fields of `POST /v1/jobs`, and those that are None are left out."""
-        body = {name: value for name, value in order.items() if value is not None}
-        return _job((await self._call("POST", "/v1/jobs", json=body)).json())
+        # Not httpx's own JSON, which raises for NaN: the server refuses it and names the field.
+        body = json.dumps({name: value for name, value in order.items() if value is not None})
+        headers = {"Content-Type": "application/json"}
+        return _job((await self._call("POST", "/v1/jobs", content=body, headers=headers)).json())
 
     async def get(self, job_id: str) -> RemoteJob:
         return _job((await self._call("GET", f"/v1/jobs/{job_id}")).json())

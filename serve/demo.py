@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,11 +94,19 @@ async def _running(
 
 
 async def _stay(server: ChildServer, url: str, console: Console) -> None:
-    console.print(f"The server stays up: {url}/docs is its API. Try `tandem generate`. Ctrl-C stops it.")
+    console.print(f"The server stays up until Ctrl-C. Its API: {url}/docs. From another terminal, in this folder:")
+    console.print(f'  {_tandem()} generate "a yellow star on a blue background" --url {url}')
     with contextlib.suppress(asyncio.CancelledError):
         while True:
             server.check()
             await asyncio.sleep(_POLL_S)
+
+
+def _tandem() -> str:
+    """The command as this shell must spell it: `make demo` leaves it in an environment that is not on the path."""
+    if shutil.which("tandem"):
+        return "tandem"
+    return shlex.quote(os.path.relpath(Path(sys.executable).with_name("tandem")))
 
 
 async def _make(client: Client) -> list[Made]:
@@ -152,7 +164,7 @@ def _table(made: Sequence[Made]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for number, one in enumerate(made, 1):
         cache, total = one.job.cache, one.job.total_s
-        text = Text(f"{number}. {one.wish.label}\n   ").append(f"{one.wish.point}; the judge saw ", style="dim")
+        text = Text(f"{number}. {one.wish.label}\n   ").append(f"{one.wish.point}; judge: ", style="dim")
         table.add_row(
             text.append(one.seen, style="green" if one.accepted else "red"),
             "" if total is None else f"{total:.1f} s",

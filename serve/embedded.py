@@ -76,6 +76,10 @@ class EmbeddedRedis:
     def pid(self) -> int | None:
         return self._server.pid if self._server else None
 
+    @property
+    def alive(self) -> bool:
+        return self._server is not None and self._server.poll() is None
+
     def start(self) -> None:
         """Start the server and wait until it answers. OperatorError, one line, when it can't."""
         lock = self._lock()

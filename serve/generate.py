@@ -17,6 +17,7 @@ from serve.screen import cache_line, cut_lines, job_bars, run_job
 
 async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:
     """Exit code 0, or 1 when the job did not succeed. Bars go to stderr, the report to stdout."""
+    _make_folder(out.parent if _is_file(out) else out)
     async with Client(url) as client:
         with job_bars(Console(stderr=True)) as bars:
             job = await run_job(client, order, _short(order["prompt"]), bars)
@@ -43,16 +44,27 @@ def _report(job: RemoteJob, files: list[Path]) -> None:
 
 
 def _paths(out: Path, job: RemoteJob) -> list[Path]:
-    if out.suffix.lower() != ".png":
+    if not _is_file(out):
         return [out / f"tandem-{job.id[:8]}-{index}.png" for index in range(job.images)]
     if job.images == 1:
         return [out]
     return [out.with_stem(f"{out.stem}-{index}") for index in range(job.images)]
 
 
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".png"
+
+
+def _make_folder(folder: Path) -> None:
+    """Before the order, so that no picture is made that can't be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"--out {folder}: {error.strerror}", "out") from None
+
+
 def _save(path: Path, data: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     except OSError as error:
         raise OperatorError(f"--out {path}: {error.strerror}", "out") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -10,19 +11,23 @@ import shutil
 import signal
 import socket
 import tempfile
-import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import SecretStr
 
 from serve.embedded import EmbeddedRedis, check_redis
 from serve.errors import OperatorError
 from serve.models import resolve
+from serve.results.store import open_store
 from serve.settings import Loaded, Settings
 from serve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
+WATCH_S = 0.5
 APPLICATION = "deployments.app:build"
 """The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
 
@@ -33,19 +38,20 @@ def run(loaded: Loaded) -> None:
     with contextlib.ExitStack() as stack:
         try:
             _interrupt_on_sigterm()
-            settings = prepare(loaded.settings, stack)
+            settings, servers = prepare(loaded.settings, stack)
             _start(settings, stack)
             _interrupt_on_sigterm()  # ray.init replaced the handler
             log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
-            threading.Event().wait()
+            _watch(servers)
         except KeyboardInterrupt:
             log.info("stopping; running jobs finish first, a second Ctrl-C leaves them to the next start")
 
 
-def prepare(settings: Settings, stack: contextlib.ExitStack) -> Settings:
+def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, list[EmbeddedRedis]]:
     """Check what can be checked before the slow start, and start the Redis servers that are not given.
 
-    Returns the settings with every path absolute and every URL filled in. Raises OperatorError naming the setting.
+    Returns the settings with every path absolute and every URL filled in, and the servers. Raises OperatorError
+    naming the setting.
     """
     _check_port(settings.http.host, settings.http.port)
     data_dir = settings.data_dir.absolute()
@@ -54,30 +60,34 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> Settings:
     except OSError as error:
         raise OperatorError(f"data_dir: {data_dir}: {error.strerror}", "data_dir") from None
     resolve(settings.model, data_dir)
-    return settings.model_copy(
-        update={
-            "data_dir": data_dir,
-            "jobs": settings.jobs.model_copy(
-                update={"redis_url": _redis(settings.jobs.redis_url, "jobs", data_dir, None, stack)}
-            ),
-            "cache": settings.cache.model_copy(
-                update={
-                    "redis_url": _redis(
-                        settings.cache.redis_url, "cache", data_dir, settings.cache.embedded_bytes, stack
-                    )
-                }
-            ),
-        }
-    )
+    asyncio.run(open_store(settings.results, data_dir).check())
+    servers: list[EmbeddedRedis] = []
+
+    def redis(url: SecretStr | None, name: Literal["jobs", "cache"], max_bytes: int | None) -> SecretStr:
+        if url is not None:
+            check_redis(url.get_secret_value(), f"{name}.redis_url")
+            return url
+        servers.append(stack.enter_context(EmbeddedRedis(data_dir, name, max_bytes)))
+        return SecretStr(servers[-1].url)
+
+    jobs_url = redis(settings.jobs.redis_url, "jobs", None)
+    cache_url = redis(settings.cache.redis_url, "cache", settings.cache.embedded_bytes)
+    filled = {
+        "data_dir": data_dir,
+        "jobs": settings.jobs.model_copy(update={"redis_url": jobs_url}),
+        "cache": settings.cache.model_copy(update={"redis_url": cache_url}),
+    }
+    return settings.model_copy(update=filled), servers
 
 
-def _redis(
-    url: SecretStr | None, name: str, data_dir: Path, max_bytes: int | None, stack: contextlib.ExitStack
-) -> SecretStr:
-    if url is not None:
-        check_redis(url.get_secret_value(), f"{name}.redis_url")
-        return url
-    return SecretStr(stack.enter_context(EmbeddedRedis(data_dir, name, max_bytes)).url)
+def _watch(servers: Sequence[EmbeddedRedis]) -> None:
+    """Keep the Redis servers up for as long as this process lives; their clients wait meanwhile."""
+    while True:
+        for server in servers:
+            if not server.alive:
+                log.error("the embedded Redis for %s ended and is started again", server.kind)
+                server.start()
+        time.sleep(WATCH_S)
 
 
 def _start(settings: Settings, stack: contextlib.ExitStack) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from serve.errors import OperatorError
 from serve.weight_files import TOKENIZER_FILES, TensorInfo, read_header, refused
 
+_UNFINISHED = ".converting-"
 _FAMILIES = {
     "conditioner.embedders.1.": "SDXL",
     "conditioner.embedders.0.": "the SDXL refiner",
@@ -58,16 +62,12 @@ def converted(checkpoint: Path, config: str | None, data_dir: Path, check: Calla
         return target
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=models, ignore_cleanup_errors=True) as work:
-            out = Path(work) / "model"
-            _convert(checkpoint, config, out)
-            check(out)
-            try:
-                out.rename(target)
-            except OSError:
-                # Another process was faster; its folder holds the same.
-                if not target.is_dir():
-                    raise
+        with _alone(models):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=models, ignore_cleanup_errors=True) as work:
+                    _convert(checkpoint, config, Path(work) / "model")
+                    check(Path(work) / "model")
+                    (Path(work) / "model").rename(target)
     except OSError as error:
         raise OperatorError(f"data_dir: {models} can't be written: {error.strerror}", "data_dir") from None
     return target
@@ -93,6 +93,16 @@ def downloaded(hub_id: str, commit: str) -> Path:
         raise refused(f"the hub does not answer, and {hub_id} at {commit} is not in the local hub cache") from None
     except (HfHubHTTPError, OSError):
         raise refused(f"{hub_id} at {commit} could not be fetched from the hub") from None
+
+
+@contextmanager
+def _alone(models: Path) -> Iterator[None]:
+    """The replicas of one machine start together; one converts, the others wait. What a killed one left is removed."""
+    with (models / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in models.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _check_checkpoint(file: Path, tensors: dict[str, TensorInfo]) -> None:

@@ -1,4 +1,4 @@
-"""The story of one request, as the ingress tells it: check, plan, log the job durably, have its text encoded meanwhile."""
+"""The story of one request, as the ingress tells it: check, plan, log the job, have its text encoded meanwhile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from serve.models import ModelFolder
 from serve.prompts.plan import Planner
 from serve.results.store import ResultStore
 from serve.settings import LimitSettings
+from serve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class ImageService:
         encode: Encode,
         results: ResultStore,
         pools: Mapping[str, Probe],
+        metrics: Metrics,
     ) -> None:
         self._model = model
         self._limits = limits
@@ -99,6 +101,7 @@ class ImageService:
         self._encode = encode
         self._results = results
         self._pools = pools
+        self._metrics = metrics
         self._ahead: set[asyncio.Task[None]] = set()
 
     def models(self) -> tuple[ModelInfo, ...]:
@@ -122,6 +125,7 @@ class ImageService:
         request = self._complete(new)
         plan = self._planner.plan(request)
         job = await self._jobs.submit(uuid.uuid4().hex, request, truncated=plan.truncated)
+        self._metrics.inc("tandem_truncated_prompts_total", len(plan.truncated))
         task = asyncio.create_task(self._encode_ahead(job.id, plan.units))
         self._ahead.add(task)
         task.add_done_callback(self._ahead.discard)
@@ -130,7 +134,7 @@ class ImageService:
     async def get(self, job_id: str) -> Job:
         return await self._jobs.get(job_id)
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[JobEvent, None]:
         """The job's transitions and steps, from the first or after event id `after`, until it has ended."""
         await self._jobs.get(job_id)
         return follow(self._jobs, job_id, after)

@@ -36,6 +36,10 @@ class Withdrawn(Exception):
     """The client cancelled the job, or another worker owns it now: nobody waits for this run."""
 
 
+class GivenBack(Exception):
+    """This replica is stopping and what the job needs next is away: the job returns to the queue."""
+
+
 class Pulse:
     """Tells the store of a claimed job's progress and renews its lease, one message at a time.
 
@@ -130,7 +134,7 @@ class Worker:
         return sum(self._held.values())
 
     async def drain(self) -> None:
-        """Claim no more, finish what is in hand, end the engine."""
+        """Claim no more, finish what is in hand or give it back where its text or its store is away, end the engine."""
         self._draining.set()
         await self._claiming
         if self._held:
@@ -177,6 +181,8 @@ class Worker:
             await self._draw(claim, pulse)
         except Withdrawn:
             await self._commit(pulse, lambda: self._jobs.cancelled(claim))
+        except GivenBack:
+            await self._commit(pulse, lambda: self._jobs.release(claim))
         except Exception as error:  # noqa: BLE001
             await self._fail(claim, pulse, error)
         finally:
@@ -185,7 +191,7 @@ class Worker:
     async def _draw(self, claim: Claim, pulse: Pulse) -> None:
         started = time.monotonic()
         plan = self._planner.plan(claim.request)
-        fetched = await patiently(pulse, lambda: self._embeddings.get_many(plan.units))
+        fetched = await self._patiently(pulse, lambda: self._embeddings.get_many(plan.units))
         conditioning = compose(plan, {key: got.value for key, got in fetched.items()})
         text_s = time.monotonic() - started
         if pulse.withdrawn:
@@ -214,7 +220,7 @@ class Worker:
         for index, image in enumerate(rendered.images):
             data = await asyncio.to_thread(_png, claim, index, image)
             key = f"{claim.job_id}/{index}.png"
-            await patiently(pulse, partial(self._results.put, key, data, "image/png"))
+            await self._patiently(pulse, partial(self._results.put, key, data, "image/png"))
             refs.append(
                 ImageRef(
                     index=index,
@@ -238,27 +244,33 @@ class Worker:
         retry = not isinstance(error, ClientError)
         await self._commit(pulse, lambda: self._jobs.fail(claim, told, retry=retry))
 
+    async def _patiently(self, pulse: Pulse, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a call while its backend is away, for as long as somebody waits for the job.
+
+        The job's own timeout bounds this: an expired job's lease is gone, and its pulse says so. Raises Withdrawn, or
+        GivenBack when this replica has been told to stop.
+        """
+        delay_s = FIRST_RETRY_S
+        while True:
+            try:
+                return await call()
+            except Unavailable as error:
+                if pulse.withdrawn:
+                    raise Withdrawn from None
+                if self._draining.is_set():
+                    raise GivenBack from None
+                log.warning("waiting: %s", error.message)
+            await self._first(asyncio.sleep(delay_s))
+            delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+
     async def _commit(self, pulse: Pulse, write: Callable[[], Awaitable[None]]) -> None:
-        """Write an outcome; a job that is another worker's by now is left to it."""
-        with contextlib.suppress(LeaseLost, Withdrawn):
-            await patiently(pulse, write)
+        """Write an outcome; a job that is another worker's by now is left to it.
 
-
-async def patiently(pulse: Pulse, call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call while its backend is away, for as long as somebody waits for the job. Raises Withdrawn.
-
-    The job's own timeout bounds this: an expired job's lease is gone, and its pulse says so.
-    """
-    delay_s = FIRST_RETRY_S
-    while True:
-        try:
-            return await call()
-        except Unavailable as error:
-            if pulse.withdrawn:
-                raise Withdrawn from None
-            log.warning("waiting: %s", error.message)
-        await asyncio.sleep(delay_s)
-        delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+        While the store is away, the outcome waits for it; when this replica has to stop meanwhile, the lease runs out
+        and another draws the job again.
+        """
+        with contextlib.suppress(LeaseLost, Withdrawn, GivenBack):
+            await self._patiently(pulse, write)
 
 
 def _tiers(plan: PromptPlan, tiers: Mapping[str, Tier]) -> dict[str, Tier]:

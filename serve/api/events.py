@@ -14,7 +14,7 @@ from serve.api.schemas import EventView
 from serve.domain import JobEvent, JobState
 from serve.errors import TandemError
 
-Events = AsyncIterator[JobEvent]
+Events = AsyncGenerator[JobEvent, None]
 LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,19}-[0-9]{1,19}$")]
 
 
@@ -33,8 +33,7 @@ async def _open(job_id: JobId, service: Service, last_event_id: LastEventId = No
     try:
         yield events
     finally:
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()
+        await events.aclose()
 
 
 OpenEvents = Annotated[Events, Depends(_open)]

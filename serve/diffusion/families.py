@@ -55,7 +55,13 @@ class SdFamily:
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
+    """The part in eval mode. ValueError for a tensor that is missing: diffusers would fill it with random numbers."""
+    part, report = cls.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder.name} has no tensor {missing[0]} ({len(missing)} missing)")
+    return part.eval()
 
 
 def _scheduler(folder: Path) -> tuple[Any, dict[str, Any]]:

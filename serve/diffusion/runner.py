@@ -54,7 +54,7 @@ class Runner:
         return [Row(job_id, index, request.num_inference_steps, shape) for index in range(request.num_images)]
 
     def begin(self, row: Row, request: ImageRequest, conditioning: Conditioning) -> None:
-        """Draw the image's starting noise, as diffusers' pipelines do: on the CPU, from the seed, in the model's dtype."""
+        """Draw the starting noise as diffusers' pipelines do: on the CPU, from the seed, in the model's dtype."""
         family = self._family
         scheduler = family.new_scheduler(row.steps)
         generator = torch.Generator("cpu").manual_seed(request.seed + row.index)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from serve.domain import EncodeUnit, Tier
-from serve.encoders.cache import EmbeddingCache, Fetched
+from serve.encoders.cache import CacheStats, EmbeddingCache, Fetched
 from serve.encoders.coalesce import Coalescer
 from serve.encoders.codec import pack
 from serve.encoders.forward import TextTower
@@ -28,14 +28,20 @@ class EncoderPool:
         self._cache = EmbeddingCache(settings.cache, self._fetch, metrics, write_through=True)
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        """In the order of `units`. Raises BackendUnavailable for a unit of another encoder that no cache has."""
-        found = await self._cache.get_many(units)
-        return [found[unit.key] for unit in units]
+        """In the order of `units`. Raises what `check` raises."""
+        self.check(units)
+        return (await self.encode_many([units]))[0]
 
     async def encode_many(self, requests: Sequence[Sequence[EncodeUnit]]) -> list[list[Fetched]]:
-        """Several requests as one: a single look-up, and their misses share a forward."""
+        """Several requests as one: a single look-up, and their misses share a forward. `check` them first."""
         found = await self._cache.get_many([unit for units in requests for unit in units])
         return [[found[unit.key] for unit in units] for units in requests]
+
+    def check(self, units: Sequence[EncodeUnit]) -> None:
+        """BackendUnavailable for a unit of another encoder. During a rollout they arrive here, and our embedding must
+        not be stored under their key."""
+        if any(unit.encoder != self._tower.fingerprint for unit in units):
+            raise BackendUnavailable("this text encoder serves another model", "model", 1.0)
 
     def encode_batch(self, units: list[EncodeUnit]) -> list[bytes]:
         """One forward, no cache. Blocks; one caller at a time."""
@@ -48,12 +54,12 @@ class EncoderPool:
         self._metrics.observe("tandem_encoder_forward_seconds", time.perf_counter() - started)
         return packed
 
+    def stats(self) -> CacheStats:
+        return self._cache.stats()
+
     async def close(self) -> None:
         await self._queue.close()
         await self._cache.close()
 
     async def _fetch(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        # During a rollout, units of the other model arrive here; our embedding must not be stored under their key.
-        if any(unit.encoder != self._tower.fingerprint for unit in units):
-            raise BackendUnavailable("this text encoder serves another model", "model", 1.0)
         return [Fetched(value, Tier.ENCODED) for value in await self._queue.submit_all(units)]

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +22,9 @@ class Bell:
     A ring may be spurious, and says only "look again"; it may never be missed while the server answers. So every event
     is also rung when its subscription takes effect (what was published before that was not heard) and when the
     connection breaks.
+
+    When the connection breaks, the listener and a subscriber may both find it so and both reconnect it; redis-py then
+    raises whatever it trips over. Whatever it was, the answer is a new connection with every subscription.
 
     Owns: one connection and the task that reads it, both from the first use until `close`.
     """
@@ -74,7 +76,7 @@ class Bell:
             pubsub = self._pubsub
             if pubsub is None:
                 return  # the next connection subscribes to every channel that is wanted then
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(Exception):
                 if channel not in self._waiting:
                     await pubsub.unsubscribe(channel)
                 elif channel.encode() in pubsub.channels:
@@ -93,8 +95,8 @@ class Bell:
                         message = await pubsub.get_message(timeout=None)
                         if message is not None:
                             self._ring(message["channel"].decode())
-            except (RedisError, OSError):
-                log.debug("the subscription broke")
+            except Exception as error:  # noqa: BLE001
+                log.debug("the subscription broke: %s", error)
             finally:
                 self._pubsub = None
             for channel in self._waiting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from serve.domain import JobEvent
 from serve.jobs.store import JobStore
@@ -12,7 +12,7 @@ from serve.jobs.store import JobStore
 _LOOK_AGAIN_S = 5.0
 
 
-async def follow(store: JobStore, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+async def follow(store: JobStore, job_id: str, after: str | None = None) -> AsyncGenerator[JobEvent, None]:
     """The job's events from the first, or those after event id `after`; ends after the event of its terminal state.
 
     Waiting holds no connection. Raises JobNotFound, BackendUnavailable, or InvalidRequest for an `after` that is no

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from serve.models import ROW_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -31,7 +33,6 @@ class PromptTokenizer:
         self.bos: int = whole.bos_token_id
         self.eos: int = whole.eos_token_id
         self.pad: int = whole.pad_token_id
-        self.row_length: int = whole.model_max_length
         self._rust = whole.backend_tokenizer
         self._rust.no_padding()
         self._rust.no_truncation()
@@ -39,14 +40,14 @@ class PromptTokenizer:
     @property
     def limit(self) -> int:
         """Tokens of text that fit into one row: 75 of 77."""
-        return self.row_length - 2
+        return ROW_TOKENS - 2
 
     def tokenize(self, text: str) -> Tokens:
         encoding = self._rust.encode(text, add_special_tokens=False)
         return Tokens(tuple(encoding.ids), tuple(start for start, _ in encoding.offsets))
 
     def row(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Begin, ids, end, padding: `row_length` ids in all. `ids` must fit."""
+        """Begin, ids, end, padding: ROW_TOKENS ids in all. `ids` must fit."""
         if len(ids) > self.limit:
             raise ValueError(f"{len(ids)} tokens in a row for {self.limit}")
         return (self.bos, *ids, self.eos, *(self.pad,) * (self.limit - len(ids)))

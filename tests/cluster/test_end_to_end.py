@@ -110,8 +110,9 @@ def test_cancel_ends_a_running_job_at_the_next_step(http: httpx.Client) -> None:
     ],
 )
 def test_bad_input_is_named_and_not_queued(http: httpx.Client, body: dict, field: str) -> None:
-    answer = http.post("/v1/jobs", json=body)
+    answer = http.post("/v1/jobs", json=body, headers={"x-request-id": "mine"})
     assert 400 <= answer.status_code < 500
+    assert answer.headers.get_list("x-request-id") == ["mine"]
     assert answer.json()["error"]["param"] == field
 
 

@@ -6,7 +6,7 @@ The clock does not run here: a lease lapses and a job's time runs out when a rul
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -14,10 +14,9 @@ import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
+    initialize,
     invariant,
-    multiple,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -39,10 +38,21 @@ MODELS = ("shapes", "other")
 T = TypeVar("T")
 
 
-class JobMachine(RuleBasedStateMachine):
-    jobs = Bundle("jobs")
-    claims = Bundle("claims")
+def some(choices: Callable[[JobMachine], Sequence[T]]) -> Any:
+    """One of the machine's present choices."""
+    return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
 
+
+ANY_JOB = some(lambda machine: list(machine.expected))
+LIVE_JOB = some(lambda machine: machine.live())
+# Workers keep every claim that they ever had and use it however late.
+ANY_CLAIM = some(lambda machine: machine.claims) | some(lambda machine: machine.held() or machine.claims)
+with_jobs = precondition(lambda machine: machine.expected)
+with_live_jobs = precondition(lambda machine: machine.live())
+with_claims = precondition(lambda machine: machine.claims)
+
+
+class JobMachine(RuleBasedStateMachine):
     def __init__(self, server: EmbeddedRedis) -> None:
         super().__init__()
         self.server = server
@@ -56,6 +66,7 @@ class JobMachine(RuleBasedStateMachine):
         # Two processes: whatever one did, the other must see.
         self.stores = [JobStore(tree, self.metrics) for _ in range(2)]
         self.expected: dict[str, Expected] = {}
+        self.claims: list[Claim] = []
         self.submitted = 0
 
     def teardown(self) -> None:
@@ -79,10 +90,26 @@ class JobMachine(RuleBasedStateMachine):
         queued = (job_id for job_id, job in self.expected.items() if job.state is JobState.QUEUED)
         return sorted(queued, key=lambda job_id: self.expected[job_id].place)
 
+    def live(self) -> list[str]:
+        return [job_id for job_id, job in self.expected.items() if not job.state.terminal]
+
+    def holds(self, claim: Claim) -> bool:
+        job = self.expected[claim.job_id]
+        return job.state is JobState.RUNNING and job.fence == claim.fence
+
+    def held(self) -> list[Claim]:
+        return [claim for claim in self.claims if self.holds(claim)]
+
     # What clients do.
 
-    @rule(target=jobs, model=st.sampled_from(MODELS), ahead=st.booleans())
-    def submit(self, model: str, ahead: bool) -> Any:
+    @initialize()
+    def start_with_work(self) -> None:
+        for model in MODELS:
+            self.submit(model, ahead=False)
+        self.claim(MODELS)
+
+    @rule(model=st.sampled_from(MODELS), ahead=st.booleans())
+    def submit(self, model: str, ahead: bool) -> None:
         self.submitted += 1
         job_id = f"job{self.submitted}"
         request = ImageRequest(
@@ -91,18 +118,19 @@ class JobMachine(RuleBasedStateMachine):
         if len(self.queue()) >= MAX_QUEUED:
             with pytest.raises(QueueFull):
                 self.run(self.store.submit(job_id, request))
-            return multiple()
+            return
         self.run(self.store.submit(job_id, request))
         self.expected[job_id] = Expected(request, self.submitted)
         if ahead:
             self.run(self.store.note_ahead(job_id, {"unit": Tier.ENCODED}))
-        return job_id
 
-    @rule(job_id=jobs)
+    @with_jobs
+    @rule(job_id=ANY_JOB)
     def submit_again(self, job_id: str) -> None:
         assert self.run(self.store.submit(job_id, self.expected[job_id].request)) == self.run(self.store.get(job_id))
 
-    @rule(job_id=jobs)
+    @with_jobs
+    @rule(job_id=ANY_JOB)
     def cancel(self, job_id: str) -> None:
         self.run(self.store.cancel(job_id))
         job = self.expected[job_id]
@@ -110,104 +138,89 @@ class JobMachine(RuleBasedStateMachine):
             job.become(JobState.CANCELLED)
         job.cancel = True
 
-    # What workers do. They keep every claim they ever had and use it however late.
+    # What workers do.
 
-    @rule(target=claims, models=st.sampled_from([MODELS, MODELS[:1], MODELS[1:]]))
-    def claim(self, models: tuple[str, ...]) -> Any:
+    @precondition(lambda self: self.queue())
+    @rule(models=st.sampled_from([MODELS, MODELS[:1], MODELS[1:]]))
+    def claim(self, models: tuple[str, ...]) -> None:
         claim = self.run(self.store.claim("worker", models))
         fit = [self.expected[job_id] for job_id in self.queue()]
         fit = [job for job in fit if job.request.model in models and not job.overdue]
         if not fit:
             assert claim is None
-            return multiple()
+            return
         job = fit[0]
         job.attempt += 1
         job.fence += 1
         job.become(JobState.RUNNING)
         assert claim == Claim(job_id=job.request.prompt, attempt=job.attempt, fence=job.fence, request=job.request)
-        return claim
+        self.claims.append(claim)
 
-    def holds(self, claim: Claim) -> bool:
-        job = self.expected[claim.job_id]
-        return job.state is JobState.RUNNING and job.fence == claim.fence
-
-    @rule(claim=claims, step=st.integers(0, STEPS))
+    @with_claims
+    @rule(claim=ANY_CLAIM, step=st.integers(0, STEPS))
     def renew(self, claim: Claim, step: int) -> None:
         job = self.expected[claim.job_id]
         if not self.holds(claim):
             with pytest.raises(LeaseLost):
                 self.run(self.store.renew(claim, step))
             return
-        assert self.run(self.store.renew(claim, step)) is not job.cancel
+        for told in (step, 0):  # a sign of life without news takes no step back
+            assert self.run(self.store.renew(claim, told)) is not job.cancel
         job.lapsed = False
         if step > job.step:
             job.step = step
             job.history.append((JobState.RUNNING, step))
 
-    def settle(self, claim: Claim, outcome: str, write: Awaitable[None], effect: Callable[[], None]) -> None:
+    @with_claims
+    @rule(claim=ANY_CLAIM, outcome=st.sampled_from(["succeed", "fail", "retry", "cancelled", "release"]))
+    def settle(self, claim: Claim, outcome: str) -> None:
         job = self.expected[claim.job_id]
+        write = self.write(claim, outcome)
         if self.holds(claim):
             self.run(write)
-            job.settled = (claim.fence, outcome)
-            effect()
+            job.settle(claim.fence, outcome)
         elif job.settled == (claim.fence, outcome):
             self.run(write)  # the answer to the first call was lost
         else:
             with pytest.raises(LeaseLost):
                 self.run(write)
 
-    @rule(claim=claims)
-    def succeed(self, claim: Claim) -> None:
-        job = self.expected[claim.job_id]
+    def write(self, claim: Claim, outcome: str) -> Awaitable[None]:
         image = ImageRef(index=0, key="k", seed=1, width=8, height=8, content_type="image/png", bytes=claim.fence)
-
-        def effect() -> None:
-            job.step = STEPS
-            job.become(JobState.SUCCEEDED)
-
-        write = self.store.succeed(claim, images=[image], cache={"unit": Tier.MEMORY}, timings=Timings())
-        self.settle(claim, "succeed", write, effect)
-
-    @rule(claim=claims, retry=st.booleans())
-    def fail(self, claim: Claim, retry: bool) -> None:
-        job = self.expected[claim.job_id]
-        effect = job.retry if retry else lambda: job.become(JobState.FAILED)
-        self.settle(claim, "retry" if retry else "fail", self.store.fail(claim, BROKEN, retry=retry), effect)
-
-    @rule(claim=claims)
-    def stop_as_cancelled(self, claim: Claim) -> None:
-        job = self.expected[claim.job_id]
-        self.settle(claim, "cancelled", self.store.cancelled(claim), lambda: job.become(JobState.CANCELLED))
-
-    @rule(claim=claims)
-    def release(self, claim: Claim) -> None:
-        job = self.expected[claim.job_id]
-
-        def effect() -> None:
-            job.attempt -= 1
-            job.retry()
-
-        self.settle(claim, "release", self.store.release(claim), effect)
+        match outcome:
+            case "succeed":
+                return self.store.succeed(claim, images=[image], cache={"unit": Tier.MEMORY}, timings=Timings())
+            case "cancelled":
+                return self.store.cancelled(claim)
+            case "release":
+                return self.store.release(claim)
+            case _:
+                return self.store.fail(claim, BROKEN, retry=outcome == "retry")
 
     # What time does.
 
-    @rule(job_id=jobs)
+    @with_live_jobs
+    @rule(job_id=LIVE_JOB)
     def lose_the_worker(self, job_id: str) -> None:
         if self.expected[job_id].state is JobState.RUNNING:
             self.expected[job_id].lapsed = True
             assert self.raw.zadd("tandem:leases", {job_id: 1}, xx=True, ch=True) in (0, 1)
 
-    @rule(job_id=jobs)
+    @with_live_jobs
+    @rule(job_id=LIVE_JOB)
     def run_out_of_time(self, job_id: str) -> None:
-        if not self.expected[job_id].state.terminal:
-            self.expected[job_id].overdue = True
-            assert self.raw.zadd("tandem:deadlines", {job_id: 1}, xx=True, ch=True) in (0, 1)
+        self.expected[job_id].overdue = True
+        assert self.raw.zadd("tandem:deadlines", {job_id: 1}, xx=True, ch=True) in (0, 1)
+        self.claim(MODELS)  # whatever it gets, not this job
 
+    @precondition(
+        lambda self: any(self.expected[job_id].lapsed or self.expected[job_id].overdue for job_id in self.live())
+    )
     @rule()
     def sweep(self) -> None:
         reaped = 0
         for job in self.expected.values():
-            if job.overdue and not job.state.terminal:
+            if job.due:
                 job.become(JobState.EXPIRED)
                 reaped += 1
             elif job.lapsed:
@@ -215,12 +228,19 @@ class JobMachine(RuleBasedStateMachine):
                 reaped += 1
         assert self.run(self.store.reap()) == reaped
 
-    @rule(target=claims, claim=claims)
-    def take_over(self, claim: Claim) -> Any:
-        """Where fencing matters most: one job, two workers that believe they hold it."""
+    @precondition(lambda self: self.held())
+    @rule(claim=some(lambda machine: machine.held()), late=st.sampled_from(["renew", "succeed", "retry", "unwanted"]))
+    def take_over(self, claim: Claim, late: str) -> None:
+        """Where fencing matters most: two workers believe that they hold the job, and the late one speaks first."""
+        if late == "unwanted":
+            self.cancel(claim.job_id)
         self.lose_the_worker(claim.job_id)
         self.sweep()
-        return self.claim(MODELS)
+        self.claim(MODELS)
+        if late in ("succeed", "retry"):
+            self.settle(claim, late)
+        else:
+            self.renew(claim, STEPS)
 
     # What must hold at every moment.
 
@@ -249,7 +269,8 @@ class JobMachine(RuleBasedStateMachine):
                 ended = sum(job.state is state for job in self.expected.values())
                 assert self.metrics.value("tandem_jobs_total", state=state) == ended
 
-    @rule(job_id=jobs)
+    @with_jobs
+    @rule(job_id=ANY_JOB)
     def every_event_was_told_once_in_order(self, job_id: str) -> None:
         async def told() -> list[tuple[JobState, int]]:
             events, _ = await self.store.events_after(job_id, None)
@@ -263,7 +284,7 @@ class JobMachine(RuleBasedStateMachine):
 class DurableMachine(JobMachine):
     """The same on a Redis that dies in between."""
 
-    @precondition(lambda self: self.expected)
+    @with_jobs
     @rule()
     def kill_and_restart_redis(self) -> None:
         self.server.kill()
@@ -274,7 +295,7 @@ def test_any_history_keeps_the_contract(redis_server: EmbeddedRedis) -> None:
     run_state_machine_as_test(
         lambda: JobMachine(redis_server),
         settings=settings(
-            max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

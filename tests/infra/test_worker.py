@@ -1,4 +1,4 @@
-"""One replica's worker with a real Redis, the shipped model and a folder; only the encoder pool's carrier is missing."""
+"""One worker with a real Redis, the shipped model and a folder; only Ray between it and the encoders is missing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,6 +12,7 @@ from serve.diffusion.engine import Engine
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.domain import EncodeUnit, ImageRequest, Job, JobState
+from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
@@ -166,6 +167,25 @@ async def test_a_job_waits_for_a_folder_that_can_not_be_written(house: House) ->
     assert job.attempt == 1
 
 
+async def test_a_run_outlives_the_job_store(
+    jobs_redis: EmbeddedRedis, tmp_path: Path, model: ModelFolder, runner: Runner, tower: TextTower
+) -> None:
+    house = House(jobs_redis.url, tmp_path, model, runner, tower)
+    async with house.worker():
+        await house.submit("a", num_inference_steps=40, num_images=4)
+        await house.reaches("a", lambda job: job.step > 0)
+        jobs_redis.kill()
+        with pytest.raises(BackendUnavailable):
+            await house.submit("b")
+        jobs_redis.start()
+        job = await house.ended("a")
+    assert job.state is JobState.SUCCEEDED
+    assert len(job.images) == 4
+    await house.jobs.check_integrity()
+    await house.pool.close()
+    await house.jobs.close()
+
+
 async def test_drain_finishes_what_is_in_hand_and_claims_no_more(house: House) -> None:
     async with house.worker() as worker:
         await house.submit("held", num_inference_steps=20, num_images=4)
@@ -176,6 +196,20 @@ async def test_drain_finishes_what_is_in_hand_and_claims_no_more(house: House) -
         assert (await house.jobs.get("waiting")).state is JobState.QUEUED
     async with house.worker("next"):
         assert (await house.ended("waiting")).state is JobState.SUCCEEDED
+
+
+async def test_drain_gives_back_what_waits_for_its_text(house: House) -> None:
+    house.encoder_away = True
+    async with house.worker() as worker:
+        await house.submit("a")
+        await house.reaches("a", lambda job: job.state is JobState.RUNNING)
+        await worker.drain()
+        job = await house.jobs.get("a")
+    assert job.state is JobState.QUEUED
+    assert job.attempt == 0
+    house.encoder_away = False
+    async with house.worker("next"):
+        assert (await house.ended("a")).attempt == 1
 
 
 async def test_many_jobs_all_end_well(house: House) -> None:

@@ -24,6 +24,11 @@ class Expected:
     history: list[tuple[JobState, int]] = field(default_factory=lambda: [(JobState.QUEUED, 0)])
     frozen: Job | None = None
 
+    @property
+    def due(self) -> bool:
+        """The next sweep ends it."""
+        return self.overdue and not self.state.terminal
+
     def become(self, state: JobState) -> None:
         self.state = state
         self.lapsed = False
@@ -36,3 +41,18 @@ class Expected:
             self.become(JobState.CANCELLED)
         else:
             self.become(JobState.QUEUED if self.attempt < MAX_ATTEMPTS else JobState.FAILED)
+
+    def settle(self, fence: int, outcome: str) -> None:
+        """The worker that holds the job ends its claim."""
+        self.settled = (fence, outcome)
+        match outcome:
+            case "succeed":
+                self.step = self.request.num_inference_steps
+                self.become(JobState.SUCCEEDED)
+            case "fail":
+                self.become(JobState.FAILED)
+            case "cancelled":
+                self.become(JobState.CANCELLED)
+            case _:
+                self.attempt -= outcome == "release"
+                self.retry()

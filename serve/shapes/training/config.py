@@ -18,7 +18,7 @@ class Recipe:
     kl_weight: float = 5e-4
     latent_noise: float = 0.10
 
-    latents: int = 44_000
+    latents: int = 32_000
 
     text_width: int = 128
     text_layers: int = 2

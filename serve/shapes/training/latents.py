@@ -36,7 +36,7 @@ def encode_latents(recipe: Recipe, vae_folder: Path, out: Path) -> None:
     for start in range(0, len(mine), CHUNK):
         images = to_tensor([render(row(recipe.seed, index)[0]) for index in mine[start : start + CHUNK]])
         images = images.to(memory_format=torch.channels_last)
-        encoded.append((vae.encode(images).latent_dist.mean * vae.config.scaling_factor).half())
+        encoded.append((vae.encode(images).latent_dist.mean * vae.config.scaling_factor).half().contiguous())
         if start % 4000 == 0:
             parallel.say(f"latents {start}/{len(mine)}")
     out.mkdir(parents=True, exist_ok=True)

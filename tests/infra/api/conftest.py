@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
-from serve.results.store import ResultStore, open_store
 
 from serve.api.app import create_app
 from serve.domain import EncodeUnit, ImageRef
@@ -21,6 +20,7 @@ from serve.jobs.store import JobStore
 from serve.models import resolve
 from serve.prompts.plan import Planner
 from serve.prompts.tokenizers import PromptTokenizer
+from serve.results.store import ResultStore, open_store
 from serve.service import ImageService, PoolState
 from serve.settings import JobSettings, ModelSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
@@ -99,6 +99,7 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         encode=no_encoder,
         results=open_store(tree.results, folder),
         pools={"text_encoder": probe_text, "diffusion": probe_diffusion},
+        metrics=InProcessMetrics(),
     )
     app = create_app(service, tree)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:

@@ -51,12 +51,10 @@ async def test_from_order_to_picture(stand: Any) -> None:
 
 async def test_a_refusal_names_the_field(stand: Any) -> None:
     async with connected(stand.app) as client:
-        for order, param in (
-            ({"prompt": " "}, "prompt"),
-            ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps"),
-        ):
+        wrong = {"prompt": " ", "num_inference_steps": 0, "guidance_scale": float("nan"), "width": 100}
+        for param, value in wrong.items():
             with pytest.raises(InvalidRequest, match=param) as refused:
-                await client.create(order)
+                await client.create({"prompt": "x", param: value})
             assert refused.value.param == param
         with pytest.raises(JobNotFound):
             await client.get("0" * 32)

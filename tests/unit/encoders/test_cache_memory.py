@@ -192,3 +192,67 @@ def test_any_calls_answer_as_a_dict_would(memory_bytes: int, calls: list[tuple[l
             assert failures or len(served) == len(set(served))
 
     asyncio.run(main())
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=4),  # a caller arrives
+            st.tuples(st.just("cancel"), st.integers(0, 9)),
+            st.tuples(st.just("answer"), st.booleans()),  # the oldest fetch ends, well or not
+            st.just("pass"),
+        ),
+        max_size=30,
+    )
+)
+def test_no_interleaving_fetches_a_unit_twice_at_once(events: list[object]) -> None:
+    async def main() -> None:
+        under_way: dict[asyncio.Future[None], set[EncodeUnit]] = {}
+
+        async def fetch(units: Sequence[EncodeUnit]) -> list[Fetched]:
+            assert not set().union(*under_way.values()) & set(units)
+            answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            under_way[answer] = set(units)
+            try:
+                await answer
+            finally:
+                del under_way[answer]
+            return [Fetched(value_of(unit), Tier.ENCODED) for unit in units]
+
+        cache = EmbeddingCache(CacheSettings(memory_bytes=1000), fetch, InProcessMetrics())
+        callers: list[tuple[list[EncodeUnit], asyncio.Task[dict[str, Fetched]]]] = []
+
+        async def settle() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        def end_oldest(well: bool) -> None:
+            answer = next((each for each in under_way if not each.done()), None)
+            if answer is not None and well:
+                answer.set_result(None)
+            elif answer is not None:
+                answer.set_exception(BackendUnavailable("away"))
+
+        for event in events:
+            if isinstance(event, list):
+                callers.append((event, asyncio.create_task(cache.get_many(event))))
+            elif event == "pass":
+                await settle()
+            elif event[0] == "answer":
+                end_oldest(event[1])
+            elif event[1] < len(callers):
+                callers[event[1]][1].cancel()
+        await settle()
+        while under_way:
+            end_oldest(True)
+            await settle()
+        for wanted, caller in callers:
+            (result,) = await asyncio.gather(caller, return_exceptions=True)
+            if isinstance(result, dict):
+                assert {key: got.value for key, got in result.items()} == {unit.key: value_of(unit) for unit in wanted}
+            else:
+                assert isinstance(result, BackendUnavailable | asyncio.CancelledError)
+        cache.check_integrity()
+        assert cache.stats().in_flight == 0
+
+    asyncio.run(main())

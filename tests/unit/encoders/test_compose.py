@@ -61,3 +61,14 @@ def test_units_become_conditioning(tower: TextTower, plan) -> None:
 def test_a_missing_unit_is_an_error(plan) -> None:
     with pytest.raises(KeyError):
         compose(plan("red"), {})
+
+
+@pytest.mark.parametrize(("other", "weight"), [(-5.0, 10.0), (50.0, -10.0)])
+def test_a_mean_that_is_faint_on_one_side_alone_is_no_measure_either(other: float, weight: float) -> None:
+    """A weight that makes a mean out of nothing, and one that takes it away."""
+    plain = rows(0.0)
+    plain -= plain.mean(dim=1, keepdim=True)
+    plain[3] += 5.0
+    plain[5] += other
+    got = emphasize(plain, weights(t3=weight))
+    assert got.square().mean() == pytest.approx(plain.square().mean().item(), rel=1e-4)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -63,3 +64,16 @@ def test_vocabulary_and_merges_alone_are_enough(tmp_path: Path, tokenizer: Promp
     for text in TEXTS:
         assert slow.tokenize(text).ids == tokenizer.tokenize(text).ids
     assert slow.row(()) == tokenizer.row(())
+
+
+def test_padding_is_the_folders_own(tmp_path: Path) -> None:
+    """Stable Diffusion 2 pads with "!", not with the end token, and many folders don't tell their row length."""
+    shutil.copytree(SHIPPED / "tokenizer", tmp_path / "tokenizer")
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = json.loads((tmp_path / "tokenizer" / file).read_text())
+        settings.pop("model_max_length", None)
+        (tmp_path / "tokenizer" / file).write_text(json.dumps(settings | {"pad_token": "!"}))
+    other, whole = PromptTokenizer(tmp_path), CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert other.pad == whole.convert_tokens_to_ids("!") != other.eos
+    row = whole("a red star", padding="max_length", truncation=True, max_length=77).input_ids
+    assert list(other.row(other.tokenize("a red star").ids)) == row
