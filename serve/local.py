@@ -96,6 +96,7 @@ def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
 
     temp_dir = Path(tempfile.mkdtemp(prefix="tandem-"))  # short: Ray keeps Unix sockets in it
     stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
+    stack.callback(ray.shutdown)  # also ends what an interrupted start has begun
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, 2),
@@ -105,7 +106,6 @@ def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
         _temp_dir=str(temp_dir),
         _metrics_export_port=settings.metrics.port,
     )
-    stack.callback(ray.shutdown)
     serve_logs = {"log_level": "DEBUG" if settings.log.level == "debug" else "WARNING"}
     serve.start(http_options={"host": settings.http.host, "port": settings.http.port}, logging_config=serve_logs)
     stack.callback(serve.shutdown)

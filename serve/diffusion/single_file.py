@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 
-from serve.weight_files import read_header
+from serve.models.weight_files import read_header
 
 
 def convert(checkpoint: Path, config: str | Path | None, out: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from serve.domain import EncodeUnit
 from serve.encoders.unit import fingerprint
 from serve.errors import OperatorError
-from serve.weight_files import refused
+from serve.models.weight_files import refused
 
 
 class TextTower:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from serve.weight_files import TOKENIZER_FILES, weight_files
+from serve.models.weight_files import TOKENIZER_FILES, weight_files
 
 
 def fingerprint(folder: Path, dtype: str) -> str:

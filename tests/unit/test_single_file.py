@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from serve.diffusion.single_file import convert, main
 from serve.errors import OperatorError
-from serve.model_sources import conversion_digest
 from serve.models import SHIPPED, ModelFolder, check_folder, resolve
+from serve.models.sources import conversion_digest
 from serve.settings import ModelSettings
 
 RESNET = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serve.client import Client
+from serve.cli.client import Client
 from serve.domain import JobState
 from serve.errors import InvalidRequest, JobNotFound, Unavailable
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from starlette.responses import JSONResponse
 
-from serve.cli import main
+from serve.cli.app import main
 
 TANDEM = [sys.executable, "-m", "serve.cli"]
 
@@ -157,7 +157,7 @@ def test_config_show_tells_values_origins_and_no_secret(
 def test_help_and_version_need_neither_torch_nor_ray() -> None:
     probe = (
         "import sys; sys.argv = ['tandem', '--version']\n"
-        "from serve.cli import main\n"
+        "from serve.cli.app import main\n"
         "try:\n    main()\n"
         "finally:\n    print([name for name in ('torch', 'ray', 'transformers', 'fastapi') if name in sys.modules])"
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from serve.client import Client, Pool, Progress, local_url
+from serve.cli.client import Client, Pool, Progress, local_url
 from serve.domain import CacheReport, JobState, Truncation
 from serve.errors import ClientError, GenerationFailed, InvalidRequest, JobNotFound, OperatorError, Unavailable
 from serve.settings import HttpSettings

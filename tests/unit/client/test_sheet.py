@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from serve.sheet import Picture, contact_sheet
+from serve.cli.sheet import Picture, contact_sheet
 
 
 def pictures(number: int, size: tuple[int, int] = (128, 128), title: str = "a red circle") -> list[Picture]:

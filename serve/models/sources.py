@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve.errors import OperatorError
-from serve.weight_files import TOKENIZER_FILES, TensorInfo, read_header, refused
+from serve.models.weight_files import TOKENIZER_FILES, TensorInfo, read_header, refused
 
 _UNFINISHED = ".converting-"
 _FAMILIES = {

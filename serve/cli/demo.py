@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serve.child import ChildServer
-from serve.client import Client, Pool, RemoteJob, local_url
+from serve.cli.child import ChildServer
+from serve.cli.client import Client, Pool, RemoteJob, local_url
+from serve.cli.screen import job_bars, run_job
+from serve.cli.sheet import Picture, contact_sheet
+from serve.cli.wishes import WISHES, Wish
 from serve.domain import JobState
 from serve.errors import OperatorError
-from serve.screen import job_bars, run_job
 from serve.settings import Settings
 from serve.shapes.expectation import of_prompt
 from serve.shapes.judge import agrees, read
-from serve.sheet import Picture, contact_sheet
-from serve.wishes import WISHES, Wish
 
 START_S = 300.0
 """Longest wait for a server to be ready."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from serve.client import Client, RemoteJob
+from serve.cli.client import Client, RemoteJob
+from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
 from serve.domain import JobState
 from serve.errors import OperatorError
-from serve.screen import cache_line, cut_lines, job_bars, run_job
 
 
 async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:

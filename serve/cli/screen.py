@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from serve.client import Client, RemoteJob
+from serve.cli.client import Client, RemoteJob
 from serve.domain import JobState
 from serve.errors import TandemError
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import OperatorError
-from serve.model_sources import converted, downloaded
+from serve.models.sources import converted, downloaded
+from serve.models.weight_files import PICKLED, TensorInfo, read_headers, read_json, refused, weight_files
 from serve.settings import ModelSettings
-from serve.weight_files import PICKLED, TensorInfo, read_headers, read_json, refused, weight_files
 
-SHIPPED = Path(__file__).parent / "shapes" / "weights"
+SHIPPED = Path(__file__).parent.parent / "shapes" / "weights"
 PIPELINE = "StableDiffusionPipeline"
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 ROW_TOKENS = 77

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serve.client import local_url
+from serve.cli.client import local_url
 from serve.errors import OperatorError, TandemError
 from serve.settings import Loaded, flatten, load, shown
 
@@ -104,7 +104,7 @@ def generate(
         "model": model,
     }
     address = url or local_url(load().settings.http)
-    from serve.generate import generate as story
+    from serve.cli.generate import generate as story
 
     raise typer.Exit(_run(story(address, order, out, as_json=as_json)))
 
@@ -123,7 +123,7 @@ def demo(
 ) -> None:
     """Start a server if none is up, make six pictures, show where their text came from."""
     loaded = _load(None, None, {"data_dir": data_dir, "http.port": port})
-    from serve.demo import demo as story
+    from serve.cli.demo import demo as story
 
     raise typer.Exit(_run(story(loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
 
@@ -181,7 +181,3 @@ def _run(story: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(main())
     except asyncio.CancelledError:
         raise typer.Exit(143) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The command `tandem`, and what its commands are made of."""
