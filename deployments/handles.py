@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -11,10 +12,10 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.domain import EncodeUnit
 from serve.encoders.cache import Fetched
-from serve.errors import BackendUnavailable, TandemError
+from serve.errors import BackendUnavailable, GenerationFailed, TandemError
 from serve.service import PoolState
 
-T = TypeVar("T")
+CALL_S = 10.0
 
 
 class EncoderClient:
@@ -24,7 +25,10 @@ class EncoderClient:
         self._handle = handle
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        """Embeddings in the order of `units`. Raises BackendUnavailable when the pool can't answer."""
+        """Embeddings in the order of `units`.
+
+        Raises BackendUnavailable when the pool can't answer, GenerationFailed when it broke on these units.
+        """
         result: list[Fetched] = await _call(self._handle.encode, list(units), pool="text-encoder")
         return result
 
@@ -43,11 +47,13 @@ class DiffusionClient:
 
 
 async def _call(method: Any, *args: Any, pool: str) -> Any:
+    """A pool without replicas answers nothing at all: no call waits longer than CALL_S."""
     try:
-        return await method.remote(*args)
+        async with asyncio.timeout(CALL_S):
+            return await method.remote(*args)
     except RayTaskError as error:
         if isinstance(error.cause, TandemError):
             raise error.cause from None
-        raise BackendUnavailable(f"the {pool} pool failed", None, 1.0) from error
-    except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+        raise GenerationFailed(f"the {pool} pool failed on this request") from error
+    except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError) as error:
         raise BackendUnavailable(f"the {pool} pool does not answer", None, 1.0) from error

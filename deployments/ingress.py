@@ -10,59 +10,46 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.handles import DiffusionClient, EncoderClient
-from deployments.metrics import RayMetrics
+from deployments.parts import open_parts
 from serve.api.app import create_app
-from serve.encoders.unit import fingerprint
-from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
-from serve.models import resolve
-from serve.prompts.plan import Planner
-from serve.prompts.tokenizers import PromptTokenizer
-from serve.results.store import open_store
 from serve.service import ImageService, PoolState
 from serve.settings import Settings
-from serve.telemetry import logs
 
 
 class Ingress:
     """Any replica answers for any job: all state is in the job store.
 
-    Owns: the ImageService, and a sweeper, so that overdue jobs end even when no diffusion replica lives.
+    Owns: the ImageService, and the sweeper: it is the one part that lives even when no worker does.
     """
 
     async def __init__(self, settings: Settings, encoder: DeploymentHandle, diffusion: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
-        logs.configure(settings.log.level)
-        model = await asyncio.to_thread(resolve, settings.model, settings.data_dir)
-        encoder_print = await asyncio.to_thread(fingerprint, model.path, settings.encoder.dtype)
-        metrics = RayMetrics()
-        jobs = JobStore(settings.jobs, metrics)
-        results = open_store(settings.results, settings.data_dir)
+        parts = await open_parts(settings)
         encoders = EncoderClient(encoder)
 
         async def queue_state() -> PoolState:
-            await jobs.ping()
-            return PoolState(True, f"{await jobs.queue_depth()} waiting")
+            return PoolState(True, f"{await parts.jobs.queue_depth()} waiting")
 
         async def result_state() -> PoolState:
-            await results.check()
+            await parts.results.check()
             return PoolState(True, settings.results.store)
 
         self._settings = settings
-        self._sweeping = asyncio.create_task(sweep(jobs))
+        self._sweeping = asyncio.create_task(sweep(parts.jobs, settings.jobs.lease_s))
         self._service = ImageService(
-            model=model,
+            model=parts.model,
             limits=settings.limits,
-            jobs=jobs,
-            planner=Planner(PromptTokenizer(model.path), encoder_print),
+            jobs=parts.jobs,
+            planner=parts.planner,
             encode=encoders.encode,
-            results=results,
+            results=parts.results,
             pools={
                 "jobs": queue_state,
                 "results": result_state,
                 "text-encoder": encoders.ready,
                 "diffusion": DiffusionClient(diffusion).ready,
             },
-            metrics=metrics,
+            metrics=parts.metrics,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

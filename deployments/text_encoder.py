@@ -7,6 +7,7 @@ import asyncio
 from ray import serve
 
 from deployments.metrics import RayMetrics
+from serve.devices import claim_device
 from serve.domain import EncodeUnit
 from serve.encoders.cache import Fetched
 from serve.encoders.forward import TextTower
@@ -25,7 +26,10 @@ class TextEncoder:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(settings.log.level)
         model = await asyncio.to_thread(resolve, settings.model, settings.data_dir)
-        tower = await asyncio.to_thread(TextTower.load, model.path, settings.encoder.device, settings.encoder.dtype)
+        encoder = settings.encoder
+        device = claim_device(encoder.place, encoder.num_gpus, "encoder.device")
+        tower = await asyncio.to_thread(TextTower.load, model.path, device.type, encoder.dtype)
+        self._stall_s = encoder.stall_s
         self._pool = EncoderPool(tower, settings, RayMetrics())
 
     async def encode(self, units: list[EncodeUnit]) -> list[Fetched]:
@@ -42,6 +46,11 @@ class TextEncoder:
         are cut behind it, by the pool's queue.
         """
         return await self._pool.encode_many(requests)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        if self._pool.busy_s > self._stall_s:
+            raise RuntimeError(f"a forward has taken more than {self._stall_s:.0f} s")
 
     def describe(self) -> str:
         stats = self._pool.stats()

@@ -168,9 +168,9 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """A denoising step of a job's slowest image was done."""
+    """`step` of `steps` forward passes are done for the slowest image of a run, which is one attempt at a job."""
 
-    job_id: str
+    run_id: str
     step: int
     steps: int
 

@@ -10,7 +10,8 @@
     │   ├── QueueFull            the bound on waiting jobs is reached
     │   └── BackendUnavailable   Redis, the result store or a pool does not answer
     ├── GenerationFailed         the accepted work could not be finished
-    │   └── OutOfMemory          the device had not enough memory for it
+    │   ├── OutOfMemory          the device had not enough memory for it
+    │   └── DeviceLost           the device or the step loop on it is broken; the replica must be replaced
     ├── LeaseLost                internal: another worker owns the job now
     └── OperatorError            a setting or a model is wrong; one line that names it
 
@@ -78,6 +79,10 @@ class GenerationFailed(TandemError):
 
 class OutOfMemory(GenerationFailed):
     code = "out_of_memory"
+
+
+class DeviceLost(GenerationFailed):
+    code = "device_lost"
 
 
 class LeaseLost(TandemError):

@@ -7,17 +7,19 @@ import contextlib
 import logging
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import SecretStr
 
+from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
 from serve.errors import OperatorError
 from serve.models import resolve
@@ -27,7 +29,9 @@ from serve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
+NAME = "tandem"
 WATCH_S = 0.5
+DRAIN_MARGIN_S = 10.0
 APPLICATION = "deployments.app:build"
 """The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
 
@@ -60,6 +64,8 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     except OSError as error:
         raise OperatorError(f"data_dir: {data_dir}: {error.strerror}", "data_dir") from None
     resolve(settings.model, data_dir)
+    claim_device(settings.diffusion.device, 0.0, "diffusion.device")
+    claim_device(settings.encoder.place, 0.0, "encoder.device")
     asyncio.run(open_store(settings.results, data_dir).check())
     servers: list[EmbeddedRedis] = []
 
@@ -106,11 +112,51 @@ def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
         _temp_dir=str(temp_dir),
         _metrics_export_port=settings.metrics.port,
     )
+    settings = fit(settings, ray.cluster_resources())
     serve_logs = {"log_level": "DEBUG" if settings.log.level == "debug" else "WARNING"}
     serve.start(http_options={"host": settings.http.host, "port": settings.http.port}, logging_config=serve_logs)
     stack.callback(serve.shutdown)
     application = pkgutil.resolve_name(APPLICATION)(settings)
-    serve.run(application, name="tandem", route_prefix="/", logging_config=serve_logs)
+    stack.callback(_drain, settings.diffusion.drain_s)
+    try:
+        serve.run(application, name=NAME, route_prefix="/", logging_config=serve_logs)
+    except RuntimeError:
+        deployments = serve.status().applications[NAME].deployments.values()
+        told = re.search(r"OperatorError: (.+)", "\n".join(deployment.message for deployment in deployments))
+        raise OperatorError(
+            told[1] if told else "the application does not start; the log above has the reason"
+        ) from None
+
+
+def fit(settings: Settings, machine: Mapping[str, float]) -> Settings:
+    """The settings on a machine with these Ray resources: its GPUs are shared out among the diffusion replicas.
+
+    Raises OperatorError for more than there is: Ray would wait for another machine.
+    """
+    diffusion, encoder = settings.diffusion, settings.encoder
+    gpus = machine.get("GPU", 0.0)
+    if gpus and not diffusion.num_gpus and diffusion.device in ("auto", "cuda"):
+        diffusion = diffusion.model_copy(update={"num_gpus": min(1.0, gpus / diffusion.replicas)})
+    for resource, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
+        wanted = diffusion.replicas * getattr(diffusion, field) + encoder.min_replicas * getattr(encoder, field)
+        wanted += settings.http.replicas * getattr(settings.http, field, 0.0)
+        present = machine.get(resource, 0.0)
+        if wanted > present + 1e-6:
+            setting = f"diffusion.{field}"
+            raise OperatorError(
+                f"{setting}: the replicas want {wanted:g} {resource}s, this machine has {present:g}", setting
+            )
+    return settings.model_copy(update={"diffusion": diffusion})
+
+
+def _drain(drain_s: float) -> None:
+    """Serve's own shutdown cuts the replicas off after 30 s; deleting the application lets them finish."""
+    from ray import serve
+
+    deadline = time.monotonic() + drain_s + DRAIN_MARGIN_S
+    serve.delete(NAME, _blocking=False)
+    while NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(WATCH_S)
 
 
 def _check_port(host: str, port: int) -> None:

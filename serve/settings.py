@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from serve.errors import OperatorError
@@ -113,11 +113,13 @@ class CacheSettings(Room):
 
 class EncoderSettings(Room):
     device: Device = "auto"
-    """Device of the text encoder; `auto` takes a GPU where the replica has one."""
+    """Device of the text encoder; `auto` takes a GPU where `num_gpus` gives the replica one, else the CPU."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the text encoder; part of the cache key."""
     max_batch_size: int = Field(32, ge=1)
     """Most rows of one forward pass."""
+    stall_s: float = Field(60.0, gt=0)
+    """Seconds that one forward pass may take before the replica counts as hung and is replaced."""
     min_replicas: int = Field(1, ge=1)
     """Fewest encoder replicas."""
     max_replicas: int = Field(1, ge=1)
@@ -126,6 +128,17 @@ class EncoderSettings(Room):
     """CPUs that one replica reserves in Ray."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs (fractions allowed) that one replica reserves in Ray."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+    @property
+    def place(self) -> Device:
+        """The device that is asked for. Ray hides no GPU from a replica that reserves none, so this must."""
+        return "cpu" if self.device == "auto" and not self.num_gpus else self.device
 
 
 class DiffusionSettings(Room):
@@ -143,6 +156,8 @@ class DiffusionSettings(Room):
     """GPUs (fractions allowed) that one replica reserves in Ray."""
     torch_threads: int | None = Field(None, ge=1)
     """CPU threads of the denoiser; by default the machine's cores."""
+    stall_s: float = Field(120.0, gt=0)
+    """Seconds that one step or one decoding may take before the replica counts as hung and is replaced."""
     drain_s: float = Field(120.0, gt=0)
     """Seconds that a replica which is told to stop may take to finish the jobs that it holds."""
 

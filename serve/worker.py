@@ -6,19 +6,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
 from PIL import Image
 
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRef, JobError, StepEvent, Tier, Timings
-from serve.encoders.cache import EmbeddingCache
+from serve.domain import Conditioning, ImageRef, JobError, Timings
+from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.compose import compose
 from serve.errors import ClientError, LeaseLost, TandemError, Unavailable
+from serve.jobs.pulse import Pulse
 from serve.jobs.store import Claim, JobStore
-from serve.jobs.sweeper import sweep
 from serve.prompts.plan import Planner, PromptPlan
 from serve.results.png import encode_png
 from serve.results.store import ResultStore
@@ -40,60 +40,10 @@ class GivenBack(Exception):
     """This replica is stopping and what the job needs next is away: the job returns to the queue."""
 
 
-class Pulse:
-    """Tells the store of a claimed job's progress and renews its lease, one message at a time.
-
-    Steps that are made while a message is under way are told together by the next one. When the store says that the
-    job was cancelled or taken over, `on_withdrawn` is called once and the pulse stops.
-
-    Owns: the task that beats.
-    """
-
-    def __init__(self, jobs: JobStore, claim: Claim, heartbeat_s: float, on_withdrawn: Callable[[], None]) -> None:
-        self._jobs = jobs
-        self._claim = claim
-        self._heartbeat_s = heartbeat_s
-        self._on_withdrawn = on_withdrawn
-        self._loop = asyncio.get_running_loop()
-        self._stepped = asyncio.Event()
-        self._step = 0
-        self.withdrawn = False
-        self._task = asyncio.create_task(self._beat())
-
-    def on_step(self, event: StepEvent) -> None:
-        """Called on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._note, event.step)
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-
-    def _note(self, step: int) -> None:
-        self._step = step
-        self._stepped.set()
-
-    async def _beat(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stepped.wait(), self._heartbeat_s)
-            self._stepped.clear()
-            try:
-                wanted = await self._jobs.renew(self._claim, self._step)
-            except LeaseLost:
-                wanted = False
-            except Unavailable:
-                continue  # the run goes on; its result is committed when the store is back
-            if not wanted:
-                self.withdrawn = True
-                self._on_withdrawn()
-                return
-
-
 class Worker:
     """Claims while it has a free row, serves what it claimed, and on drain finishes that and claims no more.
 
-    Owns: the tasks of the jobs it holds, its sweeper.
+    Owns: the tasks of the jobs it holds.
     """
 
     def __init__(
@@ -122,7 +72,6 @@ class Worker:
         self._freed = asyncio.Event()
         self._draining = asyncio.Event()
         self._claiming = asyncio.create_task(self._claim_until_drained())
-        self._sweeping = asyncio.create_task(sweep(jobs))
 
     @property
     def healthy(self) -> bool:
@@ -136,39 +85,41 @@ class Worker:
     async def drain(self) -> None:
         """Claim no more, finish what is in hand or give it back where its text or its store is away, end the engine."""
         self._draining.set()
-        await self._claiming
+        await asyncio.wait([self._claiming])
         if self._held:
             await asyncio.wait(list(self._held))
-        self._sweeping.cancel()
         await asyncio.to_thread(self._engine.stop)
 
+    async def abandon(self) -> None:
+        """Let go of everything at once, for a step loop that hangs: the leases run out, and other workers take over."""
+        self._draining.set()
+        tasks = [self._claiming, *self._held]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _claim_until_drained(self) -> None:
-        """One claim at a time, and only for a free row: what this replica can't step yet, another may."""
-        while not self._draining.is_set():
+        """One claim at a time, and only for a free row: what this replica can't step yet, another may.
+
+        A replica whose step loop has ended claims nothing: it would fail the whole queue, job by job.
+        """
+        while self._engine.alive and not self._draining.is_set():
             if self.rows >= self._max_rows:
-                await self._first(self._freed.wait())
+                await self._unless_draining(self._freed.wait())
                 self._freed.clear()
                 continue
             try:
                 claim = await self._jobs.claim(self._name, [self._model])
-            except TandemError as error:
-                log.warning("claiming: %s", error.message)
-                await self._first(asyncio.sleep(IDLE_WAIT_S))
+            except Exception as error:  # noqa: BLE001  what can't be claimed must not stop what is in hand
+                log.warning("claiming: %s", error)
+                await self._unless_draining(asyncio.sleep(IDLE_WAIT_S))
                 continue
             if claim is None:
-                await self._first(self._jobs.wait_for_work(IDLE_WAIT_S))
+                await self._unless_draining(self._jobs.wait_for_work(IDLE_WAIT_S))
                 continue
             task = asyncio.create_task(self._serve(claim))
             self._held[task] = claim.request.num_images
             task.add_done_callback(self._release)
-
-    async def _first(self, event: Awaitable[object]) -> None:
-        """Wait for the event or for the drain."""
-        tasks = [asyncio.ensure_future(event), asyncio.ensure_future(self._draining.wait())]
-        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _release(self, task: asyncio.Task[None]) -> None:
         del self._held[task]
@@ -176,7 +127,7 @@ class Worker:
 
     async def _serve(self, claim: Claim) -> None:
         """Bring the claimed job to its end; whatever goes wrong here becomes the job's, never the replica's."""
-        pulse = Pulse(self._jobs, claim, self._settings.heartbeat_s, lambda: self._engine.cancel(claim.job_id))
+        pulse = Pulse(self._jobs, claim, self._settings.heartbeat_s)
         try:
             await self._draw(claim, pulse)
         except Withdrawn:
@@ -191,18 +142,10 @@ class Worker:
     async def _draw(self, claim: Claim, pulse: Pulse) -> None:
         started = time.monotonic()
         plan = self._planner.plan(claim.request)
-        fetched = await self._patiently(pulse, lambda: self._embeddings.get_many(plan.units))
+        fetched = await self._text(pulse, plan)
         conditioning = compose(plan, {key: got.value for key, got in fetched.items()})
         text_s = time.monotonic() - started
-        if pulse.withdrawn:
-            raise Withdrawn
-        future = self._engine.submit(Work(claim.job_id, claim.request, conditioning), pulse.on_step)
-        try:
-            rendered = await asyncio.wrap_future(future)
-        except TandemError:
-            if pulse.withdrawn:
-                raise Withdrawn from None
-            raise
+        rendered = await self._render(claim, pulse, conditioning)
         storing = time.monotonic()
         refs = await self._store(claim, pulse, rendered)
         timings = Timings(
@@ -211,8 +154,18 @@ class Worker:
             decode_s=rendered.decode_s,
             store_s=time.monotonic() - storing,
         )
-        tiers = _tiers(plan, {key: got.tier for key, got in fetched.items()})
+        tiers = {key: got.tier for key, got in fetched.items()}
         await self._commit(pulse, lambda: self._jobs.succeed(claim, images=refs, cache=tiers, timings=timings))
+
+    async def _render(self, claim: Claim, pulse: Pulse, conditioning: Conditioning) -> Rendered:
+        run_id = f"{claim.job_id}:{claim.fence}"
+        drawing = asyncio.wrap_future(self._engine.submit(Work(run_id, claim.request, conditioning), pulse.on_step))
+        if not await _before(pulse.gone.wait(), drawing):
+            return await drawing
+        self._engine.cancel(run_id)
+        with contextlib.suppress(TandemError):
+            await drawing
+        raise Withdrawn
 
     async def _store(self, claim: Claim, pulse: Pulse, rendered: Rendered) -> tuple[ImageRef, ...]:
         """Put every image; a later attempt of the same job writes the same bytes under the same keys."""
@@ -248,20 +201,31 @@ class Worker:
         """Repeat a call while its backend is away, for as long as somebody waits for the job.
 
         The job's own timeout bounds this: an expired job's lease is gone, and its pulse says so. Raises Withdrawn, or
-        GivenBack when this replica has been told to stop.
+        GivenBack when this replica has been told to stop meanwhile.
         """
         delay_s = FIRST_RETRY_S
-        while True:
+        while not pulse.gone.is_set():
             try:
                 return await call()
             except Unavailable as error:
-                if pulse.withdrawn:
-                    raise Withdrawn from None
-                if self._draining.is_set():
-                    raise GivenBack from None
                 log.warning("waiting: %s", error.message)
-            await self._first(asyncio.sleep(delay_s))
+            if self._draining.is_set():
+                raise GivenBack
+            await self._unless_draining(_before(pulse.gone.wait(), asyncio.sleep(delay_s)))
             delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+        raise Withdrawn
+
+    async def _text(self, pulse: Pulse, plan: PromptPlan) -> dict[str, Fetched]:
+        """The plan's embeddings. A pool that is away may not even refuse, so the waiting itself can be called off."""
+        asking = asyncio.create_task(self._patiently(pulse, lambda: self._embeddings.get_many(plan.units)))
+        if not await _before(_either(pulse.gone, self._draining), asking):
+            return await asking
+        asking.cancel()
+        raise Withdrawn if pulse.gone.is_set() else GivenBack
+
+    async def _unless_draining(self, event: Awaitable[object]) -> None:
+        """Wait for the event or for the drain."""
+        await _before(self._draining.wait(), event)
 
     async def _commit(self, pulse: Pulse, write: Callable[[], Awaitable[None]]) -> None:
         """Write an outcome; a job that is another worker's by now is left to it.
@@ -273,8 +237,21 @@ class Worker:
             await self._patiently(pulse, write)
 
 
-def _tiers(plan: PromptPlan, tiers: Mapping[str, Tier]) -> dict[str, Tier]:
-    return {unit.key: tiers[unit.key] for unit in plan.units}
+async def _either(one: asyncio.Event, other: asyncio.Event) -> None:
+    await _before(one.wait(), other.wait())
+
+
+async def _before(first: Awaitable[object], second: Awaitable[object]) -> bool:
+    """Wait for either; whether it was the first. The other is cancelled, unless it is a future of somebody else's."""
+    one, other = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        await asyncio.wait([one, other], return_when=asyncio.FIRST_COMPLETED)
+        return one.done() and not other.done()
+    finally:
+        for waiting, given in ((one, first), (other, second)):
+            if waiting is not given:
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
 
 
 def _png(claim: Claim, index: int, image: Image.Image) -> bytes:

@@ -13,6 +13,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from serve.errors import OperatorError
 from serve.models import ModelFolder
 
+MENDED = {"steps_offset": 1, "clip_sample": False}
+
 
 class SdFamily:
     """Stable Diffusion 1.x and 2.x: a U-Net over 4-channel latents with cross-attention to one text encoder.
@@ -35,6 +37,10 @@ class SdFamily:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise OperatorError(f"model.source: {model.name} can't be loaded: {reason}", "model.source") from error
 
+    def forwards(self, num_inference_steps: int) -> int:
+        """Forward passes of that many steps: more, with samplers that look twice (PNDM, Heun)."""
+        return len(self.new_scheduler(num_inference_steps).timesteps)
+
     def new_scheduler(self, num_inference_steps: int) -> Any:
         """A diffusers scheduler of its own for one image: multi-step samplers keep a history of their latents."""
         scheduler = self._scheduler_class.from_config(self._scheduler_config)
@@ -47,11 +53,11 @@ class SdFamily:
         return out
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H * f, W * f), float32 in [0, 1], on the CPU, from final latents (B, C, H, W)."""
+        """Pixels (B, 3, H * f, W * f), float32 in about [-1, 1], on the CPU, from final latents (B, C, H, W)."""
         config = self._vae.config
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         pixels: torch.Tensor = self._vae.decode(latents, return_dict=False)[0]
-        return (pixels / 2 + 0.5).clamp(0, 1).float().cpu()
+        return pixels.float().cpu()
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -65,8 +71,12 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _scheduler(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The sampler's class and configuration, mended as `StableDiffusionPipeline`'s constructor mends old ones."""
     name = DiffusionPipeline.load_config(folder, local_files_only=True)["scheduler"][1]
     cls = getattr(diffusers_schedulers, name, None)
     if cls is None:
         raise ValueError(f"scheduler {name} is not one of diffusers'")
-    return cls, cls.load_config(folder / "scheduler", local_files_only=True)
+    written = cls.load_config(folder / "scheduler", local_files_only=True)
+    config = dict(cls.from_config(written).config)
+    config.pop("_use_default_values", None)  # what it names would fall back to the class's default once more
+    return cls, config | {name: value for name, value in MENDED.items() if name in config}

@@ -1,4 +1,4 @@
-"""Latents and their steps: the tensors behind a StepPlan."""
+"""Latents and their steps: the tensors behind the rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from serve.devices import claim_device, use_threads
 from serve.diffusion.families import SdFamily
-from serve.diffusion.scheduler import Row, StepPlan
+from serve.diffusion.scheduler import Row
 from serve.domain import Conditioning, ImageRequest
-from serve.errors import GenerationFailed, OperatorError, OutOfMemory, TandemError
+from serve.errors import DeviceLost, GenerationFailed, OutOfMemory, TandemError
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
 
@@ -36,6 +37,13 @@ class _ImageState:
         timestep: torch.Tensor = self.scheduler.timesteps[self.step]
         return timestep
 
+    def advance(self, prediction: torch.Tensor) -> None:
+        """One step of the sampler. Those that add noise take the image's own generator, the others take none."""
+        step = self.scheduler.step
+        noise = {"generator": self.generator} if "generator" in inspect.signature(step).parameters else {}
+        self.latents = step(prediction, self.timestep, self.latents, **noise, return_dict=False)[0]
+        self.step += 1
+
 
 class Runner:
     """Begin, step and finish images.
@@ -47,16 +55,17 @@ class Runner:
         self._family = family
         self._states: dict[Row, _ImageState] = {}
 
-    def rows(self, job_id: str, request: ImageRequest) -> list[Row]:
-        """The job's images as rows of the step batch."""
+    def rows(self, run_id: str, request: ImageRequest) -> list[Row]:
+        """The request's images as rows of the step batch."""
         factor = self._family.vae_scale_factor
         shape = (request.height // factor, request.width // factor)
-        return [Row(job_id, index, request.num_inference_steps, shape) for index in range(request.num_images)]
+        steps = self._family.forwards(request.num_inference_steps)
+        return [Row(run_id, index, steps, shape) for index in range(request.num_images)]
 
     def begin(self, row: Row, request: ImageRequest, conditioning: Conditioning) -> None:
         """Draw the starting noise as diffusers' pipelines do: on the CPU, from the seed, in the model's dtype."""
         family = self._family
-        scheduler = family.new_scheduler(row.steps)
+        scheduler = family.new_scheduler(request.num_inference_steps)
         generator = torch.Generator("cpu").manual_seed(request.seed + row.index)
         noise = torch.randn((1, family.latent_channels, *row.shape), generator=generator, dtype=family.dtype)
         self._states[row] = _ImageState(
@@ -69,20 +78,23 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> None:
+    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
         """One denoising step of every row in one forward pass; rows may be at different timesteps and guidance.
 
         Guided rows stand in the batch twice (Ho & Salimans 2022: eps = eps_u + w (eps_c - eps_u)).
-        Raises OutOfMemory or GenerationFailed; the rows of the plan are then of no further use.
+        Returns the rows that failed by themselves. Raises OutOfMemory or GenerationFailed when the forward failed; no
+        row has moved then, and fewer of them may be tried. DeviceLost: no more of anything.
         """
-        states = [self._states[row] for row in plan.rows]
+        states = [self._states[row] for row in rows]
         with _device_errors():
             predictions = self._predict(states)
-            for state, prediction in zip(states, predictions, strict=True):
-                state.latents = state.scheduler.step(
-                    prediction, state.timestep, state.latents, **_step_arguments(state), return_dict=False
-                )[0]
-                state.step += 1
+        failed: dict[Row, Exception] = {}
+        for row, state, prediction in zip(rows, states, predictions, strict=True):
+            try:
+                state.advance(prediction)
+            except Exception as error:  # noqa: BLE001  a sampler's trouble is its own image's alone
+                failed[row] = error
+        return failed
 
     @torch.inference_mode()
     def finish(self, row: Row) -> Image.Image:
@@ -92,6 +104,7 @@ class Runner:
             pixels = self._family.decode(state.latents)[0]
         if not torch.isfinite(pixels).all():
             raise GenerationFailed("the image came out as not-a-number; try other parameters")
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
         return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
     def drop(self, rows: Sequence[Row]) -> None:
@@ -117,35 +130,14 @@ class Runner:
         return predictions
 
 
-def open_device(settings: DiffusionSettings) -> tuple[torch.device, torch.dtype]:
-    """The device and precision that the settings ask for on this machine.
-
-    A replica that holds a fraction of a GPU is held to that fraction of its memory: Ray does not do it.
-    Raises OperatorError naming the setting.
-    """
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        raise OperatorError(f"diffusion.device: there is no {name} device here", "diffusion.device")
-    if name == "cuda" and 0 < settings.num_gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(settings.num_gpus)
-    if name == "cpu" and settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "float32" if name == "cpu" else "float16"
-    return torch.device(name), getattr(torch, dtype)
-
-
 def open_runner(model: ModelFolder, settings: DiffusionSettings) -> Runner:
-    return Runner(SdFamily(model, *open_device(settings)))
-
-
-def _step_arguments(state: _ImageState) -> dict[str, Any]:
-    """Samplers that add noise take the image's own generator; the others take none."""
-    takes = "generator" in inspect.signature(state.scheduler.step).parameters
-    return {"generator": state.generator} if takes else {}
+    """Load the model as the settings place it. Raises OperatorError naming the setting."""
+    device = claim_device(settings.device, settings.num_gpus, "diffusion.device")
+    if device.type == "cpu":
+        use_threads(settings.torch_threads)
+    half = "float32" if device.type == "cpu" else "float16"
+    dtype = getattr(torch, half if settings.dtype == "auto" else settings.dtype)
+    return Runner(SdFamily(model, device, dtype))
 
 
 @contextmanager
@@ -157,5 +149,7 @@ def _device_errors() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise OutOfMemory("the device ran out of memory") from error
+    except torch.AcceleratorError as error:  # sticky: every later call on this device fails too
+        raise DeviceLost("the device failed") from error
     except RuntimeError as error:
         raise GenerationFailed("the denoiser failed on this request") from error

@@ -14,9 +14,13 @@ LatentShape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image of one job: the unit that joins and leaves the step batch. `shape` is its latent (height, width)."""
+    """One image of one run of a job: the unit that joins and leaves the step batch.
 
-    job_id: str
+    `steps` counts forward passes, which some samplers make more of than the client asked for steps. `shape` is the
+    latent (height, width).
+    """
+
+    run_id: str
     index: int
     steps: int
     shape: LatentShape
@@ -31,7 +35,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a committed step brought about: progress of jobs, and the rows that made their last step."""
+    """What a committed step brought about: progress of runs, and the rows that made their last step."""
 
     events: tuple[StepEvent, ...]
     finished: tuple[Row, ...]
@@ -50,7 +54,7 @@ class StepScheduler:
         self._max_rows = max_rows
         self._lines: OrderedDict[LatentShape, deque[Row]] = OrderedDict()
         self._done: dict[Row, int] = {}
-        self._jobs: dict[str, list[Row]] = {}
+        self._runs: dict[str, list[Row]] = {}
 
     def __len__(self) -> int:
         """Rows that still have steps to make."""
@@ -61,7 +65,7 @@ class StepScheduler:
             if row in self._done:
                 raise ValueError(f"{row} is already here")
             self._done[row] = 0
-            self._jobs.setdefault(row.job_id, []).append(row)
+            self._runs.setdefault(row.run_id, []).append(row)
             self._lines.setdefault(row.shape, deque()).append(row)
 
     def plan(self) -> StepPlan:
@@ -76,7 +80,7 @@ class StepScheduler:
         rows = [row for row in plan.rows if row in self._done]
         if not rows:
             return StepResult((), ())
-        before = {row.job_id: self._job_step(row.job_id) for row in rows}
+        before = {row.run_id: self._run_step(row.run_id) for row in rows}
         shape = rows[0].shape
         line = self._lines[shape]
         finished = []
@@ -90,27 +94,25 @@ class StepScheduler:
         self._lines.move_to_end(shape)
         if not line:
             del self._lines[shape]
-        steps = {row.job_id: row.steps for row in rows}
+        steps = {row.run_id: row.steps for row in rows}
         events = [
-            StepEvent(job_id, self._job_step(job_id), steps[job_id])
-            for job_id, step in before.items()
-            if self._job_step(job_id) > step
+            StepEvent(run_id, self._run_step(run_id), steps[run_id])
+            for run_id, step in before.items()
+            if self._run_step(run_id) > step
         ]
-        for job_id in before:
-            if all(self._done[row] == row.steps for row in self._jobs[job_id]):
-                self._forget(job_id)
+        for run_id in before:
+            if all(self._done[row] == row.steps for row in self._runs[run_id]):
+                self._forget(run_id)
         return StepResult(tuple(events), tuple(finished))
 
-    def remove(self, job_id: str) -> tuple[Row, ...]:
-        """Take a job's rows out, finished ones too; the rows, or none if the job is not here."""
-        rows = tuple(self._jobs.get(job_id, ()))
-        for row in rows:
+    def remove(self, run_id: str) -> None:
+        """Take a run's rows out, finished ones too; nothing happens if it is not here."""
+        for row in self._runs.get(run_id, ()):
             if self._done[row] < row.steps:
                 self._lines[row.shape].remove(row)
                 if not self._lines[row.shape]:
                     del self._lines[row.shape]
-        self._forget(job_id)
-        return rows
+        self._forget(run_id)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the lines and the counts disagree."""
@@ -118,11 +120,11 @@ class StepScheduler:
         assert len(waiting) == len(set(waiting)), "a row stands in line twice"
         assert set(waiting) == {row for row, done in self._done.items() if done < row.steps}, "a row was lost"
         assert all(line and all(row.shape == shape for row in line) for shape, line in self._lines.items())
-        assert {row for rows in self._jobs.values() for row in rows} == set(self._done), "a job kept no count"
+        assert {row for rows in self._runs.values() for row in rows} == set(self._done), "a run kept no count"
 
-    def _job_step(self, job_id: str) -> int:
-        return min(self._done[row] for row in self._jobs[job_id])
+    def _run_step(self, run_id: str) -> int:
+        return min(self._done[row] for row in self._runs[run_id])
 
-    def _forget(self, job_id: str) -> None:
-        for row in self._jobs.pop(job_id, ()):
+    def _forget(self, run_id: str) -> None:
+        for row in self._runs.pop(run_id, ()):
             del self._done[row]

@@ -12,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 
 from serve.domain import EncodeUnit
 from serve.encoders.unit import fingerprint
-from serve.errors import OperatorError
 from serve.models.weight_files import refused
 
 
@@ -23,7 +22,7 @@ class TextTower:
     of ids that they computed.
     """
 
-    def __init__(self, model: Any, device: torch.device, encoder: str) -> None:
+    def __init__(self, model: Any, device: str, encoder: str) -> None:
         self._model = model
         self._device = device
         self.fingerprint = encoder
@@ -32,10 +31,7 @@ class TextTower:
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str) -> TextTower:
-        """`folder` is a diffusers folder, `device` a torch device or `auto`, `dtype` the name of a torch dtype.
-
-        Raises OperatorError that names `model.source` or `encoder.device`.
-        """
+        """`folder` is a diffusers folder, `dtype` a torch dtype's name. OperatorError names `model.source`."""
         transformers_logging.disable_progress_bar()
         try:
             model, report = CLIPTextModel.from_pretrained(
@@ -50,12 +46,7 @@ class TextTower:
         if missing := sorted(report["missing_keys"]):
             # transformers would go on with random numbers in their place.
             raise refused(f"{folder / 'text_encoder'} lacks weights: {missing[0]} and {len(missing) - 1} more")
-        place = torch.device(_best_device() if device == "auto" else device)
-        try:
-            model.to(place)
-        except (RuntimeError, AssertionError) as error:
-            raise OperatorError(f"encoder.device: {device} can't be used here", "encoder.device") from error
-        return cls(model.eval(), place, fingerprint(folder, dtype))
+        return cls(model.to(device).eval(), device, fingerprint(folder, dtype))
 
     @torch.inference_mode()
     def encode(self, units: Sequence[EncodeUnit]) -> list[torch.Tensor]:
@@ -75,9 +66,3 @@ class TextTower:
         hidden = self._model(input_ids=ids).last_hidden_state.cpu()
         table = dict(zip(wanted, hidden.unbind(), strict=True))
         return [table[unit] for unit in units]
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

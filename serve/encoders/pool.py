@@ -24,6 +24,7 @@ class EncoderPool:
     def __init__(self, tower: TextTower, settings: Settings, metrics: Metrics) -> None:
         self._tower = tower
         self._metrics = metrics
+        self._busy_since: float | None = None
         self._queue: Coalescer[EncodeUnit, bytes] = Coalescer(self.encode_batch, settings.encoder.max_batch_size)
         self._cache = EmbeddingCache(settings.cache, self._fetch, metrics, write_through=True)
 
@@ -45,14 +46,23 @@ class EncoderPool:
 
     def encode_batch(self, units: list[EncodeUnit]) -> list[bytes]:
         """One forward, no cache. Blocks; one caller at a time."""
-        started = time.perf_counter()
+        started = self._busy_since = time.perf_counter()
         rows = self._tower.rows
-        packed = [pack(tensor) for tensor in self._tower.encode(units)]
+        try:
+            packed = [pack(tensor) for tensor in self._tower.encode(units)]
+        finally:
+            self._busy_since = None
         self._metrics.inc("tandem_encoder_forwards_total")
         self._metrics.inc("tandem_encoder_forward_rows_total", self._tower.rows - rows)
         self._metrics.observe("tandem_encoder_batch_rows", self._tower.rows - rows)
         self._metrics.observe("tandem_encoder_forward_seconds", time.perf_counter() - started)
         return packed
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the forward under way began; 0 between them."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def stats(self) -> CacheStats:
         return self._cache.stats()

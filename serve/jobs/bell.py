@@ -79,7 +79,7 @@ class Bell:
             with contextlib.suppress(Exception):
                 if channel not in self._waiting:
                     await pubsub.unsubscribe(channel)
-                elif channel.encode() in pubsub.channels:
+                elif channel.encode() in pubsub.channels.keys() - pubsub.pending_unsubscribe_channels:
                     self._ring(channel)
                 else:
                     await pubsub.subscribe(channel)

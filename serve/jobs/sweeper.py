@@ -11,13 +11,21 @@ from serve.jobs.store import JobStore
 log = logging.getLogger(__name__)
 
 
-async def sweep(store: JobStore, interval_s: float = 1.0) -> None:
-    """Reap until cancelled. A store that does not answer is tried again at the next turn."""
+async def sweep(store: JobStore, lease_s: float, interval_s: float = 1.0) -> None:
+    """Reap until cancelled.
+
+    Nobody could renew a lease while the store was away. So when it is back, and when this process is new, the workers
+    have the time of one lease to speak first.
+    """
+    pause_s = lease_s
     while True:
+        await asyncio.sleep(pause_s)
+        pause_s = interval_s
         try:
+            await store.queue_depth()
             reaped = await store.reap()
             if reaped:
                 log.warning("%d jobs had lost their worker or their time", reaped)
         except TandemError as error:
             log.warning("sweeping: %s", error.message)
-        await asyncio.sleep(interval_s)
+            pause_s = lease_s

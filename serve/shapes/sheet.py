@@ -1,7 +1,6 @@
 """A contact sheet: many pictures with their prompts underneath, as one PNG."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ FRAME = (208, 208, 208)
 
 
 def contact_sheet(pictures: Sequence[tuple[str, NDArray[Any]]], out: Path, columns: int = COLUMNS) -> None:
-    """Write (prompt, picture in 0..1) pairs to ``out``, row by row, in at most 256 colours to keep the file small."""
+    """Write (prompt, picture in 0..1) pairs to ``out``, row by row."""
     side = pictures[0][1].shape[0]
     width = columns * (side + GAP) + GAP
     height = math.ceil(len(pictures) / columns) * (side + CAPTION_HEIGHT) + GAP
@@ -32,7 +31,19 @@ def contact_sheet(pictures: Sequence[tuple[str, NDArray[Any]]], out: Path, colum
         y = GAP + index // columns * (side + CAPTION_HEIGHT)
         sheet.paste(Image.fromarray((np.asarray(picture) * 255).round().astype(np.uint8)), (x, y))
         pen.rectangle((x - 1, y - 1, x + side, y + side), outline=FRAME)
-        for line, text in enumerate(textwrap.wrap(prompt, 25)[:CAPTION_LINES]):
+        for line, text in enumerate(_wrap(prompt, side, font)[:CAPTION_LINES]):
             pen.text((x, y + side + 3 + line * (CAPTION_SIZE + 1)), text, fill=INK, font=font)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, optimize=True)
+    sheet.save(out, optimize=True)
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The text as lines of at most ``width`` pixels, where words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -20,6 +20,7 @@ from serve.encoders.unit import fingerprint
 from serve.errors import BackendUnavailable
 from serve.jobs.events import follow
 from serve.jobs.store import JobStore
+from serve.jobs.sweeper import sweep
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
 from serve.prompts.tokenizers import PromptTokenizer
@@ -66,8 +67,12 @@ class House:
         self.runner = runner
         self.pool = EncoderPool(tower, Settings(), self.metrics)
         self.encoder_away = False
+        self.encoder_hangs = asyncio.Event()
+        self.sweeping = asyncio.create_task(sweep(self.jobs, self.settings.lease_s, interval_s=0.1))
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        if self.encoder_hangs.is_set():
+            await asyncio.Event().wait()
         if self.encoder_away:
             raise BackendUnavailable("the encoder pool does not answer")
         return await self.pool.encode(units)
@@ -89,6 +94,12 @@ class House:
             yield worker
         finally:
             await worker.drain()
+
+    async def close(self) -> None:
+        self.sweeping.cancel()
+        await self.jobs.check_integrity()
+        await self.pool.close()
+        await self.jobs.close()
 
     async def submit(self, job_id: str, **parameters: object) -> None:
         values = {"width": 128, "height": 128, "num_inference_steps": 3, "guidance_scale": 5.0, "seed": 1} | parameters
@@ -115,9 +126,7 @@ async def house(
 ) -> AsyncIterator[House]:
     house = House(redis_url, tmp_path, model, runner, tower)
     yield house
-    await house.jobs.check_integrity()
-    await house.pool.close()
-    await house.jobs.close()
+    await house.close()
 
 
 async def test_a_job_becomes_images_with_their_parameters(house: House) -> None:
@@ -177,13 +186,16 @@ async def test_a_run_outlives_the_job_store(
         jobs_redis.kill()
         with pytest.raises(BackendUnavailable):
             await house.submit("b")
+        gone_at = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < gone_at + 2 * house.settings.lease_s:
+            with pytest.raises(BackendUnavailable):
+                await house.jobs.ping()
         jobs_redis.start()
         job = await house.ended("a")
     assert job.state is JobState.SUCCEEDED
+    assert job.attempt == 1
     assert len(job.images) == 4
-    await house.jobs.check_integrity()
-    await house.pool.close()
-    await house.jobs.close()
+    await house.close()
 
 
 async def test_drain_finishes_what_is_in_hand_and_claims_no_more(house: House) -> None:
@@ -210,6 +222,26 @@ async def test_drain_gives_back_what_waits_for_its_text(house: House) -> None:
     house.encoder_away = False
     async with house.worker("next"):
         assert (await house.ended("a")).attempt == 1
+
+
+async def test_a_cancelled_job_does_not_wait_for_a_hung_encoder(house: House) -> None:
+    house.encoder_hangs.set()
+    async with house.worker() as worker:
+        await house.submit("a")
+        await house.reaches("a", lambda job: job.state is JobState.RUNNING)
+        await house.jobs.cancel("a")
+        assert (await house.ended("a")).state is JobState.CANCELLED
+        while worker.rows:
+            await asyncio.wait([asyncio.create_task(house.jobs.ping())])
+
+
+async def test_drain_does_not_wait_for_a_hung_encoder(house: House) -> None:
+    house.encoder_hangs.set()
+    async with house.worker() as worker:
+        await house.submit("a")
+        await house.reaches("a", lambda job: job.state is JobState.RUNNING)
+        await asyncio.wait_for(worker.drain(), 10)
+        assert (await house.jobs.get("a")).state is JobState.QUEUED
 
 
 async def test_many_jobs_all_end_well(house: House) -> None:

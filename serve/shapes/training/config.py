@@ -26,13 +26,14 @@ class Recipe:
     text_batch: int = 64
 
     unet_channels: tuple[int, ...] = (48, 64, 96)
-    unet_steps: int = 11_000
+    unet_steps: int = 6_500
     unet_batch: int = 32
     unet_lr: float = 1e-3
     unet_muon_lr: float = 0.015
     decay_share: float = 0.3
     text_tuned_share: float = 0.3
     text_lr_factor: float = 0.2
+    late_mixed_share: float = 0.15
     ema: float = 0.999
     prompt_dropout: float = 0.1
     log_snr_mean: float = -0.7
@@ -40,8 +41,8 @@ class Recipe:
 
     polish_steps: int = 400
     polish_batch: int = 4
-    polish_lr: float = 5e-4
-    polish_muon_lr: float = 0.004
+    polish_lr: float = 4e-4
+    polish_muon_lr: float = 0.003
 
 
 QUICK = Recipe(

@@ -25,9 +25,9 @@ from serve.shapes.training.unet import make_scheduler
 from serve.shapes.training.vae import picture_loss, to_tensor
 
 STAGE = 6
-LOG_SNR_RANGE = (0.0, 4.0)
+LOG_SNR_RANGE = (0.5, 5.0)
 """Noise levels of the estimates: at these the object is where it was, but its outline is the U-Net's."""
-UNTOUCHED_SHARE = 0.25
+UNTOUCHED_SHARE = 0.4
 """Part of each batch that is decoded from the clean latents, so that plain decoding keeps its quality."""
 
 

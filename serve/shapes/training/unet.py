@@ -1,8 +1,9 @@
 """The diffusion model: UNet2DConditionModel on 4x16x16 latents, predicting v (Salimans & Ho 2022).
 
 Muon for the matrices, AdamW for the rest. The rate rises, stays, then falls linearly to nothing over the last
-``decay_share``; during the last ``text_tuned_share`` the text encoder learns too, at a fifth of the rate. Before
-that, nothing depends on the total number of steps: a run may be lengthened from a checkpoint.
+``decay_share``. During the last ``text_tuned_share`` the text encoder learns too, at a fifth of the rate, and rows that
+mix colours come more often. Before that, nothing depends on the total number of steps: a run may be lengthened from a
+checkpoint.
 """
 
 import random
@@ -105,6 +106,7 @@ class UNetTrainer:
         self.timesteps = TimestepSampler(self.alphas, recipe.log_snr_mean, recipe.log_snr_std)
         self.latents = latents.load_latents(run / "latents")
         self.rows = [latents.row(recipe.seed, i) for i in range(len(self.latents))]
+        self.mixed_rows = np.array([i for i, (_, phrase) in enumerate(self.rows) if phrase is not None])
         self.step = 0
 
     def train(self) -> None:
@@ -133,8 +135,11 @@ class UNetTrainer:
     def _train_step(self) -> float:
         rng = np.random.default_rng([self.recipe.seed, STAGE, self.step, parallel.rank()])
         torch.manual_seed(int(rng.integers(2**62)))
-        index = rng.integers(0, len(self.rows), self.recipe.unet_batch)
         tuned = self._progress() >= 1 - self.recipe.text_tuned_share
+        index = rng.integers(0, len(self.rows), self.recipe.unet_batch)
+        if tuned:
+            extra = int(self.recipe.late_mixed_share * self.recipe.unet_batch)
+            index[:extra] = rng.choice(self.mixed_rows, extra)
         with torch.set_grad_enabled(tuned):
             context = self._context([int(i) for i in index], random.Random(int(rng.integers(2**62))))
         loss = self._loss(self.latents[index].float(), context)

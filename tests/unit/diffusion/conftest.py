@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from serve.diffusion.engine import Engine, Work
 from serve.diffusion.runner import Runner, open_runner
@@ -27,17 +26,16 @@ def model() -> ModelFolder:
 
 @pytest.fixture(scope="session")
 def runner(model: ModelFolder) -> Runner:
-    torch.set_num_threads(1)
-    return open_runner(model, DiffusionSettings(device="cpu"))
+    return open_runner(model, DiffusionSettings(device="cpu", torch_threads=1))
 
 
 @pytest.fixture(scope="session")
 def work(model: ModelFolder) -> Callable[..., Work]:
-    """work(job_id, prompt, **parameters) -> a job whose text is encoded."""
+    """work(run_id, prompt, **parameters) -> a job whose text is encoded."""
     planner = Planner(PromptTokenizer(model.path), "test")
     tower = TextTower.load(model.path, "cpu", "float32")
 
-    def make(job_id: str, prompt: str = "a red circle on a blue background", **parameters: object) -> Work:
+    def make(run_id: str, prompt: str = "a red circle on a blue background", **parameters: object) -> Work:
         values = {
             "model": model.name,
             "width": 128,
@@ -49,7 +47,7 @@ def work(model: ModelFolder) -> Callable[..., Work]:
         request = ImageRequest(prompt=prompt, **values)  # type: ignore[arg-type]
         plan = planner.plan(request)
         embeddings = {unit.key: pack(tensor) for unit, tensor in zip(plan.units, tower.encode(plan.units), strict=True)}
-        return Work(job_id, request, compose(plan, embeddings))
+        return Work(run_id, request, compose(plan, embeddings))
 
     return make
 

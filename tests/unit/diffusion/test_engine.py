@@ -1,7 +1,11 @@
 """The step loop on the shipped model: parity with diffusers, mixing, joining, leaving, failing alone."""
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
+from pathlib import Path
 from threading import Event
 
 import hypothesis.strategies as st
@@ -13,11 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.diffusion.runner import Runner
-from serve.diffusion.scheduler import StepPlan, StepScheduler
+from serve.diffusion.families import SdFamily
+from serve.diffusion.runner import Runner, open_runner
+from serve.diffusion.scheduler import Row, StepScheduler
 from serve.domain import Conditioning, StepEvent
-from serve.errors import GenerationFailed
+from serve.errors import DeviceLost, GenerationFailed
 from serve.models import ModelFolder
+from serve.settings import DiffusionSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MakeWork = Callable[..., Work]
@@ -34,32 +40,70 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 def alone(runner: Runner, work: Work) -> list[Image.Image]:
     """The job's images, drawn with nothing beside them, without the engine."""
-    rows = runner.rows(work.job_id, work.request)
+    rows = runner.rows(work.run_id, work.request)
     images = []
     for row in rows:
         runner.begin(row, work.request, work.conditioning)
         for _ in range(row.steps):
-            runner.step(StepPlan((row,)))
+            assert not runner.step([row])
         images.append(runner.finish(row))
     return images
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_equals_the_stock_pipeline(engine: Engine, work: MakeWork, model: ModelFolder, guidance_scale: float) -> None:
-    stock = StableDiffusionPipeline.from_pretrained(model.path, local_files_only=True, dtype=torch.float32)
-    stock.set_progress_bar_config(disable=True)
-    job = work(
-        "parity", "a green star on a yellow background", seed=11, guidance_scale=guidance_scale, negative_prompt="red"
-    )
-    expected = stock(
+@pytest.fixture(scope="module")
+def stock(model: ModelFolder) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(model.path, local_files_only=True, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def by_stock(pipeline: StableDiffusionPipeline, job: Work) -> Image.Image:
+    image: Image.Image = pipeline(
         job.request.prompt,
         negative_prompt=job.request.negative_prompt,
         num_inference_steps=job.request.num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=torch.Generator().manual_seed(11),
+        guidance_scale=job.request.guidance_scale,
+        generator=torch.Generator().manual_seed(job.request.seed),
     ).images[0]
+    return image
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_equals_the_stock_pipeline(
+    engine: Engine, work: MakeWork, stock: StableDiffusionPipeline, guidance_scale: float
+) -> None:
+    job = work("parity", "a green star on yellow", seed=11, guidance_scale=guidance_scale, negative_prompt="red")
     rendered = engine.submit(job, ignore).result(60)
-    assert difference(rendered.images[0], expected) <= 1
+    assert difference(rendered.images[0], by_stock(stock, job)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True}),  # Stable Diffusion 1.5's own: one forward more than steps
+        ("HeunDiscreteScheduler", {}),  # two forwards a step
+        ("EulerAncestralDiscreteScheduler", {}),  # adds noise
+        ("DDIMScheduler", {}),  # an old configuration, without clip_sample and steps_offset
+        ("UniPCMultistepScheduler", {}),
+    ],
+)
+def test_a_folder_with_another_sampler_equals_the_stock_pipeline(
+    tmp_path: Path, work: MakeWork, model: ModelFolder, sampler: str, options: dict[str, object]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model.path, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", sampler]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    old = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    kept = {name: old[name] for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
+    config = {"_class_name": sampler, "num_train_timesteps": 1000} | kept | options
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    stock = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    runner = open_runner(replace(model, path=folder), DiffusionSettings(device="cpu", torch_threads=1))
+    job = work("sampler", "a blue ring on white", seed=5)
+    assert difference(alone(runner, job)[0], by_stock(stock, job)) <= 1
 
 
 mixes = st.lists(
@@ -143,6 +187,36 @@ def test_a_job_that_breaks_the_step_fails_and_the_loop_goes_on(engine: Engine, w
     with pytest.raises(GenerationFailed):
         engine.submit(Work("wrong", good.request, wrong), ignore).result(60)
     assert len(engine.submit(good, ignore).result(60).images) == 1
+
+
+def test_a_job_that_breaks_the_step_leaves_its_neighbours_unharmed(
+    engine: Engine, runner: Runner, work: MakeWork
+) -> None:
+    good = [work(f"good{n}", seed=n, num_inference_steps=12) for n in range(3)]
+    wrong = Work("wrong", good[0].request, Conditioning(torch.zeros(77, 3), torch.zeros(77, 3)))
+    futures = [engine.submit(job, ignore) for job in (good[0], wrong, *good[1:])]
+    with pytest.raises(GenerationFailed):
+        futures.pop(1).result(60)
+    for job, future in zip(good, futures, strict=True):
+        assert difference(future.result(60).images[0], alone(runner, job)[0]) <= 1
+
+
+class LostDevice(Runner):
+    """A runner whose device fails at a step, as a real one does: for good."""
+
+    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+        raise DeviceLost("the device failed")
+
+
+def test_a_lost_device_ends_the_loop_and_every_future(model: ModelFolder, work: MakeWork) -> None:
+    broken = LostDevice(SdFamily(model, torch.device("cpu"), torch.float32))
+    engine = Engine(broken, StepScheduler(4), InProcessMetrics())
+    futures = [engine.submit(work(f"lost{n}"), ignore) for n in range(3)]
+    for future in futures:
+        assert isinstance(future.exception(60), DeviceLost)
+    assert not engine.alive
+    assert isinstance(engine.submit(work("late"), ignore).exception(60), DeviceLost)
+    engine.stop()
 
 
 def test_stop_finishes_what_was_submitted(runner: Runner, work: MakeWork) -> None:

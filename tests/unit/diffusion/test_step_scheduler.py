@@ -13,8 +13,8 @@ SHAPES = [(16, 16), (16, 24), (32, 32)]
 jobs = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from(SHAPES))
 
 
-def rows_of(job_id: str, images: int, steps: int, shape: tuple[int, int]) -> list[Row]:
-    return [Row(job_id, index, steps, shape) for index in range(images)]
+def rows_of(run_id: str, images: int, steps: int, shape: tuple[int, int]) -> list[Row]:
+    return [Row(run_id, index, steps, shape) for index in range(images)]
 
 
 @given(st.lists(jobs, min_size=1, max_size=12), st.integers(1, 5))
@@ -33,7 +33,7 @@ def test_every_row_makes_exactly_its_steps(orders: list[tuple[int, int, tuple[in
         result = scheduler.commit(scheduler.plan())
         made.update(plan)
         assert all(made[row] == row.steps for row in result.finished)
-        told.update(event.job_id for event in result.events)
+        told.update(event.run_id for event in result.events)
         scheduler.check_integrity()
     assert made == wanted
     assert told == {str(number): steps for number, (_, steps, _) in enumerate(orders)}
@@ -91,16 +91,16 @@ class Comings(RuleBasedStateMachine):
     @precondition(lambda self: self.left)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        job_id = data.draw(st.sampled_from(sorted({row.job_id for row in self.left})))
-        self.scheduler.remove(job_id)
-        self.left = {row: steps for row, steps in self.left.items() if row.job_id != job_id}
+        run_id = data.draw(st.sampled_from(sorted({row.run_id for row in self.left})))
+        self.scheduler.remove(run_id)
+        self.left = {row: steps for row, steps in self.left.items() if row.run_id != run_id}
 
     @rule()
     def cancel_between_plan_and_commit(self) -> None:
         plan = self.scheduler.plan()
-        for job_id in {row.job_id for row in plan.rows}:
-            self.scheduler.remove(job_id)
-            self.left = {row: steps for row, steps in self.left.items() if row.job_id != job_id}
+        for run_id in {row.run_id for row in plan.rows}:
+            self.scheduler.remove(run_id)
+            self.left = {row: steps for row, steps in self.left.items() if row.run_id != run_id}
         assert self.scheduler.commit(plan).finished == ()
 
     @invariant()

@@ -67,11 +67,3 @@ def test_missing_weights_are_refused_not_invented(tmp_path: Path) -> None:
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(OperatorError, match=r"model.source: .*mlp.fc1.weight"):
         TextTower.load(tmp_path, "cpu", "float32")
-
-
-def test_absent_device_names_the_setting() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has the device")
-    with pytest.raises(OperatorError) as raised:
-        TextTower.load(SHIPPED, "cuda", "float32")
-    assert raised.value.param == "encoder.device"
