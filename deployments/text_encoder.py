@@ -38,7 +38,7 @@ class TextEncoder:
         found: list[Fetched] = await self._together(units)
         return found
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=32)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=8)  # type: ignore[untyped-decorator]
     async def _together(self, requests: list[list[EncodeUnit]]) -> list[list[Fetched]]:
         """The door: requests that arrived together share one look-up and, for what is missing, one forward.
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from pydantic import SecretStr
 
 from serve.devices import claim_device
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 NAME = "tandem"
 WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
+RAY_END_S = 2.0
 APPLICATION = "deployments.app:build"
 """The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
 
@@ -102,7 +104,7 @@ def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
 
     temp_dir = Path(tempfile.mkdtemp(prefix="tandem-"))  # short: Ray keeps Unix sockets in it
     stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
-    stack.callback(ray.shutdown)  # also ends what an interrupted start has begun
+    stack.callback(_end_ray, psutil.Process().children())  # also ends what an interrupted start has begun
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, 2),
@@ -147,6 +149,18 @@ def fit(settings: Settings, machine: Mapping[str, float]) -> Settings:
                 f"{setting}: the replicas want {wanted:g} {resource}s, this machine has {present:g}", setting
             )
     return settings.model_copy(update={"diffusion": diffusion})
+
+
+def _end_ray(others: Sequence[psutil.Process]) -> None:
+    """Ray's agents notice only after a while that their node is gone: what is left of its processes is ended here."""
+    import ray
+
+    family = set(psutil.Process().children(recursive=True)).difference(others)
+    ray.shutdown()
+    _, left = psutil.wait_procs(family, timeout=RAY_END_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _drain(drain_s: float) -> None:

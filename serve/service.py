@@ -125,7 +125,8 @@ class ImageService:
         request = self._complete(new)
         plan = self._planner.plan(request)
         job = await self._jobs.submit(uuid.uuid4().hex, request, truncated=plan.truncated)
-        self._metrics.inc("tandem_truncated_prompts_total", len(plan.truncated))
+        if plan.truncated:
+            self._metrics.inc("tandem_truncated_prompts_total", len(plan.truncated))
         task = asyncio.create_task(self._encode_ahead(job.id, plan.units))
         self._ahead.add(task)
         task.add_done_callback(self._ahead.discard)

@@ -67,7 +67,10 @@ def test_sixteen_mixed_jobs_equal_their_solo_runs(http: httpx.Client) -> None:
         )
     ]
     together = [submit(http, **order) for order in orders]
-    mixed = [picture(http, finished(http, job_id)) for job_id in together]
+    jobs = [finished(http, job_id) for job_id in together]
+    mixed = [picture(http, job) for job in jobs]
+    spans = [(job["started_at"], job["finished_at"]) for job in jobs]
+    assert max(sum(start <= at < end for start, end in spans) for at, _ in spans) >= 4, "they ran one after another"
     for order, image in zip(orders, mixed, strict=True):
         alone = picture(http, finished(http, submit(http, **order)))
         assert difference(image, alone) <= 1
@@ -90,10 +93,10 @@ def test_a_killed_replica_loses_nothing(http: httpx.Client, server: Server) -> N
 def test_cancel_ends_a_running_job_at_the_next_step(http: httpx.Client) -> None:
     job_id = submit(http, "a red heart", num_inference_steps=150, num_images=8)
     wait_until(lambda: http.get(f"/v1/jobs/{job_id}").json()["step"] >= 1, 60, "the job to be under way")
-    assert http.delete(f"/v1/jobs/{job_id}").status_code < 300
+    asked_at = http.delete(f"/v1/jobs/{job_id}").json()["step"]
     job = finished(http, job_id)
     assert job["state"] == "cancelled"
-    assert job["step"] < 150
+    assert job["step"] <= asked_at + 10
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_cancel_ends_a_running_job_at_the_next_step(http: httpx.Client) -> None:
         ({"prompt": "x", "strenght": 1}, "strenght"),
     ],
 )
-def test_bad_input_is_named_and_not_queued(http: httpx.Client, body: dict, field: str) -> None:
+def test_bad_input_is_named(http: httpx.Client, body: dict, field: str) -> None:
     answer = http.post("/v1/jobs", json=body, headers={"x-request-id": "mine"})
     assert 400 <= answer.status_code < 500
     assert answer.headers.get_list("x-request-id") == ["mine"]

@@ -39,6 +39,21 @@ def test_events_are_followed_live_by_many_and_resumed_anywhere(redis_url: str) -
     on(redis_url, story)
 
 
+def test_a_follower_hears_what_happens_after_another_left(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        claim = await bench.claimed("a", steps=40)
+        for step in range(1, 20):
+            async with bench.store.changes("a"):
+                pass
+            async with bench.store.changes("a") as changed:
+                await asyncio.wait_for(changed.wait(), 2)  # every subscription rings once
+                changed.clear()
+                await bench.store.renew(claim, step)
+                await asyncio.wait_for(changed.wait(), 2)
+
+    on(redis_url, story)
+
+
 def test_a_hundred_followers_hang_up_and_leave_nothing(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         claim = await bench.claimed("a")

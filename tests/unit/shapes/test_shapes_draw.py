@@ -1,9 +1,12 @@
 """The world: geometry, pixels, and the discipline of what is held out of training."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from serve.shapes.captions import Phrase, between, held_out_prompts, training_row
 from serve.shapes.draw import (
@@ -20,6 +23,7 @@ from serve.shapes.draw import (
     sample_scene,
     signed_distance,
 )
+from serve.shapes.sheet import contact_sheet
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -108,3 +112,15 @@ def test_held_out_prompts_repeat_and_differ_by_seed() -> None:
 def test_between_two_colours_lies_the_mean() -> None:
     np.testing.assert_allclose(between("red", "blue", 0.5), (PALETTE[0] + PALETTE[COLOR_NAMES.index("blue")]) / 2)
     np.testing.assert_allclose(between("red", "blue", 0), PALETTE[0])
+
+
+def test_a_contact_sheet_has_a_row_for_every_eight(tmp_path: Path) -> None:
+    scenes = [sample_scene(np.random.default_rng(seed)) for seed in range(9)]
+    contact_sheet(
+        [("a caption that is much too long for one line", draw(scene) / 255) for scene in scenes], tmp_path / "s.png"
+    )
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > 8 * 128
+        assert 2 * 128 < sheet.height < 3 * 128
+        corner = np.asarray(sheet.convert("RGB"))[12 + 2, 12 + 2] / 255
+    np.testing.assert_allclose(corner, scenes[0].background_rgb, atol=0.02)
