@@ -24,8 +24,9 @@ from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
 from serve.errors import OperatorError
 from serve.models import resolve
+from serve.origins import Loaded
 from serve.results.store import open_store
-from serve.settings import Loaded, Settings
+from serve.settings import Settings
 from serve.telemetry import logs
 
 log = logging.getLogger(__name__)

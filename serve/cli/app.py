@@ -22,7 +22,7 @@ from rich.text import Text
 
 from serve.cli.client import local_url
 from serve.errors import OperatorError, TandemError
-from serve.settings import Loaded, flatten, load, shown
+from serve.origins import Loaded, flatten, load, shown
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from serve.errors import OperatorError
-from serve.settings import Settings, flatten, load, shown
+from serve.origins import flatten, load, shown
+from serve.settings import Settings
 
 NAMES = [name for name, _ in flatten(Settings())]
 

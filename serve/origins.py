@@ -1,0 +1,123 @@
+"""Where settings come from: default, YAML file, environment, command line; later ones win.
+
+The environment spells a field as TANDEM_ROOM__FIELD; the file and the command line use the same names. An unknown name
+is refused wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_settings import EnvSettingsSource
+
+from serve.errors import OperatorError
+from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, and for every dotted field name the origin of its value."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def load(
+    file: Path | None = None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Loaded:
+    """Read the tree from all origins. `overrides` maps dotted names to values (the command line).
+
+    Raises OperatorError, one line that names the setting and its origin.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, tuple[Any, str]] = {}
+    file = file or (Path(environ[f"{ENV_PREFIX}CONFIG"]) if f"{ENV_PREFIX}CONFIG" in environ else None)
+    if file is not None:
+        values |= {name: (value, f"file {file}") for name, value in _flatten(_read_yaml(file))}
+    values |= {name: (value, f"environment {_env_name(name)}") for name, value in _flatten(_read_environ(environ))}
+    values |= {name: (value, "command line") for name, value in (overrides or {}).items() if value is not None}
+    tree: dict[str, Any] = {}
+    for name, (value, _) in values.items():
+        *rooms, leaf = name.split(".")
+        node = tree
+        for room in rooms:
+            node = node.setdefault(room, {})
+            if not isinstance(node, dict):
+                raise OperatorError(f"{room} must be a group of settings, not a value", room)
+        node[leaf] = value
+    try:
+        settings = Settings(**tree)
+    except ValidationError as error:
+        raise _operator_error(error, {name: origin for name, (_, origin) in values.items()}) from None
+    origins = {name: values[name][1] if name in values else "default" for name, _ in flatten(settings)}
+    return Loaded(settings, origins)
+
+
+def flatten(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of the tree as (dotted name, value), in the order of the source."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def shown(value: Any) -> str:
+    """A value fit for the terminal: secrets hidden, but the host of a secret URL kept."""
+    if not isinstance(value, SecretStr):
+        return "" if value is None else str(value)
+    parts = urlsplit(value.get_secret_value())
+    if not parts.hostname:
+        return "**********"
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, f"**********@{host}" if "@" in parts.netloc else host, parts.path, "", ""))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise OperatorError(f"settings file {file}: {error.strerror}", "config") from None
+    except yaml.YAMLError as error:
+        raise OperatorError(f"settings file {file} is not YAML: {' '.join(str(error).split())}", "config") from None
+    if not isinstance(tree, dict):
+        raise OperatorError(f"settings file {file} must hold names and values", "config")
+    return tree
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {_env_name(name) for name, _ in flatten(Settings())} | {f"{ENV_PREFIX}CONFIG"}
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            raise OperatorError(f"environment {name}: no such setting", name)
+    source = EnvSettingsSource(Settings, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER)
+    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    return source()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _env_name(name: str) -> str:
+    return ENV_PREFIX + name.replace(".", ENV_DELIMITER).upper()
+
+
+def _operator_error(error: ValidationError, origins: Mapping[str, str]) -> OperatorError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    reason = "no such setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    origin = f" (from {origins[name]})" if name in origins else ""
+    return OperatorError(f"{name}: {reason}{origin}", name)
