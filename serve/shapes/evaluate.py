@@ -26,7 +26,7 @@ from serve.shapes.judge import Reading, Verdict, agrees, read, to_lab
 from serve.shapes.sheet import contact_sheet
 
 STEPS = 20
-GUIDANCE = 4.0
+GUIDANCE = 3.0
 BATCH = 20
 Images = NDArray[np.float32]
 
@@ -159,16 +159,22 @@ def weight_rates(model: Model, count: int = 40) -> tuple[float, float]:
     return shares[0], shares[1]
 
 
-def blend_rate(model: Model, count: int = 40) -> float:
-    """Share of half-and-half blends of two colours that lie nearer to the middle than to either end (CIELAB)."""
+def blend_rates(model: Model, count: int = 40) -> tuple[float, float]:
+    """Of half-and-half blends of two colours: the shares that lie between them, and nearer to the middle than to an end.
+
+    Between: the projection on the line from one palette colour to the other, in sRGB, falls within 0.1 .. 0.9 of it.
+    Nearer to the middle: by CIELAB distance.
+    """
     scenes = _two_colors(count)
     first, second = (model.embed([f"a large {s[i]} {s[2]} on a {s[3]} background" for s in scenes]) for i in (0, 1))
     seen = _first_rgb(model.generate_from((first + second) / 2))
-    right = []
+    between_them, in_the_middle = [], []
     for rgb, (a, b, _, _) in zip(seen, scenes, strict=True):
-        middle, one, other = (np.asarray(between(a, b, share)) for share in (0.5, 0.0, 1.0))
-        right.append(_distance(rgb, middle) < min(_distance(rgb, one), _distance(rgb, other)))
-    return float(np.mean(right))
+        one, middle, other = (np.asarray(between(a, b, share)) for share in (0.0, 0.5, 1.0))
+        along = float((rgb - one) @ (other - one) / ((other - one) @ (other - one)))
+        between_them.append(0.1 < along < 0.9)
+        in_the_middle.append(_distance(rgb, middle) < min(_distance(rgb, one), _distance(rgb, other)))
+    return float(np.mean(between_them)), float(np.mean(in_the_middle))
 
 
 def schedule_rate(model: Model, count: int = 40, switch: int = 2) -> float:
@@ -259,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"negative prompt: the colour stays in {100 * negative_rate(model):.0f} % of the pictures")
         first, second = weight_rates(model)
         print(f"weight 1.6: moves the colour on the first word {100 * first:.0f} %, on the second {100 * second:.0f} %")
-        print(f"blend of two colours lies between them: {100 * blend_rate(model):.0f} %")
+        between_them, middle = blend_rates(model)
+        print(f"blend of two colours: between them {100 * between_them:.0f} %, near the middle {100 * middle:.0f} %")
         print(
             f"schedule (changed after 2 of {model.steps} steps) switches the shape: {100 * schedule_rate(model):.0f} %"
         )

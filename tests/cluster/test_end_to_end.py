@@ -6,9 +6,12 @@ import signal
 
 import httpx
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from support.orders import STEPS, difference, finished, picture, submit
 from support.server import Server, wait_until
 
+from serve.shapes import WEIGHTS
 from serve.shapes.judge import read
 
 pytestmark = pytest.mark.cluster
@@ -25,6 +28,20 @@ def test_pictures_obey_their_prompts(http: httpx.Client) -> None:
     for job_id, (color, shape, ground) in zip(ids, wanted, strict=True):
         reading = read(picture(http, finished(http, job_id)))
         assert (reading.background, reading.things[0].color, reading.things[0].shape) == (ground, color, shape)
+
+
+def test_the_image_is_that_of_the_stock_pipeline(http: httpx.Client) -> None:
+    prompt, negative = "a white star on a purple background", "black"
+    stock = StableDiffusionPipeline.from_pretrained(WEIGHTS, local_files_only=True, dtype=torch.float32)
+    expected = stock(
+        prompt,
+        negative_prompt=negative,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(42),
+    ).images[0]
+    job = finished(http, submit(http, prompt, negative_prompt=negative, guidance_scale=5.0, seed=42))
+    assert difference(picture(http, job), expected) <= 1
 
 
 def test_events_tell_every_state_in_order(http: httpx.Client) -> None:

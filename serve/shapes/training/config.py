@@ -39,7 +39,7 @@ class Recipe:
     log_snr_mean: float = -0.7
     log_snr_std: float = 1.8
 
-    polish_steps: int = 900
+    polish_steps: int = 700
     polish_batch: int = 4
     polish_lr: float = 4e-4
     polish_muon_lr: float = 0.003

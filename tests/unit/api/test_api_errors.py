@@ -28,6 +28,7 @@ EXPECTED = {
     errors.BackendUnavailable: 503,
     errors.GenerationFailed: 500,
     errors.OutOfMemory: 500,
+    errors.DeviceLost: 500,
     errors.LeaseLost: 500,
     errors.OperatorError: 500,
 }
