@@ -160,7 +160,7 @@ def weight_rates(model: Model, count: int = 40) -> tuple[float, float]:
 
 
 def blend_rates(model: Model, count: int = 40) -> tuple[float, float]:
-    """Of half-and-half blends of two colours: the shares that lie between them, and nearer to the middle than to an end.
+    """Of half-and-half blends of two colours: the shares that lie between them, and nearer the middle than to an end.
 
     Between: the projection on the line from one palette colour to the other, in sRGB, falls within 0.1 .. 0.9 of it.
     Nearer to the middle: by CIELAB distance.

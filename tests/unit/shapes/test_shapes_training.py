@@ -89,7 +89,6 @@ def test_training_rows_follow_from_the_seed_and_the_index() -> None:
     assert row(0, 5) != row(1, 5)
 
 
-@pytest.mark.slow
 def test_every_stage_runs_and_the_result_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--out", str(tmp_path), "--quick"])
     assert load_latents(tmp_path / "latents").shape == (QUICK.latents, 4, 16, 16)
