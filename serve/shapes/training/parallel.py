@@ -14,8 +14,13 @@ from torch.multiprocessing.spawn import spawn
 def run(workers: int, stage: Callable[..., None], *args: object) -> None:
     """Call ``stage(*args)`` in ``workers`` processes that form one group; with one worker, here and now."""
     if workers == 1:
+        threads = torch.get_num_threads()
         _configure()
-        stage(*args)
+        try:
+            stage(*args)
+        finally:  # this process is the caller's, and both are for all of it
+            torch.set_num_threads(threads)
+            torch.set_flush_denormal(False)
         return
     with tempfile.TemporaryDirectory() as folder:
         spawn(_worker, (workers, str(Path(folder) / "store"), stage, args), nprocs=workers)

@@ -90,7 +90,10 @@ def test_training_rows_follow_from_the_seed_and_the_index() -> None:
 
 
 def test_every_stage_runs_and_the_result_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
     main(["--out", str(tmp_path), "--quick"])
+    assert torch.get_num_threads() == threads
+    assert torch.tensor(5e-324, dtype=torch.float64) * 1 > 0, "denormals are flushed"
     assert load_latents(tmp_path / "latents").shape == (QUICK.latents, 4, 16, 16)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model").to(torch.float32)
     picture = pipeline("a red circle", num_inference_steps=2, output_type="np").images[0]
