@@ -29,5 +29,9 @@ def best_device() -> str:
 
 
 def use_threads(threads: int | None) -> None:
-    """CPU threads of this process. Ray leaves a replica one for each CPU that it reserves; `None` takes all cores."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    """CPU threads of this process; None leaves one core to the rest of the server.
+
+    Ray would leave a replica one for each CPU that it reserves. Threads that wait for each other at every small
+    operation lose more by sharing a core than they win by another.
+    """
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))

@@ -144,7 +144,7 @@ class DiffusionSettings(Room):
     num_gpus: float = Field(0.0, ge=0)
     """GPUs (fractions allowed) that one replica reserves in Ray."""
     torch_threads: int | None = Field(None, ge=1)
-    """CPU threads of the denoiser; by default the machine's cores."""
+    """CPU threads of the denoiser, where it runs on a CPU; by default all cores but one."""
     stall_s: float = Field(120.0, gt=0)
     """Seconds that one step or one decoding may take before the replica counts as hung and is replaced."""
     drain_s: float = Field(120.0, gt=0)
