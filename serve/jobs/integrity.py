@@ -28,7 +28,7 @@ async def violations(redis: Redis, max_attempts: int) -> list[str]:
 
 
 async def _broken(redis: Any, job: str, members: dict[str, dict[str, float]], max_attempts: int) -> list[str]:
-    pipeline = redis.pipeline()
+    pipeline = redis.pipeline(transaction=False)  # a full Redis refuses even reads inside a transaction
     pipeline.hgetall(f"tandem:job:{job}").xrange(f"tandem:events:{job}")
     pipeline.pttl(f"tandem:job:{job}").pttl(f"tandem:events:{job}")
     record, stream, *ttls = await pipeline.execute()
