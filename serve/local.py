@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import pkgutil
@@ -22,7 +23,7 @@ from pydantic import SecretStr
 
 from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
-from serve.errors import OperatorError
+from serve.errors import OperatorError, Unavailable
 from serve.models import resolve
 from serve.origins import Loaded
 from serve.results.store import open_store
@@ -44,10 +45,10 @@ def run(loaded: Loaded) -> None:
     logs.configure(loaded.settings.log.level)
     with contextlib.ExitStack() as stack:
         try:
-            _interrupt_on_sigterm()
+            _interrupt_on_signals()
             settings, servers = prepare(loaded.settings, stack)
             _start(settings, stack)
-            _interrupt_on_sigterm()  # ray.init replaced the handler
+            _interrupt_on_signals()  # ray.init replaced the handler
             log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
             _watch(servers)
         except KeyboardInterrupt:
@@ -69,7 +70,12 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     resolve(settings.model, data_dir)
     claim_device(settings.diffusion.device, 0.0, "diffusion.device")
     claim_device(settings.encoder.place, 0.0, "encoder.device")
-    asyncio.run(open_store(settings.results, data_dir).check())
+    try:
+        asyncio.run(open_store(settings.results, data_dir).check())
+    except Unavailable:
+        setting = "results.s3.endpoint_url"
+        place = settings.results.s3.endpoint_url or "AWS"
+        raise OperatorError(f"{setting}: S3 at {place} does not answer", setting) from None
     servers: list[EmbeddedRedis] = []
 
     def redis(url: SecretStr | None, name: Literal["jobs", "cache"], max_bytes: int | None) -> SecretStr:
@@ -181,11 +187,13 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise OperatorError(f"http.port: {host}:{port}: {error.strerror}", "http.port") from None
+            setting = "http.port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "http.host"
+            raise OperatorError(f"{setting}: {host}:{port}: {error.strerror}", setting) from None
 
 
-def _interrupt_on_sigterm() -> None:
+def _interrupt_on_signals() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job begins with SIGINT ignored
+        signal.signal(number, interrupt)

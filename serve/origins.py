@@ -86,6 +86,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise OperatorError(f"settings file {file}: {error.strerror}", "config") from None
+    except UnicodeDecodeError:
+        raise OperatorError(f"settings file {file} is not text in UTF-8", "config") from None
     except yaml.YAMLError as error:
         raise OperatorError(f"settings file {file} is not YAML: {' '.join(str(error).split())}", "config") from None
     if not isinstance(tree, dict):

@@ -152,8 +152,8 @@ class DiffusionSettings(Room):
 
 
 class S3Settings(Room):
-    bucket: str = "tandem"
-    """Bucket for images."""
+    bucket: str = ""
+    """Bucket for images; required with `results.store: s3`, because bucket names are global."""
     prefix: str = "images/"
     """Prefix of every key in the bucket."""
     endpoint_url: str | None = None
@@ -172,6 +172,12 @@ class ResultSettings(Room):
     store: Literal["local", "s3"] = "local"
     """Where images are kept: a folder under `data_dir`, or S3."""
     s3: S3Settings = S3Settings()
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.store == "s3" and not self.s3.bucket:
+            raise ValueError("store s3 needs results.s3.bucket")
+        return self
 
 
 class MetricsSettings(Room):
