@@ -8,37 +8,36 @@ name it. Its `args` are the settings tree. No `from __future__ import annotation
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 
+from deployments.autoscaling import REPORT_S, WINDOW_S
 from deployments.diffusion import Diffusion
 from deployments.ingress import Ingress
 from deployments.text_encoder import TextEncoder
-from serve.settings import Settings
+from serve.catalog import open_catalog
+from serve.encoders.registry import Encoder
+from serve.settings import EncoderSettings, Settings
 
+POLICY = "deployments.autoscaling:QueuedTokens"
+AFFINITY = "deployments.affinity:UnitAffinity"
 HEALTH: dict[str, Any] = {"health_check_period_s": 5.0, "health_check_timeout_s": 10.0}
 
 
 def build(settings: Settings) -> serve.Application:
-    """The application for a settings tree whose Redis URLs are filled in."""
-    encoder = serve.deployment(
-        TextEncoder,
-        autoscaling_config={
-            "min_replicas": settings.encoder.min_replicas,
-            "max_replicas": settings.encoder.max_replicas,
-            "target_ongoing_requests": settings.encoder.max_batch_size,
-        },
-        max_ongoing_requests=8 * settings.encoder.max_batch_size,
-        ray_actor_options={"num_cpus": settings.encoder.num_cpus, "num_gpus": settings.encoder.num_gpus},
-        **HEALTH,
-    ).bind(settings)
+    """The application for a settings tree whose Redis URLs are filled in. Raises OperatorError naming a setting."""
+    registry = open_catalog(settings).registry
+    encoders = {encoder.fingerprint: text_encoder(encoder, settings) for encoder in registry.encoders}
 
-    diffusion = serve.deployment(
-        Diffusion,
-        num_replicas=settings.diffusion.replicas,
-        ray_actor_options={"num_cpus": settings.diffusion.num_cpus, "num_gpus": settings.diffusion.num_gpus},
-        graceful_shutdown_timeout_s=settings.diffusion.drain_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        **HEALTH,
-    ).bind(settings, encoder)
+    diffusion = None
+    if settings.diffusion.replicas:
+        diffusion = serve.deployment(
+            Diffusion,
+            num_replicas=settings.diffusion.replicas,
+            ray_actor_options={"num_cpus": settings.diffusion.num_cpus, "num_gpus": settings.diffusion.num_gpus},
+            graceful_shutdown_timeout_s=settings.diffusion.drain_s,
+            graceful_shutdown_wait_loop_s=0.5,
+            **HEALTH,
+        ).bind(settings, encoders)
 
     return serve.deployment(
         serve.ingress()(Ingress),
@@ -49,4 +48,38 @@ def build(settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
-    ).bind(settings, encoder, diffusion)
+    ).bind(settings, encoders, diffusion)
+
+
+def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:
+    """The pool of one text encoder, which all models share that have it."""
+    own = encoder.settings
+    return serve.deployment(
+        TextEncoder,
+        name=f"TextEncoder-{encoder.name}",
+        **replicas(own),
+        max_ongoing_requests=8 * own.max_batch_size,
+        ray_actor_options={"num_cpus": own.num_cpus, "num_gpus": own.num_gpus},
+        **HEALTH,
+    ).bind(settings, encoder.name)
+
+
+def replicas(own: EncoderSettings) -> dict[str, Any]:
+    """How many, and who gets which request. The policy's own memory steadies it, so that Serve adds no delay."""
+    options: dict[str, Any] = {}
+    if own.max_replicas > 1:
+        options["request_router_config"] = RequestRouterConfig(request_router_class=AFFINITY)
+    if own.min_replicas == own.max_replicas:
+        return options | {"num_replicas": own.max_replicas}
+    kwargs = {"target_queue_tokens": own.target_queue_tokens, "idle_s": own.idle_s}
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": own.min_replicas,
+            "max_replicas": own.max_replicas,
+            "metrics_interval_s": REPORT_S,
+            "look_back_period_s": WINDOW_S,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "policy": AutoscalingPolicy(policy_function=POLICY, policy_kwargs=kwargs),
+        }
+    }

@@ -3,37 +3,108 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview
 
-from serve.domain import EncodeUnit
+from serve.domain import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
+from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable, GenerationFailed, TandemError
 from serve.service import PoolState
 
 CALL_S = 10.0
+T = TypeVar("T")
 
 
 class EncoderClient:
-    """The text-encoder pool as a function of units."""
+    """The pool of one text encoder as a function of units. A replica is told where the caller knows Redis to be away:
+    one of them waiting for it is enough."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, encoder: Encoder, redis_away: Callable[[], bool]) -> None:
         self._handle = handle
+        self._redis_away = redis_away
+        self._pool = pool_name(encoder)
+        self._sleeps = encoder.settings.min_replicas == 0
+        self._patience_s = max(encoder.settings.start_s, CALL_S) if self._sleeps else CALL_S
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        """Embeddings in the order of `units`.
+        """In the order of `units`. Wakes a pool that sleeps."""
+        found: list[Fetched] = await self._ask(self._handle.encode, units)
+        return found
 
-        Raises BackendUnavailable when the pool can't answer, GenerationFailed when it broke on these units.
-        """
-        result: list[Fetched] = await _call(self._handle.encode, list(units), pool="text-encoder")
-        return result
+    async def prepare(self, units: Sequence[EncodeUnit]) -> list[Tier]:
+        """Have the units encoded and kept where they are; where they came from. Wakes a pool that sleeps."""
+        found: list[Tier] = await self._ask(self._handle.prepare, units)
+        return found
 
     async def ready(self) -> PoolState:
-        return PoolState(True, await _call(self._handle.describe, pool="text-encoder"))
+        """What a replica says of itself. A pool that may sleep isn't asked, because that would keep it awake: Serve's
+        controller knows as much of it as matters here."""
+        if not self._sleeps:
+            return PoolState(True, await _call(self._handle.describe, pool=self._pool))
+        overview = await asyncio.to_thread(_overview, self._handle.app_name, self._handle.deployment_name)
+        if overview is None or overview.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED):
+            return PoolState(False, "its replicas don't start")
+        awake = overview.replica_states.get("RUNNING", 0)
+        return PoolState(True, f"{awake} awake" if awake else "asleep")
+
+    async def _ask(self, method: Any, units: Sequence[EncodeUnit]) -> Any:
+        return await _call(method, list(units), self._redis_away(), pool=self._pool, within_s=self._patience_s)
+
+
+class EncoderClients:
+    """The pools of all text encoders as one function of units."""
+
+    def __init__(
+        self,
+        handles: Mapping[str, DeploymentHandle],
+        encoders: Sequence[Encoder],
+        redis_away: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`handles` by the fingerprint of the encoder; `redis_away` says what this process knows of the cache Redis."""
+        self._pools = {
+            each.fingerprint: EncoderClient(handles[each.fingerprint], each, redis_away) for each in encoders
+        }
+        self._names = {each.fingerprint: pool_name(each) for each in encoders}
+
+    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        """Embeddings in the order of `units`, the pools asked at the same time.
+
+        Raises BackendUnavailable when a pool can't answer, GenerationFailed when it broke on these units.
+        """
+        return await self._ask(units, EncoderClient.encode)
+
+    async def prepare(self, units: Sequence[EncodeUnit]) -> list[Tier]:
+        """As `encode`, but only where each embedding came from: they are kept by the pools and sent nowhere."""
+        return await self._ask(units, EncoderClient.prepare)
+
+    @property
+    def probes(self) -> dict[str, Callable[[], Awaitable[PoolState]]]:
+        """Each pool's `ready`, by the pool's name."""
+        return {self._names[fingerprint]: pool.ready for fingerprint, pool in self._pools.items()}
+
+    async def _ask(
+        self, units: Sequence[EncodeUnit], call: Callable[[EncoderClient, Sequence[EncodeUnit]], Awaitable[list[T]]]
+    ) -> list[T]:
+        parts: dict[str, list[EncodeUnit]] = {}
+        for unit in units:
+            parts.setdefault(unit.encoder, []).append(unit)
+        if not parts.keys() <= self._pools.keys():
+            raise BackendUnavailable("no text encoder here serves this model", "model", 1.0)
+        calls = [asyncio.ensure_future(call(self._pools[encoder], part)) for encoder, part in parts.items()]
+        try:
+            answers = await asyncio.gather(*calls)
+        finally:
+            for each in calls:
+                each.cancel()  # where one has failed, nobody waits for the others
+        streams = {encoder: iter(answer) for encoder, answer in zip(parts, answers, strict=True)}
+        return [next(streams[unit.encoder]) for unit in units]
 
 
 class DiffusionClient:
@@ -46,11 +117,31 @@ class DiffusionClient:
         return PoolState(True, await _call(self._handle.describe, pool="diffusion"))
 
 
-async def _call(method: Any, *args: Any, pool: str) -> Any:
-    """A pool without replicas answers nothing at all: no call waits longer than CALL_S."""
+def pool_name(encoder: Encoder) -> str:
+    return f"text-encoder:{encoder.name}"
+
+
+def _overview(application: str, deployment: str) -> DeploymentStatusOverview | None:
+    """Blocks for a call to the controller; None where there is none, or nothing of that name."""
     try:
-        async with asyncio.timeout(CALL_S):
-            return await method.remote(*args)
+        return serve.status().applications[application].deployments[deployment]
+    except (RayError, KeyError):
+        return None
+
+
+async def _call(method: Any, *args: Any, pool: str, within_s: float = CALL_S) -> Any:
+    """A pool without replicas answers nothing at all: no call waits longer than `within_s`.
+
+    Where nobody waits any more, the replica hears of it and drops the rows that it has not begun.
+    """
+    try:
+        async with asyncio.timeout(within_s):
+            response = method.remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
     except RayTaskError as error:
         if isinstance(error.cause, TandemError):
             raise error.cause from None

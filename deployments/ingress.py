@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
+from collections.abc import Mapping
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.handles import DiffusionClient, EncoderClient
-from deployments.parts import open_parts
+from deployments.handles import DiffusionClient
+from deployments.parts import cache_url, open_parts, open_text
 from serve.api.app import create_app
 from serve.jobs.sweeper import sweep
 from serve.service import ImageService, PoolState
 from serve.settings import Settings
+from serve.text import TextService
 
 
 class Ingress:
     """Any replica answers for any job: all state is in the job store.
 
-    Owns: the ImageService, and the sweeper: it is the one part that lives even when no worker does.
+    Owns: the services, the embeddings in this process, and the sweeper: it is the one part that lives even when no
+    worker does.
     """
 
-    async def __init__(self, settings: Settings, encoder: DeploymentHandle, diffusion: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, encoders: Mapping[str, DeploymentHandle], diffusion: DeploymentHandle | None
+    ) -> None:
+        """`encoders` by fingerprint; `diffusion` is None on a server that only encodes text."""
         parts = await open_parts(settings)
-        encoders = EncoderClient(encoder)
+        catalog = parts.catalog
+        planners = await asyncio.to_thread(catalog.planners)
 
         async def queue_state() -> PoolState:
             return PoolState(True, f"{await parts.jobs.queue_depth()} waiting")
@@ -35,26 +44,40 @@ class Ingress:
             return PoolState(True, settings.results.store)
 
         self._settings = settings
+        self._jobs = parts.jobs
         self._sweeping = asyncio.create_task(sweep(parts.jobs, settings.jobs.lease_s))
+        self._text = open_text(settings, parts, encoders, "ingress", f"{platform.node()}:{os.getpid()}")
         self._service = ImageService(
-            model=parts.model,
+            model=catalog.drawn,
             limits=settings.limits,
             jobs=parts.jobs,
-            planner=parts.planner,
-            encode=encoders.encode,
+            planner=planners[catalog.drawn.name],
+            prepare=self._text.clients.prepare,
             results=parts.results,
-            pools={
-                "jobs": queue_state,
-                "results": result_state,
-                "text-encoder": encoders.ready,
-                "diffusion": DiffusionClient(diffusion).ready,
-            },
+            pools={"jobs": queue_state, "results": result_state}
+            | self._text.clients.probes
+            | ({"diffusion": DiffusionClient(diffusion).ready} if diffusion else {}),
             metrics=parts.metrics,
         )
+        self._texts = TextService(
+            models=catalog.models,
+            planners=planners,
+            embeddings=self._text.embeddings,
+            metrics=parts.metrics,
+            limits=settings.limits,
+            cache_url=cache_url(settings),
+        )
+
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends the process."""
+        self._sweeping.cancel()
+        await self._service.close()
+        await self._text.close()
+        await self._jobs.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
-        app = create_app(self._service, self._settings)
+        app = create_app(self._service, self._texts, self._settings)
         app.add_middleware(LeaveRequestId)
         return app
 

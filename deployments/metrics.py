@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ray.util import metrics as ray_metrics
 
-from serve.telemetry.metrics import DECLARATIONS, Kind, declared
+from serve.devices import gpu_usage
+from serve.telemetry.metrics import DECLARATIONS, Kind, Metrics, declared
 
 
 class RayMetrics:
@@ -39,3 +40,14 @@ class RayMetrics:
     def set(self, name: str, value: float, **labels: str) -> None:
         declared(name, Kind.GAUGE, tuple(labels))
         self._gauges[name].set(value, labels)
+
+
+def tell_device(metrics: Metrics, pool: str) -> None:
+    """The state of this process's GPUs, where it computes on any."""
+    usage = gpu_usage()
+    if usage is None:
+        return
+    for kind in ("allocated", "peak", "total"):
+        metrics.set("tandem_device_memory_bytes", getattr(usage, kind), pool=pool, kind=kind)
+    if usage.utilization is not None:
+        metrics.set("tandem_device_utilization_ratio", usage.utilization, pool=pool)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ray.serve.handle import DeploymentHandle
+
+from deployments.handles import EncoderClients
 from deployments.metrics import RayMetrics
-from serve.encoders.unit import fingerprint
+from serve.catalog import Catalog, open_catalog
+from serve.encoders.cache import EmbeddingCache
+from serve.encoders.census import CensusTaker
 from serve.jobs.store import JobStore
-from serve.models import ModelFolder, resolve
-from serve.prompts.plan import Planner
-from serve.prompts.tokenizers import PromptTokenizer
 from serve.results.store import ResultStore, open_store
 from serve.settings import Settings
 from serve.telemetry import logs
@@ -19,8 +22,7 @@ from serve.telemetry import logs
 @dataclass(frozen=True, slots=True)
 class Parts:
     metrics: RayMetrics
-    model: ModelFolder
-    planner: Planner
+    catalog: Catalog
     jobs: JobStore
     results: ResultStore
 
@@ -29,12 +31,44 @@ async def open_parts(settings: Settings) -> Parts:
     """The same in every process: the same text gives the same units, whoever plans it."""
     logs.configure(settings.log.level)
     metrics = RayMetrics()
-    model = await asyncio.to_thread(resolve, settings.model, settings.data_dir)
-    encoder = await asyncio.to_thread(fingerprint, model.path, settings.encoder.dtype)
     return Parts(
         metrics=metrics,
-        model=model,
-        planner=Planner(PromptTokenizer(model.path), encoder),
+        catalog=await asyncio.to_thread(open_catalog, settings),
         jobs=JobStore(settings.jobs, metrics),
         results=open_store(settings.results, settings.data_dir),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TextParts:
+    """The pools, the embeddings that this process has of them, and who reports those."""
+
+    clients: EncoderClients
+    embeddings: EmbeddingCache
+    census: CensusTaker
+
+    async def close(self) -> None:
+        await self.census.close()
+        await self.embeddings.close()
+
+
+def open_text(
+    settings: Settings, parts: Parts, encoders: Mapping[str, DeploymentHandle], place: str, name: str
+) -> TextParts:
+    """`encoders` by fingerprint. `place` is the kind of this process, `name` tells it from others of its kind."""
+    registry = parts.catalog.registry
+    clients = EncoderClients(encoders, registry.encoders, lambda: embeddings.redis_away)
+    embeddings = EmbeddingCache(
+        settings.cache,
+        clients.encode,
+        parts.metrics,
+        place=place,
+        private=[each.fingerprint for each in registry.encoders if not each.settings.redis],
+    )
+    census = CensusTaker(embeddings, cache_url(settings), name)
+    census.start()
+    return TextParts(clients, embeddings, census)
+
+
+def cache_url(settings: Settings) -> str | None:
+    return settings.cache.redis_url.get_secret_value() if settings.cache.redis_url else None

@@ -1,56 +1,126 @@
-"""The text-encoder pool."""
+"""One text encoder's pool."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 
 from ray import serve
 
-from deployments.metrics import RayMetrics
-from serve.devices import claim_device
-from serve.domain import EncodeUnit
+from deployments.metrics import RayMetrics, tell_device
+from deployments.parts import cache_url
+from serve.catalog import open_catalog
+from serve.devices import claim_device, use_threads
+from serve.domain import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
+from serve.encoders.census import CensusTaker
 from serve.encoders.forward import TextTower
-from serve.encoders.pool import EncoderPool
-from serve.models import resolve
+from serve.encoders.pool import EncoderPool, PoolLoad
+from serve.errors import BackendUnavailable
 from serve.settings import Settings
 from serve.telemetry import logs
+
+
+class Order:
+    """One request on its way through the door.
+
+    Owns: the task that has it encoded, once it is through.
+    """
+
+    def __init__(self, units: Sequence[EncodeUnit]) -> None:
+        self._units = units
+        self._task: asyncio.Task[list[Fetched]] | None = None
+
+    def start(self, pool: EncoderPool) -> None:
+        self._task = asyncio.create_task(pool.encode(self._units))
+
+    async def answer(self) -> list[Fetched]:
+        """Of a started order. Whoever is cancelled here cancels the order."""
+        assert self._task is not None
+        try:
+            return await self._task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise BackendUnavailable("this text encoder is stopping", None, 1.0) from None
+
+    def withdraw(self) -> None:
+        """Nobody waits for it any more. Nothing happens where it is done."""
+        if self._task is not None:
+            self._task.cancel()
 
 
 class TextEncoder:
     """Units in, embeddings out; what is cached anywhere is not encoded again.
 
-    Owns: the text tower's weights in this process, through its EncoderPool.
+    Owns: one encoder's weights in this process, through its EncoderPool.
     """
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: Settings, name: str) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(settings.log.level)
-        model = await asyncio.to_thread(resolve, settings.model, settings.data_dir)
-        encoder = settings.encoder
-        device = claim_device(encoder.place, encoder.num_gpus, "encoder.device")
-        tower = await asyncio.to_thread(TextTower.load, model.path, device.type, encoder.dtype)
-        self._stall_s = encoder.stall_s
-        self._pool = EncoderPool(tower, settings, RayMetrics())
+        catalog = await asyncio.to_thread(open_catalog, settings)
+        encoder = catalog.registry.named(name)
+        own = encoder.settings
+        device = claim_device(own.place, own.num_gpus, "encoder.device")
+        if device.type == "cpu" and own.torch_threads:
+            use_threads(own.torch_threads)
+        tower = await asyncio.to_thread(TextTower.load, encoder, device.type)
+        self._stall_s = own.stall_s
+        self._metrics = RayMetrics()
+        self._pool = EncoderPool(tower, encoder, settings, self._metrics)
+        self._census = CensusTaker(self._pool.cache, cache_url(settings), name)
+        self._census.start()
+        self._told: tuple[float, PoolLoad] = time.monotonic(), self._pool.load
 
-    async def encode(self, units: list[EncodeUnit]) -> list[Fetched]:
-        """Embeddings in the order of `units`. Raises BackendUnavailable for units of another encoder."""
-        self._pool.check(units)
-        found: list[Fetched] = await self._together(units)
-        return found
+    async def encode(self, units: list[EncodeUnit], redis_away: bool = False) -> list[Fetched]:
+        """Embeddings in the order of `units`. Raises BackendUnavailable for units of another encoder.
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=8)  # type: ignore[untyped-decorator]
-    async def _together(self, requests: list[list[EncodeUnit]]) -> list[list[Fetched]]:
-        """The door: requests that arrived together share one look-up and, for what is missing, one forward.
-
-        It never waits for more to come and never holds a request back while a batch runs; the batches of the forward
-        are cut behind it, by the pool's queue.
+        `redis_away`: the caller has just found the cache Redis away.
         """
-        return await self._pool.encode_many(requests)
+        self._pool.check(units)
+        if redis_away:
+            self._pool.cache.hear_redis_away()
+        order = Order(units)
+        try:
+            await self._door(order)
+            return await order.answer()
+        finally:
+            order.withdraw()
+
+    async def prepare(self, units: list[EncodeUnit], redis_away: bool = False) -> list[Tier]:
+        """Have the units encoded and kept, without sending them anywhere; where they were."""
+        return [got.tier for got in await self.encode(units, redis_away)]
+
+    @serve.batch(max_batch_size=256, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    async def _door(self, orders: list[Order]) -> list[None]:
+        """What has arrived starts together, so that its misses share a forward.
+
+        The door waits for nothing: not for more to come, which would cost an idle pool its wait; not for a batch,
+        which would make the batches behind it small; and not for an order that may be cancelled, because a
+        CancelledError in here would leave the others without an answer. The pool's queue cuts the batches.
+        """
+        for order in orders:
+            order.start(self._pool)
+        return [None] * len(orders)
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
+        tell_device(self._metrics, "text-encoder")
         if self._pool.busy_s > self._stall_s:
             raise RuntimeError(f"a forward has taken more than {self._stall_s:.0f} s")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls this about once a second; `autoscaling.ReplicaLoad` says what the figures are."""
+        (then, before), (now, load) = self._told, (time.monotonic(), self._pool.load)
+        self._told = now, load
+        passed_s = max(now - then, 1e-3)
+        return {
+            "queued_tokens": float(load.queued_tokens),
+            "busy": (load.forward_s - before.forward_s) / passed_s,
+            "requests": (load.requests - before.requests) / passed_s,
+        }
 
     def describe(self) -> str:
         stats = self._pool.stats()
@@ -58,4 +128,5 @@ class TextEncoder:
 
     async def __del__(self) -> None:
         """Serve awaits this before it ends the process."""
+        await self._census.close()
         await self._pool.close()

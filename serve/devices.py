@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +29,22 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_dtype(device: torch.device, dtype: str, setting: str) -> None:
+    """OperatorError naming `setting` where `device` can't compute in `dtype`, a torch dtype's name.
+
+    Emulated bfloat16 (GPUs before Ampere) counts as not there: it is slower than float32. float16 on a CPU is let
+    through, because it is right and saves memory, but several times slower than float32.
+    """
+    wanted = getattr(torch, dtype)
+    if device.type == "cuda" and wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        raise OperatorError(f"{setting}: this GPU has no bfloat16; take float16 or float32", setting)
+    try:
+        sample = torch.ones(2, 2, dtype=wanted, device=device)
+        torch.nn.functional.layer_norm(torch.nn.functional.linear(sample, sample), (2,))
+    except (RuntimeError, TypeError, NotImplementedError):
+        raise OperatorError(f"{setting}: torch can't compute in {dtype} on {device.type} here", setting) from None
+
+
 def use_threads(threads: int | None) -> None:
     """CPU threads of this process; None leaves one core to the rest of the server.
 
@@ -35,3 +52,31 @@ def use_threads(threads: int | None) -> None:
     operation lose more by sharing a core than they win by another.
     """
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUsage:
+    """This process's share of its GPUs, in bytes: allocated now, at most so far, and what the cards have. `utilization`
+    is the share of time in which they work for anybody, None where NVIDIA's library (nvidia-ml-py) can't be asked."""
+
+    allocated: int
+    peak: int
+    total: int
+    utilization: float | None
+
+
+def gpu_usage() -> GpuUsage | None:
+    """None for a process that computes on no CUDA device."""
+    if not torch.cuda.is_initialized():
+        return None
+    cards = range(torch.cuda.device_count())
+    try:
+        utilization = sum(torch.cuda.utilization(card) for card in cards) / len(cards) / 100
+    except (ImportError, RuntimeError):
+        utilization = None
+    return GpuUsage(
+        allocated=sum(torch.cuda.memory_allocated(card) for card in cards),
+        peak=sum(torch.cuda.max_memory_allocated(card) for card in cards),
+        total=sum(torch.cuda.get_device_properties(card).total_memory for card in cards),
+        utilization=utilization,
+    )

@@ -52,13 +52,48 @@ class ImageRequest:
     guidance_scale: float
     seed: int
     num_images: int = 1
+    clip_skip: int | None = None
+    salt: str = ""
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
 
+    @property
+    def text(self) -> TextRequest:
+        """The part of the request that the text encoders see; without guidance no step reads a negative prompt."""
+        return TextRequest(
+            model=self.model,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt if self.guided else None,
+            width=self.width,
+            height=self.height,
+            clip_skip=self.clip_skip,
+            salt=self.salt,
+        )
 
-UNIT_SCHEME = "tandem.unit.1"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRequest:
+    """What a model's text encoders are asked for. `negative_prompt` is None where nothing is to be encoded for it.
+
+    `width` and `height` (pixels) only enter SDXL's time ids. `clip_skip` n reads CLIP n layers earlier than the
+    family's default, as in diffusers. `use_t5` False leaves the T5 of a model that can do without it (SD 3) unread.
+    `max_sequence_length` is the length of a T5 row, by default the family's. `salt` enters the cache keys.
+    """
+
+    model: str
+    prompt: str
+    negative_prompt: str | None = None
+    width: int
+    height: int
+    clip_skip: int | None = None
+    use_t5: bool = True
+    max_sequence_length: int | None = None
+    salt: str = ""
+
+
+UNIT_SCHEME = "tandem.unit.2"
 """Version of the recipe behind `EncodeUnit.key`. Another recipe needs another name: Redis outlives a release."""
 
 
@@ -66,27 +101,46 @@ UNIT_SCHEME = "tandem.unit.1"
 class EncodeUnit:
     """One forward of one fixed-length row of token ids through one text encoder: what is batched, cached and shared.
 
-    `encoder` is the fingerprint of the encoder's files and dtype. `output` names what is read out: `hidden` is the
-    last hidden state after the final layer norm, (len(token_ids), width).
+    `encoder` is the fingerprint of the encoder's weights and of the precision they run in. `output` names what is read
+    out of the forward:
+
+        hidden          last hidden state after the final norm, (len(token_ids), width)
+        skip:N          hidden state N layers before the last, no final norm; skip:1 is the penultimate
+        skip:N:norm     the same after the final norm
+        pooled          `hidden` at the first end-of-text token, (width,)
+        projected:ID    `pooled` through the text projection ID, (projection width,)
+
+    `salt` keeps tenants' entries apart: no timing tells one of them what another has written.
     """
 
     encoder: str
     token_ids: tuple[int, ...]
     output: str = "hidden"
+    salt: str = ""
 
     @property
     def key(self) -> str:
         """The cache key, 40 hex digits: equal keys mean equal embeddings, within the dtype's tolerance."""
-        head = "\0".join((UNIT_SCHEME, self.encoder, self.output, ""))
+        head = "\0".join((UNIT_SCHEME, self.encoder, self.output, self.salt, ""))
         ids = struct.pack(f"<{len(self.token_ids)}I", *self.token_ids)
         return hashlib.blake2b(head.encode() + ids, digest_size=20).hexdigest()
 
 
+class Sign(enum.StrEnum):
+    """Which side of the guidance reads a unit. An empty text is its own sign: everybody shares it, and it would
+    pass for a hit rate of one half."""
+
+    POSITIVE = "positive"
+    NEGATIVE = "negative"
+    EMPTY = "empty"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """Text that did not fit into the encoder's row: `tokens` were written, `limit` were used, `text` was cut."""
+    """Text that did not fit into an encoder's row: `tokens` were written, `limit` were used, `text` was cut."""
 
     field: str
+    encoder: str
     tokens: int
     limit: int
     text: str
@@ -177,10 +231,14 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """The text side of one image, ready for the denoiser: float tensors of shape (tokens, width).
+    """The text side of one image, ready for the denoiser: float32 tensors on the CPU.
 
-    `negative` is None when the request has no guidance.
+    `positive` and `negative` are (tokens, width), the pooled ones (width,), where the family has them. `negative` is
+    None when the request has no guidance. `time_ids` are SDXL's six: original size, crop, target size (height first).
     """
 
     positive: torch.Tensor
     negative: torch.Tensor | None
+    pooled: torch.Tensor | None = None
+    negative_pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None

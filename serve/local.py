@@ -21,10 +21,11 @@ from typing import Literal
 import psutil
 from pydantic import SecretStr
 
+from serve.catalog import open_catalog
 from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
+from serve.encoders.registry import Encoder
 from serve.errors import OperatorError, Unavailable
-from serve.models import resolve
 from serve.origins import Loaded
 from serve.results.store import open_store
 from serve.settings import Settings
@@ -46,8 +47,8 @@ def run(loaded: Loaded) -> None:
     with contextlib.ExitStack() as stack:
         try:
             _interrupt_on_signals()
-            settings, servers = prepare(loaded.settings, stack)
-            _start(settings, stack)
+            settings, encoders, servers = prepare(loaded.settings, stack)
+            _start(settings, encoders, stack)
             _interrupt_on_signals()  # ray.init replaced the handler
             log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
             _watch(servers)
@@ -55,11 +56,11 @@ def run(loaded: Loaded) -> None:
             log.info("stopping; running jobs finish first, a second Ctrl-C leaves them to the next start")
 
 
-def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, list[EmbeddedRedis]]:
+def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, Sequence[Encoder], list[EmbeddedRedis]]:
     """Check what can be checked before the slow start, and start the Redis servers that are not given.
 
-    Returns the settings with every path absolute and every URL filled in, and the servers. Raises OperatorError
-    naming the setting.
+    Returns the settings with every path absolute and every URL filled in, the text encoders, and the servers. Raises
+    OperatorError naming the setting.
     """
     _check_port(settings.http.host, settings.http.port)
     data_dir = settings.data_dir.absolute()
@@ -67,9 +68,12 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OperatorError(f"data_dir: {data_dir}: {error.strerror}", "data_dir") from None
-    resolve(settings.model, data_dir)
-    claim_device(settings.diffusion.device, 0.0, "diffusion.device")
-    claim_device(settings.encoder.place, 0.0, "encoder.device")
+    settings = settings.model_copy(update={"data_dir": data_dir})
+    encoders = open_catalog(settings).registry.encoders
+    if settings.diffusion.replicas:
+        claim_device(settings.diffusion.device, 0.0, "diffusion.device")
+    for encoder in encoders:
+        claim_device(encoder.settings.place, 0.0, f"encoders.{encoder.name}.device")
     try:
         asyncio.run(open_store(settings.results, data_dir).check())
     except Unavailable:
@@ -88,11 +92,10 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     jobs_url = redis(settings.jobs.redis_url, "jobs", None)
     cache_url = redis(settings.cache.redis_url, "cache", settings.cache.embedded_bytes)
     filled = {
-        "data_dir": data_dir,
         "jobs": settings.jobs.model_copy(update={"redis_url": jobs_url}),
         "cache": settings.cache.model_copy(update={"redis_url": cache_url}),
     }
-    return settings.model_copy(update=filled), servers
+    return settings.model_copy(update=filled), encoders, servers
 
 
 def _watch(servers: Sequence[EmbeddedRedis]) -> None:
@@ -105,7 +108,7 @@ def _watch(servers: Sequence[EmbeddedRedis]) -> None:
         time.sleep(WATCH_S)
 
 
-def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
+def _start(settings: Settings, encoders: Sequence[Encoder], stack: contextlib.ExitStack) -> None:
     import ray
     from ray import serve
 
@@ -121,7 +124,7 @@ def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
         _temp_dir=str(temp_dir),
         _metrics_export_port=settings.metrics.port,
     )
-    settings = fit(settings, ray.cluster_resources())
+    settings = fit(settings, encoders, ray.cluster_resources())
     serve_logs = {"log_level": "DEBUG" if settings.log.level == "debug" else "WARNING"}
     serve.start(http_options={"host": settings.http.host, "port": settings.http.port}, logging_config=serve_logs)
     stack.callback(serve.shutdown)
@@ -137,17 +140,19 @@ def _start(settings: Settings, stack: contextlib.ExitStack) -> None:
         ) from None
 
 
-def fit(settings: Settings, machine: Mapping[str, float]) -> Settings:
+def fit(settings: Settings, encoders: Sequence[Encoder], machine: Mapping[str, float]) -> Settings:
     """The settings on a machine with these Ray resources: its GPUs are shared out among the diffusion replicas.
 
     Raises OperatorError for more than there is: Ray would wait for another machine.
     """
-    diffusion, encoder = settings.diffusion, settings.encoder
+    diffusion = settings.diffusion
     gpus = machine.get("GPU", 0.0)
-    if gpus and not diffusion.num_gpus and diffusion.device in ("auto", "cuda"):
+    if gpus and diffusion.replicas and not diffusion.num_gpus and diffusion.device in ("auto", "cuda"):
         diffusion = diffusion.model_copy(update={"num_gpus": min(1.0, gpus / diffusion.replicas)})
     for resource, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
-        wanted = diffusion.replicas * getattr(diffusion, field) + encoder.min_replicas * getattr(encoder, field)
+        pools = [encoder.settings for encoder in encoders]
+        wanted = diffusion.replicas * getattr(diffusion, field)
+        wanted += sum(pool.min_replicas * getattr(pool, field) for pool in pools)
         wanted += settings.http.replicas * getattr(settings.http, field, 0.0)
         present = machine.get(resource, 0.0)
         if wanted > present + 1e-6:

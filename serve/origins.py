@@ -6,6 +6,7 @@ is refused wherever it comes from.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
-from pydantic_settings import EnvSettingsSource
+from pydantic_settings import EnvSettingsSource, SettingsError
 
 from serve.errors import OperatorError
 from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
+
+TABLES = ("encoders", "text_models")
+"""Fields of the tree that hold a table or a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,9 @@ def load(
     if file is not None:
         values |= {name: (value, f"file {file}") for name, value in _flatten(_read_yaml(file))}
     values |= {name: (value, f"environment {_env_name(name)}") for name, value in _flatten(_read_environ(environ))}
-    values |= {name: (value, "command line") for name, value in (overrides or {}).items() if value is not None}
+    values |= {
+        name: (_spelled(name, value), "command line") for name, value in (overrides or {}).items() if value is not None
+    }
     tree: dict[str, Any] = {}
     for name, (value, _) in values.items():
         *rooms, leaf = name.split(".")
@@ -51,13 +57,12 @@ def load(
             node = node.setdefault(room, {})
             if not isinstance(node, dict):
                 raise OperatorError(f"{room} must be a group of settings, not a value", room)
-        node[leaf] = value
+        node[leaf] = {**_mapping(node.get(leaf)), **value} if isinstance(value, dict) else value
     try:
         settings = Settings(**tree)
     except ValidationError as error:
         raise _operator_error(error, {name: origin for name, (_, origin) in values.items()}) from None
-    origins = {name: values[name][1] if name in values else "default" for name, _ in flatten(settings)}
-    return Loaded(settings, origins)
+    return Loaded(settings, {name: _origin(name, values) for name, _ in flatten(settings)})
 
 
 def flatten(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -68,6 +73,12 @@ def flatten(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _origin(name: str, values: Mapping[str, tuple[Any, str]]) -> str:
+    """Where a field's value came from; a field that is a table may have entries from several places."""
+    told = [origin for known, (_, origin) in values.items() if known == name or known.startswith(f"{name}.")]
+    return ", ".join(dict.fromkeys(told)) or "default"
 
 
 def shown(value: Any) -> str:
@@ -102,7 +113,11 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
             raise OperatorError(f"environment {name}: no such setting", name)
     source = EnvSettingsSource(Settings, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER)
     source.env_vars = {name.lower(): value for name, value in environ.items()}
-    return source()
+    try:
+        return source()
+    except SettingsError as error:
+        table = next((name for name in TABLES if f'"{name}"' in str(error)), "")
+        raise OperatorError(f"environment {_env_name(table)}: its value is not JSON", table) from None
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -113,7 +128,22 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
+def _spelled(name: str, value: Any) -> Any:
+    """What a table or a list is on the command line: YAML, which JSON is a part of."""
+    if name.split(".")[0] in TABLES and isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
+    return value
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _env_name(name: str) -> str:
+    """A table has one variable, whose value is JSON: not every name in it can be spelled as a variable."""
+    table = name.split(".")[0]
+    name = table if table in TABLES else name
     return ENV_PREFIX + name.replace(".", ENV_DELIMITER).upper()
 
 

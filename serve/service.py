@@ -4,50 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from serve.domain import EncodeUnit, ImageRequest, Job, JobEvent
-from serve.encoders.cache import Fetched
-from serve.errors import InvalidRequest, JobNotFound, ModelNotFound, TandemError
+from serve.domain import EncodeUnit, Job, JobEvent, Tier
+from serve.errors import JobNotFound, TandemError
 from serve.jobs.events import follow
 from serve.jobs.store import JobStore
 from serve.models import ModelFolder
+from serve.orders import NewImage, complete
 from serve.prompts.plan import Planner
 from serve.results.store import ResultStore
 from serve.settings import LimitSettings
 from serve.telemetry.metrics import Metrics
+from serve.text import count_prompts
 
 log = logging.getLogger(__name__)
 
-MAX_SEED = 2**32 - 1
-"""Seeds fit into 32 bits, so that every client language can hold them."""
-
-T = TypeVar("T")
-Encode = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Fetched]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewImage:
-    """An image order as a client writes it; None takes the model's or the server's default (a random seed)."""
-
-    prompt: str
-    negative_prompt: str = ""
-    model: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    num_images: int = 1
+Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
+"""Has units encoded and kept where the replica that claims the job will find them; where each came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A served model and the defaults of a request to it. Sizes are pixels, multiples of `size_multiple`."""
+    """A model that is drawn with, and the defaults of an order. Sizes are pixels, multiples of `size_multiple`."""
 
     id: str
     family: str
@@ -89,7 +70,7 @@ class ImageService:
         limits: LimitSettings,
         jobs: JobStore,
         planner: Planner,
-        encode: Encode,
+        prepare: Prepare,
         results: ResultStore,
         pools: Mapping[str, Probe],
         metrics: Metrics,
@@ -98,20 +79,24 @@ class ImageService:
         self._limits = limits
         self._jobs = jobs
         self._planner = planner
-        self._encode = encode
+        self._prepare = prepare
         self._results = results
         self._pools = pools
         self._metrics = metrics
         self._ahead: set[asyncio.Task[None]] = set()
 
     def models(self) -> tuple[ModelInfo, ...]:
+        """What images can be ordered from; empty on a server that only encodes text."""
+        denoiser = self._model.denoiser
+        if denoiser is None:
+            return ()
         return (
             ModelInfo(
                 id=self._model.name,
                 family=self._model.family,
-                default_width=self._model.default_width,
-                default_height=self._model.default_height,
-                size_multiple=self._model.size_multiple,
+                default_width=denoiser.default_width,
+                default_height=denoiser.default_height,
+                size_multiple=denoiser.size_multiple,
                 default_num_inference_steps=self._limits.default_num_inference_steps,
                 default_guidance_scale=self._limits.default_guidance_scale,
             ),
@@ -122,15 +107,19 @@ class ImageService:
 
         Raises InvalidRequest or ModelNotFound (nothing was queued), QueueFull, BackendUnavailable.
         """
-        request = self._complete(new)
-        plan = self._planner.plan(request)
+        request = complete(new, self._model, self._limits)
+        plan = self._planner.plan(request.text)
         job = await self._jobs.submit(uuid.uuid4().hex, request, truncated=plan.truncated)
-        if plan.truncated:
-            self._metrics.inc("tandem_truncated_prompts_total", len(plan.truncated))
+        count_prompts(self._metrics, plan)
         task = asyncio.create_task(self._encode_ahead(job.id, plan.units))
         self._ahead.add(task)
         task.add_done_callback(self._ahead.discard)
         return job
+
+    async def close(self) -> None:
+        """The text of queued jobs is left to the replicas that claim them."""
+        for task in self._ahead:
+            task.cancel()
 
     async def get(self, job_id: str) -> Job:
         return await self._jobs.get(job_id)
@@ -168,55 +157,7 @@ class ImageService:
     async def _encode_ahead(self, job_id: str, units: Sequence[EncodeUnit]) -> None:
         """Failure costs time only: the replica that claims the job asks again."""
         try:
-            fetched = await self._encode(units)
-            tiers = {unit.key: got.tier for unit, got in zip(units, fetched, strict=True)}
-            await self._jobs.note_ahead(job_id, tiers)
+            tiers = await self._prepare(units)
+            await self._jobs.note_ahead(job_id, {unit.key: tier for unit, tier in zip(units, tiers, strict=True)})
         except TandemError as error:
             log.warning("text of job %s could not be encoded ahead: %s", job_id, error.message)
-
-    def _complete(self, new: NewImage) -> ImageRequest:
-        limits, model = self._limits, self._model
-        if new.model is not None and new.model != model.name:
-            raise ModelNotFound(f"model {new.model!r} is not served here; this server has {model.name!r}", "model")
-        if not new.prompt.strip():
-            raise InvalidRequest("prompt is empty", "prompt")
-        for field, text in (("prompt", new.prompt), ("negative_prompt", new.negative_prompt)):
-            if len(text.encode()) > limits.max_prompt_bytes:
-                raise InvalidRequest(f"{field} is longer than {limits.max_prompt_bytes} bytes", field)
-        steps = _default(new.num_inference_steps, limits.default_num_inference_steps)
-        guidance = _default(new.guidance_scale, limits.default_guidance_scale)
-        seed = secrets.randbelow(MAX_SEED + 1) if new.seed is None else new.seed
-        _within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
-        _within("guidance_scale", guidance, 0.0, limits.max_guidance_scale)
-        _within("num_images", new.num_images, 1, limits.max_num_images)
-        _within("seed", seed, 0, MAX_SEED)
-        return ImageRequest(
-            model=model.name,
-            prompt=new.prompt,
-            negative_prompt=new.negative_prompt,
-            width=self._side("width", _default(new.width, model.default_width)),
-            height=self._side("height", _default(new.height, model.default_height)),
-            num_inference_steps=steps,
-            guidance_scale=float(guidance),
-            seed=seed,
-            num_images=new.num_images,
-        )
-
-    def _side(self, field: str, pixels: int) -> int:
-        grid, largest = self._model.size_multiple, self._limits.max_side
-        _within(field, pixels, grid, largest)
-        if pixels % grid:
-            below = pixels - pixels % grid
-            raise InvalidRequest(
-                f"{field} {pixels} is not a multiple of {grid}; the nearest are {below} and {below + grid}", field
-            )
-        return pixels
-
-
-def _default(value: T | None, default: T) -> T:
-    return default if value is None else value
-
-
-def _within(field: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:  # also refuses NaN
-        raise InvalidRequest(f"{field} must be between {least} and {most}", field)

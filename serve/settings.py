@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "TANDEM_"
@@ -92,6 +93,11 @@ class CacheSettings(Room):
     """Bytes of embeddings that each process keeps in its own memory."""
     embedded_bytes: int = Field(256 * MIB, ge=MIB)
     """Memory bound of the cache Redis that `tandem up` starts."""
+    values: Literal["exact", "int8"] = "exact"
+    """How embeddings are kept: as computed, or as int8 by row with the rows that it would spoil left exact."""
+    salt_header: str | None = None
+    """Request header that names the tenant, set by an authenticating proxy: tenants then share no cache entry, so that
+    timing can't tell what another has asked for."""
     ttl_s: float = Field(7 * 86400.0, gt=0)
     """Seconds for which Redis keeps an embedding."""
     timeout_s: float = Field(0.25, gt=0)
@@ -105,14 +111,38 @@ class EncoderSettings(Room):
     """Device of the text encoder; `auto` takes a GPU where `num_gpus` gives the replica one, else the CPU."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the text encoder; part of the cache key."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Weights of the linear layers in fewer bits; part of the cache key."""
+    compile: bool = False
+    """Compile the layers with `torch.compile` at start, which takes longer then; no request ever waits for it."""
+    shard: bool = False
+    """Spread the layers over all GPUs that `num_gpus` gives a replica, for an encoder that is larger than one.
+    Can't be combined with `compile`."""
     max_batch_size: int = Field(32, ge=1)
     """Most rows of one forward pass."""
+    max_batch_tokens: int = Field(4096, ge=77)
+    """Most tokens of one forward pass, padding included; a longer row goes alone."""
+    torch_threads: int | None = Field(None, ge=1)
+    """CPU threads of the text encoder, where it runs on a CPU; by default torch's own choice."""
+    redis: bool = True
+    """Share embeddings through the cache Redis."""
+    lease_s: float = Field(0.0, ge=0)
+    """Seconds for which one replica may keep the others from encoding the same text; 0 lets them. Pays for encoders
+    whose forward takes longer than a round trip to Redis and that have several replicas (T5)."""
+    slow_s: float = Field(0.2, gt=0)
+    """A request to the pool that takes longer is logged."""
     stall_s: float = Field(60.0, gt=0)
     """Seconds that one forward pass may take before the replica counts as hung and is replaced."""
-    min_replicas: int = Field(1, ge=1)
-    """Fewest encoder replicas."""
+    start_s: float = Field(120.0, gt=0)
+    """Seconds that a request waits for a pool whose replicas are asleep."""
+    min_replicas: int = Field(1, ge=0)
+    """Fewest encoder replicas; 0 lets the pool sleep, and the first text wakes it."""
     max_replicas: int = Field(1, ge=1)
-    """Most encoder replicas; Ray Serve scales between the two."""
+    """Most encoder replicas."""
+    target_queue_tokens: int = Field(8192, ge=1)
+    """Tokens that wait or are being encoded per replica at which the pool grows."""
+    idle_s: float = Field(60.0, gt=0)
+    """Seconds of a smaller load after which the pool shrinks."""
     num_cpus: float = Field(0.2, ge=0)
     """CPUs that one replica reserves in Ray."""
     num_gpus: float = Field(0.0, ge=0)
@@ -137,8 +167,8 @@ class DiffusionSettings(Room):
     """Precision of denoiser and VAE; `auto` takes float16 on a GPU and float32 elsewhere."""
     max_batch_size: int = Field(8, ge=1)
     """Most images that step together in one forward pass."""
-    replicas: int = Field(1, ge=1)
-    """Number of diffusion replicas."""
+    replicas: int = Field(1, ge=0)
+    """Number of diffusion replicas; with 0 this server only encodes text."""
     num_cpus: float = Field(0.5, ge=0)
     """CPUs that one replica reserves in Ray."""
     num_gpus: float = Field(0.0, ge=0)
@@ -205,14 +235,31 @@ class Settings(BaseSettings):
     """Folder for everything that the local server keeps: images, Redis files, logs."""
     http: HttpSettings = HttpSettings()
     model: ModelSettings = ModelSettings()
+    text_models: tuple[ModelSettings, ...] = ()
+    """Further models whose text is encoded here, for diffusion that runs elsewhere; a list of groups like `model`."""
     limits: LimitSettings = LimitSettings()
     jobs: JobSettings = JobSettings()
     cache: CacheSettings = CacheSettings()
     encoder: EncoderSettings = EncoderSettings()
+    encoders: dict[str, dict[str, Any]] = {}
+    """What differs from `encoder` for one of the encoders, by its name: `{t5-xxl: {num_gpus: 1, min_replicas: 0}}`."""
     diffusion: DiffusionSettings = DiffusionSettings()
     results: ResultSettings = ResultSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _overrides_fit(self) -> Self:
+        for name in self.encoders:
+            try:
+                self.encoder_named(name)
+            except ValidationError as error:
+                raise _relocated(error, ("encoders", name)) from None
+        return self
+
+    def encoder_named(self, name: str) -> EncoderSettings:
+        """The settings of one encoder: `encoder` with what `encoders` says of this name. Raises ValidationError."""
+        return EncoderSettings.model_validate(self.encoder.model_dump() | self.encoders.get(name, {}))
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]
@@ -220,3 +267,18 @@ class Settings(BaseSettings):
     ) -> tuple[Any, ...]:
         # `load` merges the origins itself, so that it can say where each value came from.
         return (init_settings,)
+
+
+def _relocated(error: ValidationError, place: tuple[str, ...]) -> ValidationError:
+    """The same complaints, about fields that lie deeper in the tree."""
+    return ValidationError.from_exception_data(
+        error.title,
+        [
+            InitErrorDetails(
+                type=PydanticCustomError(one["type"], "{reason}", {"reason": one["msg"]}),
+                loc=(*place, *one["loc"]),
+                input=one["input"],
+            )
+            for one in error.errors(include_url=False)
+        ],
+    )

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
 from PIL import Image
 
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import Conditioning, ImageRef, JobError, Timings
+from serve.domain import Conditioning, ImageRef, JobError, Tier, Timings
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.compose import compose
 from serve.errors import ClientError, LeaseLost, TandemError, Unavailable
@@ -23,6 +23,8 @@ from serve.prompts.plan import Planner, PromptPlan
 from serve.results.png import encode_png
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
+from serve.telemetry.metrics import Metrics
+from serve.text import count_text
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Worker:
         embeddings: EmbeddingCache,
         engine: Engine,
         results: ResultStore,
+        metrics: Metrics,
     ) -> None:
         self._name = name
         self._model = model
@@ -68,6 +71,7 @@ class Worker:
         self._embeddings = embeddings
         self._engine = engine
         self._results = results
+        self._metrics = metrics
         self._held: dict[asyncio.Task[None], int] = {}
         self._freed = asyncio.Event()
         self._draining = asyncio.Event()
@@ -141,10 +145,11 @@ class Worker:
 
     async def _draw(self, claim: Claim, pulse: Pulse) -> None:
         started = time.monotonic()
-        plan = self._planner.plan(claim.request)
+        plan = self._planner.plan(claim.request.text)
         fetched = await self._text(pulse, plan)
         conditioning = compose(plan, {key: got.value for key, got in fetched.items()})
         text_s = time.monotonic() - started
+        self._metrics.observe("tandem_text_wait_seconds", text_s)
         rendered = await self._render(claim, pulse, conditioning)
         storing = time.monotonic()
         refs = await self._store(claim, pulse, rendered)
@@ -155,7 +160,18 @@ class Worker:
             store_s=time.monotonic() - storing,
         )
         tiers = {key: got.tier for key, got in fetched.items()}
-        await self._commit(pulse, lambda: self._jobs.succeed(claim, images=refs, cache=tiers, timings=timings))
+        await self._commit(pulse, lambda: self._succeed(claim, plan, refs, tiers, timings))
+
+    async def _succeed(
+        self,
+        claim: Claim,
+        plan: PromptPlan,
+        refs: tuple[ImageRef, ...],
+        tiers: Mapping[str, Tier],
+        timings: Timings,
+    ) -> None:
+        cost = await self._jobs.succeed(claim, images=refs, cache=tiers, timings=timings)
+        count_text(self._metrics, plan, cost)
 
     async def _render(self, claim: Claim, pulse: Pulse, conditioning: Conditioning) -> Rendered:
         run_id = f"{claim.job_id}:{claim.fence}"

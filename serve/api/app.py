@@ -7,30 +7,34 @@ from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from serve import __version__
-from serve.api import errors, health, native
+from serve.api import errors, health, native, text
 from serve.api.middleware import BodyLimit, RequestIds
 from serve.api.parts import Root
 from serve.service import ImageService
 from serve.settings import Settings
+from serve.text import TextService
 
 
-def create_app(service: ImageService, settings: Settings) -> FastAPI:
-    """Every dialect on one service."""
+def create_app(service: ImageService, texts: TextService, settings: Settings) -> FastAPI:
+    """Every dialect on one pair of services."""
     app = FastAPIOffline(  # FastAPI whose page at /docs carries its own scripts: it works on a closed network
         redoc_url=None,
         title="Tandem",
         version=__version__,
-        description="Text to image: order a job, follow it, fetch its pictures.",
+        description="Text to image: order a job, follow it, fetch its pictures. Or have text encoded.",
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
         swagger_ui_parameters={"validatorUrl": None},
     )
     app.state.service = service
+    app.state.text = texts
+    app.state.salt_header = settings.cache.salt_header
     errors.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes)
     app.add_middleware(RequestIds)
     app.include_router(native.router)
+    app.include_router(text.router)
     app.include_router(health.router)
     app.add_api_route("/", _home, include_in_schema=False)
     return app

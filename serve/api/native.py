@@ -13,17 +13,17 @@ from fastapi.sse import ServerSentEvent
 
 from serve.api.errors import documented
 from serve.api.events import EventStream, OpenEvents, stream
-from serve.api.parts import ImageIndex, JobId, Root, Service
+from serve.api.parts import ImageIndex, JobId, Root, Service, Tenant, Text
 from serve.api.schemas import JobOrder, JobView, ModelList, ModelView
-from serve.service import NewImage
+from serve.orders import NewImage
 
 router = APIRouter(prefix="/v1", tags=["native"], responses=documented(503))
 
 
 @router.post("/jobs", status_code=202, responses=documented(400, 404, 413, 415, 422))
-async def create_job(order: JobOrder, service: Service, root: Root, response: Response) -> JobView:
+async def create_job(order: JobOrder, service: Service, root: Root, tenant: Tenant, response: Response) -> JobView:
     """Queue a job. Once this answers, the job survives a restart of any part of the server."""
-    job = await service.submit(NewImage(**order.model_dump()))
+    job = await service.submit(NewImage(**order.model_dump(), salt=tenant))
     response.headers["Location"] = f"{root}/v1/jobs/{job.id}"
     return JobView.of(job, root)
 
@@ -77,6 +77,8 @@ async def get_image(
 
 
 @router.get("/models")
-async def list_models(service: Service) -> ModelList:
-    """The models that this server serves."""
-    return ModelList(data=tuple(ModelView(**asdict(info)) for info in service.models()))
+async def list_models(service: Service, texts: Text) -> ModelList:
+    """The models that this server draws with, then those whose text alone it encodes."""
+    drawn = {info.id: ModelView(images=True, **asdict(info)) for info in service.models()}
+    others = {name: ModelView(id=name, family=family, images=False) for name, family in texts.models().items()}
+    return ModelList(data=tuple((others | drawn)[name] for name in {**drawn, **others}))

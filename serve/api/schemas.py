@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from serve.api.errors import ErrorDetail
-from serve.domain import CacheReport, ImageRequest, Job, JobError, JobEvent, JobState, Timings, Truncation
+from serve.domain import CacheReport, Job, JobError, JobEvent, JobState, Timings, Truncation
 
 
 def _printable(text: str) -> str:
@@ -52,6 +52,23 @@ class JobOrder(Schema):
     """Fixes the picture; by default random. Image i uses `seed + i`."""
     num_images: int = 1
     """How many pictures to draw."""
+    clip_skip: int | None = None
+    """Layers of CLIP to leave out at its end, as in diffusers: 1 is what A1111 calls 2."""
+
+
+class CompleteOrder(Schema):
+    """An order with every default filled in."""
+
+    prompt: str
+    negative_prompt: str
+    model: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    num_images: int
+    clip_skip: int | None
 
 
 class ImageView(Schema):
@@ -79,7 +96,7 @@ class JobView(Schema):
     """Denoising steps in all."""
     attempt: int
     """How many times the job was started: over 1 after a worker was lost."""
-    request: ImageRequest
+    request: CompleteOrder
     """The order with every default filled in; posting it again repeats the pictures."""
     truncated: tuple[Truncation, ...]
     """Text that did not fit into the model's prompt and was left out."""
@@ -107,8 +124,9 @@ class JobView(Schema):
             )
             for ref in job.images
         )
-        same = {name: getattr(job, name) for name in cls.model_fields if name != "images"}
-        return cls(**same, images=images)
+        request = CompleteOrder(**{name: getattr(job.request, name) for name in CompleteOrder.model_fields})
+        same = {name: getattr(job, name) for name in cls.model_fields if name not in ("images", "request")}
+        return cls(**same, images=images, request=request)
 
 
 class EventView(Schema):
@@ -124,16 +142,21 @@ class EventView(Schema):
 
 
 class ModelView(Schema):
-    """A served model and what a request to it gets by default. Sizes are pixels, multiples of `size_multiple`."""
+    """A served model, and what an order to it gets by default. Sizes are pixels, multiples of `size_multiple`.
+
+    The defaults are null for a model whose text alone is served (`POST /v1/embeddings`).
+    """
 
     id: str
     object: Literal["model"] = "model"
     family: str
-    default_width: int
-    default_height: int
-    size_multiple: int
-    default_num_inference_steps: int
-    default_guidance_scale: float
+    images: bool
+    """Whether jobs may name it."""
+    default_width: int | None = None
+    default_height: int | None = None
+    size_multiple: int | None = None
+    default_num_inference_steps: int | None = None
+    default_guidance_scale: float | None = None
 
 
 class ModelList(Schema):

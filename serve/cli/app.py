@@ -1,19 +1,18 @@
-"""`tandem`: serve, order a picture, watch the demo, look at the settings.
+"""`tandem`: serve, order a picture, watch the demo, look after the cache, look at the settings.
 
-Every command ends in one of three ways: 0; 1 when a picture failed; 2 with one line that says what to change.
+Every command ends in one of three ways: 0; 1 when a picture or a prompt failed; 2 with one line that
+says what to change.
 torch and Ray are imported by the commands that need them, so that the others answer at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,10 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from serve.cli.client import local_url
+from serve.cli.running import run
 from serve.errors import OperatorError, TandemError
 from serve.origins import Loaded, flatten, load, shown
-
-T = TypeVar("T")
 
 app = typer.Typer(
     help="Text-to-image server: text encoders and diffusion models in two pools that scale apart.",
@@ -35,12 +33,17 @@ app = typer.Typer(
 )
 config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(config, name="config")
+cache = typer.Typer(help="Look after the server's embeddings.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings (docs/settings.md).")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="ROOM.FIELD=VALUE", help="Any setting; may be repeated.")
 ]
 Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+Url = Annotated[
+    str | None, typer.Option(help="The server's address.", show_default="http.host and http.port of the settings")
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder for images, Redis files and logs.")]
 
 
@@ -67,9 +70,9 @@ def up(
     """Start the server on this machine and keep it up until Ctrl-C."""
     named = {"http.port": port, "http.host": host, "data_dir": data_dir, "model.source": model}
     loaded = _load(config_file, assignments, named)
-    from serve.local import run
+    from serve.local import run as serve_here
 
-    run(loaded)
+    serve_here(loaded)
 
 
 @app.command()
@@ -86,9 +89,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of a served model.")] = None,
-    url: Annotated[
-        str | None, typer.Option(help="The server's address.", show_default="http.host and http.port of the settings")
-    ] = None,
+    url: Url = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job and the files as JSON.")] = False,
 ) -> None:
     """Order pictures from a running server and save them."""
@@ -103,10 +104,9 @@ def generate(
         "height": height,
         "model": model,
     }
-    address = url or local_url(load().settings.http)
     from serve.cli.generate import generate as story
 
-    raise typer.Exit(_run(story(address, order, out, as_json=as_json)))
+    raise typer.Exit(run(story(_address(url), order, out, as_json=as_json)))
 
 
 @app.command()
@@ -125,7 +125,54 @@ def demo(
     loaded = _load(None, None, {"data_dir": data_dir, "http.port": port})
     from serve.cli.demo import demo as story
 
-    raise typer.Exit(_run(story(loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
+    raise typer.Exit(run(story(loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
+
+
+@cache.command("stats")
+def cache_stats(
+    url: Url = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is kept where, and how often it was of use."""
+    from serve.cli.cache import stats as story
+
+    run(story(_address(url), as_json=as_json))
+
+
+@cache.command("clear")
+def cache_clear(
+    url: Url = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Remove every embedding. Nothing fails by it; texts are encoded again."""
+    address = _address(url)
+    if not yes and not sys.stdin.isatty():
+        raise OperatorError("cache clear: nobody can be asked here; say --yes", "yes")
+    if not yes and not typer.confirm(f"Remove every embedding that {address} keeps?"):
+        raise typer.Exit(1)
+    from serve.cli.cache import clear as story
+
+    run(story(address))
+
+
+@cache.command("warm")
+def cache_warm(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A prompt a line, or JSON lines with the fields of POST /v1/embeddings; - is standard input.",
+        ),
+    ],
+    model: Annotated[str | None, typer.Option(help="Model for the lines that name none.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Prompts on their way at once.")] = 8,
+    url: Url = None,
+) -> None:
+    """Have the prompts of a file encoded now, so that no job waits for them later."""
+    from serve.cli.warm import read_lines, warm
+
+    lines = read_lines(file, model)
+    raise typer.Exit(run(warm(_address(url), lines, concurrency=concurrency)))
 
 
 @config.command("show")
@@ -167,17 +214,5 @@ def _load(file: Path | None, assignments: Sequence[str] | None, named: dict[str,
     return load(file, overrides=overrides | {name: value for name, value in named.items() if value is not None})
 
 
-def _run(story: Coroutine[Any, Any, T]) -> T:
-    """Run to the end. SIGTERM and SIGHUP cancel it as Ctrl-C does, so that it can end what it started."""
-
-    async def main() -> T:
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, task.cancel)
-        return await story
-
-    try:
-        return asyncio.run(main())
-    except asyncio.CancelledError:
-        raise typer.Exit(143) from None
+def _address(url: str | None) -> str:
+    return url or local_url(load().settings.http)

@@ -1,4 +1,7 @@
-"""A client of the native HTTP API: create, follow, cancel, fetch. Python's `httpx`, nothing of the server's code."""
+"""A client of the native HTTP API: create, follow, cancel, fetch; encode text, look after its cache.
+
+Python's `httpx`, nothing of the server's code.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from serve.domain import CacheReport, JobState, Truncation
 from serve.errors import ClientError, GenerationFailed, InvalidRequest, JobNotFound, OperatorError, Unavailable
 from serve.settings import HttpSettings
 
+_ENCODE_S = 180.0
+"""Longest wait for a text: its encoder may have to be started for it."""
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -58,6 +63,15 @@ class RemoteJob(Progress):
     images: int
     error: str | None
     raw: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteText:
+    """What the server says of a text that it has encoded."""
+
+    model: str
+    cache: CacheReport
+    truncated: tuple[Truncation, ...]
 
 
 class Client:
@@ -104,10 +118,7 @@ class Client:
 
     async def create(self, order: Mapping[str, Any]) -> RemoteJob:
         """Queue a job; `order` holds the fields of `POST /v1/jobs`, and those that are None are left out."""
-        # Not httpx's own JSON, which raises for NaN: the server refuses it and names the field.
-        body = json.dumps({name: value for name, value in order.items() if value is not None})
-        headers = {"Content-Type": "application/json"}
-        return _job((await self._call("POST", "/v1/jobs", content=body, headers=headers)).json())
+        return _job((await self._post("/v1/jobs", order)).json())
 
     async def get(self, job_id: str) -> RemoteJob:
         return _job((await self._call("GET", f"/v1/jobs/{job_id}")).json())
@@ -118,6 +129,24 @@ class Client:
     async def image(self, job_id: str, index: int) -> bytes:
         """The file of one image, from the server or from the store that it points to."""
         return (await self._call("GET", f"/v1/images/{job_id}/{index}", follow_redirects=True)).content
+
+    async def encode(self, order: Mapping[str, Any]) -> RemoteText:
+        """Have a text encoded, for the cache alone; `order` holds the fields of `POST /v1/embeddings`."""
+        answer = (await self._post("/v1/embeddings", {**order, "output": "report"}, timeout=_ENCODE_S)).json()
+        return RemoteText(
+            model=answer["model"],
+            cache=CacheReport(**answer["cache"]),
+            truncated=tuple(Truncation(**cut) for cut in answer["truncated"]),
+        )
+
+    async def cache(self) -> Mapping[str, Any]:
+        """The JSON of `GET /v1/cache`."""
+        state: Mapping[str, Any] = (await self._call("GET", "/v1/cache")).json()
+        return state
+
+    async def clear_cache(self) -> int:
+        """How many embeddings were removed."""
+        return int((await self._call("DELETE", "/v1/cache")).json()["removed"])
 
     async def follow(self, job_id: str) -> AsyncGenerator[Progress]:
         """Every step as it happens, until the job has ended.
@@ -162,6 +191,11 @@ class Client:
                     event, data = json.loads(data), ""
                     if "state" in event:
                         yield event_id, _progress(event)
+
+    async def _post(self, path: str, order: Mapping[str, Any], **options: Any) -> httpx.Response:
+        # Not httpx's own JSON, which raises for NaN: the server refuses it and names the field.
+        body = json.dumps({name: value for name, value in order.items() if value is not None})
+        return await self._call("POST", path, content=body, headers={"Content-Type": "application/json"}, **options)
 
     async def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

@@ -65,4 +65,7 @@ def cache_line(job: RemoteJob) -> str:
 
 def cut_lines(job: RemoteJob) -> list[str]:
     """One line for each text that did not fit into the encoder's row."""
-    return [f"{cut.field} has {cut.tokens} tokens, {cut.limit} fit; cut: {cut.text!r}" for cut in job.truncated]
+    return [
+        f"{cut.field} has {cut.tokens} tokens, {cut.limit} fit into {cut.encoder}; cut: {cut.text!r}"
+        for cut in job.truncated
+    ]

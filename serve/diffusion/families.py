@@ -27,8 +27,9 @@ class SdFamily:
     def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        self.latent_channels = model.latent_channels
-        self.vae_scale_factor = model.vae_scale_factor
+        assert model.denoiser is not None, "a model for text only is never drawn with"
+        self.latent_channels = model.denoiser.latent_channels
+        self.vae_scale_factor = model.denoiser.vae_scale_factor
         try:
             self._unet = _load(UNet2DConditionModel, model.path / "unet", dtype).to(device)
             self._vae = _load(AutoencoderKL, model.path / "vae", dtype).to(device)

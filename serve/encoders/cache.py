@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from serve.domain import EncodeUnit, Tier
+from serve.domain import CacheReport, EncodeUnit, Tier
+from serve.encoders.breaker import BreakerState
+from serve.encoders.flights import Flight, Flights
+from serve.encoders.leases import Leases
 from serve.encoders.lru import ByteLru
-from serve.encoders.redis_tier import RedisTier
+from serve.encoders.redis_tier import PAUSE_S, RedisTier
 from serve.settings import CacheSettings
 from serve.telemetry.metrics import Metrics
 
@@ -22,16 +26,23 @@ class Fetched(NamedTuple):
 
 
 Fetch = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Fetched]]]
-"""The tier below: one result per unit, in order. It is asked for distinct units, and never for one twice at once."""
+"""The tier below: one result per unit, in order. It is asked for distinct units, and for none that it is asked for
+already, unless it was cancelled. It is cancelled when nobody waits for any of its units any more."""
+
+RedisState = Literal["up", "open", "off"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """The memory tier now: entries, their bytes, units on their way."""
+    """The cache of one process now: entries in memory, their bytes and the most they may be, units on their way, units
+    answered since the start by tier, and Redis: `up`, `open` while it is left alone after a failure, `off` without."""
 
     entries: int
     bytes: int
+    capacity: int
     in_flight: int
+    hits: CacheReport
+    redis: RedisState
 
 
 class EmbeddingCache:
@@ -43,72 +54,166 @@ class EmbeddingCache:
     Owns: this process's embeddings in memory, its connections to the cache Redis, the fetches under way.
     """
 
-    def __init__(self, settings: CacheSettings, fetch: Fetch, metrics: Metrics, *, write_through: bool = False) -> None:
-        """`write_through`: write to Redis what was fetched. One kind of process does (the encoder pool), not all."""
+    def __init__(
+        self,
+        settings: CacheSettings,
+        fetch: Fetch,
+        metrics: Metrics,
+        *,
+        place: str,
+        write_through: bool = False,
+        private: Collection[str] = (),
+        leases: float = 0.0,
+        pause_s: float = PAUSE_S,
+    ) -> None:
+        """`place` is the kind of process, a metric's label. `write_through`: write to Redis what was fetched; one kind
+        of process does (the encoder pool), not all. `private` are the fingerprints of encoders that don't use Redis.
+        `leases` are the seconds for which a unit that is being fetched is held against other processes; 0 is not at
+        all. `pause_s` is how long a Redis that failed is left alone.
+        """
         self._fetch = fetch
         self._metrics = metrics
+        self.place = place
         self._write_through = write_through
+        self._private = frozenset(private)
         self._memory = ByteLru(settings.memory_bytes)
-        url = settings.redis_url
-        self._redis = RedisTier(url.get_secret_value(), settings, metrics) if url else None
-        self._in_flight: dict[str, asyncio.Task[dict[str, Fetched]]] = {}
+        url = settings.redis_url.get_secret_value() if settings.redis_url else None
+        self._redis = RedisTier(url, settings, metrics, pause_s=pause_s) if url else None
+        self._leases = Leases(self._redis, leases, _from_redis) if self._redis and leases else None
+        self._flights: Flights[Fetched] = Flights()
+        self._settling: set[asyncio.Task[dict[str, Fetched]]] = set()
+        self._hits = dict.fromkeys(Tier, 0)
 
     async def get_many(self, units: Sequence[EncodeUnit]) -> dict[str, Fetched]:
         """By unit key. Raises what the fetch raised, to everyone who waited for that unit; the next call tries again.
 
-        A caller that is cancelled leaves the fetch running for the others.
+        A caller that is cancelled leaves the fetch running for the others, and ends it where there are none.
         """
         wanted = {unit.key: unit for unit in units}
-        found: dict[str, Fetched] = {}
-        missing: dict[str, EncodeUnit] = {}
-        for key, unit in wanted.items():
-            value = self._memory.get(key)
-            if value is not None:
-                found[key] = Fetched(value, Tier.MEMORY)
-            elif key not in self._in_flight:
-                missing[key] = unit
-        if missing:
-            self._take_off(missing)
-        for key, task in [(key, self._in_flight[key]) for key in wanted if key not in found]:
-            found[key] = (await asyncio.shield(task))[key]
+        found = {key: Fetched(value, Tier.MEMORY) for key in wanted if (value := self._memory.get(key)) is not None}
+        if len(found) < len(wanted):
+            absent = [key for key in wanted if key not in found]
+            if missing := {key: wanted[key] for key in absent if key not in self._flights}:
+                self._flights.launch(missing, partial(self._load, missing))
+            found |= await self._flights.join(absent)
+            found = {key: found[key] for key in wanted}
         for got in found.values():
-            self._metrics.inc("tandem_cache_units_total", tier=got.tier)
-        return {key: found[key] for key in wanted}
+            self._hits[got.tier] += 1
+        return found
+
+    def adopt(self, values: Mapping[EncodeUnit, bytes]) -> None:
+        """Take by-products: embeddings that came out of a forward which somebody wanted for another unit.
+
+        Without Redis they are in memory at once; else they are stored first, in the background, so that all processes
+        use the same bits, and who asks meanwhile waits for that.
+        """
+        fresh: dict[str, EncodeUnit] = {}
+        taken: dict[str, Fetched] = {}
+        for unit, value in values.items():
+            key, got = unit.key, Fetched(value, Tier.MEMORY)
+            if not self._flights.offer(key, got) and key not in self._memory:
+                fresh[key], taken[key] = unit, got
+        stored = {key for key in fresh if self._stores(fresh[key])}
+        self._keep({key: got for key, got in taken.items() if key not in stored})
+        if stored:
+            later = {key: taken[key] for key in stored}
+            self._flights.launch(later, lambda _: self._settle(fresh, later), pinned=True)
+
+    @property
+    def redis_away(self) -> bool:
+        """Redis has failed here and is left alone; the next process that is asked need not find that out by waiting."""
+        return self._redis_state() == "open"
+
+    def hear_redis_away(self) -> None:
+        """What another process says of the same Redis."""
+        if self._redis:
+            self._redis.hear_away()
 
     def stats(self) -> CacheStats:
-        return CacheStats(len(self._memory), self._memory.bytes, len(self._in_flight))
+        return CacheStats(
+            entries=len(self._memory),
+            bytes=self._memory.bytes,
+            capacity=self._memory.capacity,
+            in_flight=len(self._flights),
+            hits=CacheReport(**{tier.value: count for tier, count in self._hits.items()}),
+            redis=self._redis_state(),
+        )
+
+    def clear(self) -> None:
+        """Forget what is in memory. Fetches under way go on."""
+        self._memory.clear()
+        self._gauge()
 
     def check_integrity(self) -> None:
         self._memory.check_integrity()
+        self._flights.check_integrity()
 
     async def close(self) -> None:
         """Ends the fetches under way: whoever still waits for one is cancelled."""
-        for task in set(self._in_flight.values()):
+        for task in self._settling:
             task.cancel()
+        await self._flights.close()
+        if self._leases:
+            await self._leases.close()
         if self._redis:
             await self._redis.close()
 
-    def _take_off(self, missing: Mapping[str, EncodeUnit]) -> None:
-        task = asyncio.create_task(self._load(missing))
+    async def _load(self, units: Mapping[str, EncodeUnit], flight: Flight[Fetched]) -> dict[str, Fetched]:
+        shared = [key for key, unit in units.items() if self._redis and unit.encoder not in self._private]
+        stored = await self._redis.get(shared) if self._redis and shared else {}
+        loaded = {key: _from_redis(value) for key, value in stored.items()}
+        if absent := [key for key in units if key not in loaded]:
+            encode = partial(self._encode, units, flight)
+            # A call that mixes shared and private encoders takes no lease; an encoder replica has one encoder.
+            leased = self._leases if set(absent) <= set(shared) else None
+            loaded |= await (leased.fill(absent, encode) if leased else encode(absent))
+        self._keep({key: got for key, got in loaded.items() if got.tier is Tier.REDIS})
+        return loaded
 
-        def land(done: asyncio.Task[dict[str, Fetched]]) -> None:
-            for key in missing:
-                del self._in_flight[key]
-            if not done.cancelled():
-                done.exception()  # every waiter may be gone, and then nobody else looks at it
+    async def _encode(
+        self, units: Mapping[str, EncodeUnit], flight: Flight[Fetched], keys: Sequence[str]
+    ) -> dict[str, Fetched]:
+        wanted = [key for key in keys if key not in flight.offered]
+        answers = await self._fetch([units[key] for key in wanted]) if wanted else ()
+        fetched = dict(zip(wanted, answers, strict=True))
+        # A by-product may have come meanwhile. Either value is right; the first is kept.
+        fetched |= {key: flight.offered[key] for key in keys if key in flight.offered}
+        # It is paid for: it is stored even where the last caller leaves now.
+        return await asyncio.shield(self._start(self._settle(units, fetched)))
 
-        self._in_flight.update(dict.fromkeys(missing, task))
-        task.add_done_callback(land)
+    async def _settle(self, units: Mapping[str, EncodeUnit], fetched: Mapping[str, Fetched]) -> dict[str, Fetched]:
+        """Store, and keep what is stored: where another process was first, its value."""
+        settled = dict(fetched)
+        if self._redis and (values := {key: got.value for key, got in fetched.items() if self._stores(units[key])}):
+            earlier = await self._redis.put(values)
+            settled |= {key: Fetched(value, fetched[key].tier) for key, value in earlier.items()}
+        self._keep(settled)
+        return settled
 
-    async def _load(self, missing: Mapping[str, EncodeUnit]) -> dict[str, Fetched]:
-        stored = await self._redis.get(list(missing)) if self._redis else {}
-        loaded = {key: Fetched(value, Tier.REDIS) for key, value in stored.items()}
-        if absent := [key for key in missing if key not in loaded]:
-            fetched = dict(zip(absent, await self._fetch([missing[key] for key in absent]), strict=True))
-            if self._redis and self._write_through:
-                earlier = await self._redis.put({key: got.value for key, got in fetched.items()})
-                fetched |= {key: Fetched(value, fetched[key].tier) for key, value in earlier.items()}
-            loaded |= fetched
+    def _start(self, settling: Coroutine[Any, Any, dict[str, Fetched]]) -> asyncio.Task[dict[str, Fetched]]:
+        task = asyncio.get_running_loop().create_task(settling)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        return task
+
+    def _stores(self, unit: EncodeUnit) -> bool:
+        return self._write_through and self._redis is not None and unit.encoder not in self._private
+
+    def _keep(self, loaded: Mapping[str, Fetched]) -> None:
         for key, got in loaded.items():
             self._memory.put(key, got.value)
-        return loaded
+        if loaded:
+            self._gauge()
+
+    def _gauge(self) -> None:
+        self._metrics.set("tandem_cache_entries", len(self._memory), place=self.place)
+        self._metrics.set("tandem_cache_bytes", self._memory.bytes, place=self.place)
+
+    def _redis_state(self) -> RedisState:
+        if self._redis is None:
+            return "off"
+        return "up" if self._redis.state is BreakerState.CLOSED else "open"
+
+
+def _from_redis(value: bytes) -> Fetched:
+    return Fetched(value, Tier.REDIS)

@@ -1,68 +1,176 @@
-"""The text encoder itself: one batched forward over many units. Nothing else in the product runs a text model."""
+"""The text encoder itself: one batched forward over many rows. Nothing else in the product runs a text model."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from transformers import CLIPTextModel
-from transformers.utils import logging as transformers_logging
 
-from serve.domain import EncodeUnit
-from serve.encoders.unit import fingerprint
-from serve.models.weight_files import refused
+from serve.devices import check_dtype
+from serve.encoders.quantize import BITS, quantize
+from serve.encoders.reads import Read, parse_output
+from serve.encoders.registry import Encoder
+from serve.encoders.shard import devices_here, plan_map, spread
+from serve.encoders.trunk import Trunk
+from serve.encoders.weights import load_trunk
+from serve.errors import OperatorError
+
+log = logging.getLogger(__name__)
+
+TRIAL_TOKENS = 8
+"""Length of the rows that an encoder of any length is tried with at start."""
+GRAPHS = 64
+"""Compiled graphs of one layer's code that a process keeps: a few for each encoder that it has loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of token ids. `extra` is an output beside the standing ones: a clip skip that no model reads unasked."""
+
+    token_ids: tuple[int, ...]
+    extra: str | None = None
 
 
 class TextTower:
-    """Owns: the text model's weights, on one device. Not thread-safe: one caller at a time.
+    """One text encoder, loaded.
 
-    `fingerprint` is the `encoder` of the units that it may encode; `forwards` counts forward passes, `rows` the rows
-    of ids that they computed.
+    `fingerprint` is the `encoder` of the units that it may encode, `outputs` are those that every row is given,
+    `width` is the hidden states'. `nbytes` are the bytes of its weights. `forwards` counts forward passes, `rows` the
+    rows of ids that they computed.
+
+    Owns: the text model's weights, on its device or devices. Not thread-safe: one caller at a time.
     """
 
-    def __init__(self, model: Any, device: str, encoder: str) -> None:
-        self._model = model
-        self._device = device
-        self.fingerprint = encoder
+    def __init__(self, encoder: Encoder, trunk: Trunk, device: torch.device) -> None:
+        self.name = encoder.name
+        self.fingerprint = encoder.fingerprint
+        self.outputs = encoder.outputs
+        self.width = encoder.part.width
+        self.nbytes = trunk.nbytes()
         self.forwards = 0
         self.rows = 0
+        self._trunk = trunk
+        self._device = device
+        self._vocab_size = encoder.part.vocab_size
+        self._pools = encoder.part.kind == "clip"
+        for output in self.outputs:
+            self._read(output)
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: str) -> TextTower:
-        """`folder` is a diffusers folder, `dtype` a torch dtype's name. OperatorError names `model.source`."""
-        transformers_logging.disable_progress_bar()
-        try:
-            model, report = CLIPTextModel.from_pretrained(
-                folder / "text_encoder",
-                dtype=getattr(torch, dtype),
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise refused(f"{folder / 'text_encoder'} can't be loaded ({type(error).__name__})") from error
-        if missing := sorted(report["missing_keys"]):
-            # transformers would go on with random numbers in their place.
-            raise refused(f"{folder / 'text_encoder'} lacks weights: {missing[0]} and {len(missing) - 1} more")
-        return cls(model.to(device).eval(), device, fingerprint(folder, dtype))
+    def load(cls, encoder: Encoder, device: str) -> TextTower:
+        """The encoder as its settings want it, on a device as torch names it. Raises OperatorError.
+
+        It names `model.source` and the tensor where the weights are not the encoder's, and the setting where this
+        machine can't do what it says; quantized and compiled towers are tried before anybody asks them.
+        """
+        wanted, place = encoder.settings, torch.device(device)
+        check_dtype(place, wanted.dtype, "encoder.dtype")
+        if wanted.compile and wanted.shard:
+            raise _refused("compile", encoder.name, "can't be combined with encoder.shard")
+        trunk = load_trunk(encoder.part, getattr(torch, wanted.dtype), dict(encoder.projections))
+        places = devices_here(place.type) if wanted.shard else ()
+        if wanted.shard and len(places) < 2:
+            log.warning("only one device to spread a text encoder over", extra={"encoder": encoder.name})
+        if wanted.quantization != "none":
+            _quantize(encoder, trunk, torch.device("cpu") if len(places) > 1 else place)
+        tower = cls(encoder, trunk, place)
+        if len(places) > 1:
+            spread(trunk.model, plan_map(trunk.model, places))
+        else:
+            trunk.model.to(place)
+        end = places[-1] if len(places) > 1 else place
+        trunk.projections = {name: each.to(end) for name, each in trunk.projections.items()}
+        if wanted.compile:
+            _compile(trunk)
+        for field in ("quantization",) * (wanted.quantization != "none") + ("compile",) * wanted.compile:
+            tower._try(field)
+        return tower
 
     @torch.inference_mode()
-    def encode(self, units: Sequence[EncodeUnit]) -> list[torch.Tensor]:
-        """One (77, width) tensor on the CPU per unit, in order; equal units are computed once.
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
+        """Per row, in order, the standing outputs and its extra one, by name: tensors on the CPU in the run dtype,
+        (tokens, width), pooled and projected ones (width,). Equal token ids are computed once.
 
-        Raises ValueError for an output that this tower can't give. Rows of one call must have one length.
+        Raises ValueError where rows differ in length, or name an output or a token that this encoder does not have.
         """
-        wanted = tuple(dict.fromkeys(units))
-        if not wanted:
+        if not rows:
             return []
-        if unknown := {unit.output for unit in wanted} - {"hidden"}:
-            raise ValueError(f"unknown encoder output {sorted(unknown)}")
-        ids = torch.tensor([unit.token_ids for unit in wanted], device=self._device)
+        index = {ids: place for place, ids in enumerate(dict.fromkeys(row.token_ids for row in rows))}
+        names = tuple(dict.fromkeys((*self.outputs, *(row.extra for row in rows if row.extra is not None))))
+        reads = [self._read(name) for name in names]
+        ids = self._ids(list(index))
         self.forwards += 1
-        self.rows += len(wanted)
-        # No attention mask, as Stable Diffusion was trained: padding is read like text.
-        hidden = self._model(input_ids=ids).last_hidden_state.cpu()
-        table = dict(zip(wanted, hidden.unbind(), strict=True))
-        return [table[unit] for unit in units]
+        self.rows += len(index)
+        with self._stance():
+            values = self._trunk.forward(ids.to(self._device), reads)
+        table = {name: value.cpu().unbind() for name, value in zip(names, values, strict=True)}
+        return [
+            {
+                name: table[name][index[row.token_ids]]
+                for name in dict.fromkeys((*self.outputs, *([row.extra] if row.extra is not None else [])))
+            }
+            for row in rows
+        ]
+
+    def _stance(self) -> AbstractContextManager[None]:
+        """What is not compiled by now (a T5 row of one token) runs as it is: no request waits for a compiler."""
+        return torch.compiler.set_stance("eager_on_recompile") if self._trunk.dynamic else nullcontext()
+
+    def _ids(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """(rows, tokens). What is out of range is said here: on a GPU it would end the process."""
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError("the rows of one forward must have one length")
+        length, most = len(rows[0]), self._trunk.rows_up_to
+        if not length or (most is not None and length > most):
+            raise ValueError(f"a row of {length} tokens does not fit this text encoder")
+        ids = torch.tensor(rows)
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+            raise ValueError(f"token ids must be below {self._vocab_size}")
+        return ids
+
+    def _read(self, output: str) -> Read:
+        read = parse_output(output, len(self._trunk.layers))
+        if (read.pooled and not self._pools) or (
+            read.projection is not None and read.projection not in self._trunk.projections
+        ):
+            raise ValueError(f"text encoder {self.name} has no output {output!r}")
+        return read
+
+    @torch.inference_mode()
+    def _try(self, field: str) -> None:
+        """Compile for one row and for several, and find out now what does not work here."""
+        length = self._trunk.rows_up_to or TRIAL_TOKENS
+        try:
+            for rows in (2, 1):
+                ids = torch.zeros((rows, length), dtype=torch.long, device=self._device)
+                self._trunk.forward(ids, [self._read(output) for output in self.outputs])
+        except Exception as error:
+            raise _refused(field, self.name, f"does not work here ({type(error).__name__})") from error
+
+
+def _refused(field: str, encoder: str, reason: str) -> OperatorError:
+    """`field` is one of `EncoderSettings`, set in `encoder` for all encoders or in `encoders` for this one."""
+    return OperatorError(f"encoder.{field}: {reason} (text encoder {encoder})", f"encoder.{field}")
+
+
+def _quantize(encoder: Encoder, trunk: Trunk, device: torch.device) -> None:
+    kind = encoder.settings.quantization
+    try:
+        quantize(trunk.layers, BITS[kind], device)
+    except ImportError as error:
+        reason = f"{kind} needs the package bitsandbytes: pip install 'tandem-serve[quantization]'"
+        raise _refused("quantization", encoder.name, reason) from error
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        reason = f"{kind} does not work on {device.type} here ({type(error).__name__})"
+        raise _refused("quantization", encoder.name, reason) from error
+
+
+def _compile(trunk: Trunk) -> None:
+    """Layer by layer: they share their code, so that one graph serves all of them, to any depth that is read."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    trunk.dynamic = True
+    for layer in trunk.layers:
+        layer.compile(fullgraph=True)

@@ -22,6 +22,10 @@ class ByteLru:
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: str) -> bool:
+        """Without counting as a use."""
+        return key in self._values
+
     def get(self, key: str) -> bytes | None:
         value = self._values.get(key)
         if value is not None:
@@ -37,6 +41,10 @@ class ByteLru:
         self.bytes += _cost(value)
         while self.bytes > self.capacity:
             self._drop(next(iter(self._values)))
+
+    def clear(self) -> None:
+        self._values.clear()
+        self.bytes = 0
 
     def check_integrity(self) -> None:
         assert self.bytes == sum(map(_cost, self._values.values())) <= max(self.capacity, 0)

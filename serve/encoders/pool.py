@@ -1,68 +1,168 @@
-"""One replica of the text-encoder pool, without the framework that carries it."""
+"""One replica of the pool of one text encoder, without the framework that carries it."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from serve.domain import EncodeUnit, Tier
 from serve.encoders.cache import CacheStats, EmbeddingCache, Fetched
 from serve.encoders.coalesce import Coalescer
-from serve.encoders.codec import pack
-from serve.encoders.forward import TextTower
+from serve.encoders.codec import pack, unpack
+from serve.encoders.forward import Row, TextTower
+from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable
 from serve.settings import Settings
 from serve.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 1024
+"""Units whose last forward is remembered, for the log of slow requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One row to compute. `extra` is an output beside the standing ones.
+
+    Tenants don't share a forward under way, as they share no cache entry: a shorter wait would tell one of them what
+    another has just asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    salt: str
+    extra: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass: when it began (`time.perf_counter`), the seconds that it took, its rows."""
+
+    began: float
+    took_s: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a forward gave for one row: packed embeddings by output."""
+
+    values: Mapping[str, bytes]
+    forward: Forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLoad:
+    """Tokens that wait or are being encoded now; since the start, seconds in forward passes and requests."""
+
+    queued_tokens: int
+    forward_s: float
+    requests: int
 
 
 class EncoderPool:
     """Units in, packed embeddings out: cached where anyone has encoded them, else in one forward with all that waits.
 
+    One forward of a row gives every output that the served models read of it: those that nobody asked for yet go to
+    the cache, so that SDXL and SD 3 with the same prompt run their common encoder once.
+
     Owns: the text tower, the cache in front of it (the one that writes to Redis), the queue between the two.
     """
 
-    def __init__(self, tower: TextTower, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, tower: TextTower, encoder: Encoder, settings: Settings, metrics: Metrics) -> None:
         self._tower = tower
+        self._encoder = encoder
+        self._exact = settings.cache.values == "exact"
+        self._values = settings.cache.values
         self._metrics = metrics
         self._busy_since: float | None = None
-        self._queue: Coalescer[EncodeUnit, bytes] = Coalescer(self.encode_batch, settings.encoder.max_batch_size)
-        self._cache = EmbeddingCache(settings.cache, self._fetch, metrics, write_through=True)
+        self._forward_s = 0.0
+        self._requests = 0
+        self._recent: dict[EncodeUnit, Forward] = {}
+        self._queue: Coalescer[Ask, Encoded] = Coalescer(
+            self.encode_batch,
+            length=lambda ask: len(ask.token_ids),
+            max_batch_size=encoder.settings.max_batch_size,
+            max_batch_tokens=encoder.settings.max_batch_tokens,
+            on_dropped=self._on_dropped,
+            on_unclaimed=lambda ask, encoded: self._cache.adopt(self._named(ask, encoded)),
+        )
+        self._cache = EmbeddingCache(
+            settings.cache,
+            self._fetch,
+            metrics,
+            place="encoder",
+            write_through=True,
+            private=() if encoder.settings.redis else (encoder.fingerprint,),
+            leases=encoder.settings.lease_s,
+        )
+
+    @property
+    def cache(self) -> EmbeddingCache:
+        return self._cache
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        """In the order of `units`. Raises what `check` raises."""
+        """In the order of `units`. Raises what `check` raises. A caller that is cancelled takes its rows out of the
+        queue, unless another waits for them."""
         self.check(units)
-        return (await self.encode_many([units]))[0]
-
-    async def encode_many(self, requests: Sequence[Sequence[EncodeUnit]]) -> list[list[Fetched]]:
-        """Several requests as one: a single look-up, and their misses share a forward. `check` them first."""
-        found = await self._cache.get_many([unit for units in requests for unit in units])
-        return [[found[unit.key] for unit in units] for units in requests]
+        began = time.perf_counter()
+        self._requests += 1
+        found = await self._cache.get_many(units)
+        took_s = time.perf_counter() - began
+        self._metrics.observe("tandem_encode_seconds", took_s, encoder=self._encoder.name)
+        if took_s > self._encoder.settings.slow_s:
+            self._tell_slow([unit for unit in units if found[unit.key].tier is Tier.ENCODED], began, took_s)
+        return [found[unit.key] for unit in units]
 
     def check(self, units: Sequence[EncodeUnit]) -> None:
-        """BackendUnavailable for a unit of another encoder. During a rollout they arrive here, and our embedding must
-        not be stored under their key."""
-        if any(unit.encoder != self._tower.fingerprint for unit in units):
-            raise BackendUnavailable("this text encoder serves another model", "model", 1.0)
+        """BackendUnavailable for a unit of another encoder or projection. During a rollout they arrive here, and our
+        embedding must not be stored under their key."""
+        known = {f"projected:{name}" for name, _ in self._encoder.projections}
+        for unit in units:
+            if unit.encoder != self._tower.fingerprint or (
+                unit.output.startswith("projected:") and unit.output not in known
+            ):
+                raise BackendUnavailable("this text encoder serves another model", "model", 1.0)
 
-    def encode_batch(self, units: list[EncodeUnit]) -> list[bytes]:
-        """One forward, no cache. Blocks; one caller at a time."""
-        started = self._busy_since = time.perf_counter()
+    def encode_batch(self, asks: Sequence[Ask]) -> list[Encoded]:
+        """One forward, no cache; the asks have one length. Blocks; one caller at a time."""
+        began = self._busy_since = time.perf_counter()
         rows = self._tower.rows
+        self._tell_queue()
         try:
-            packed = [pack(tensor) for tensor in self._tower.encode(units)]
+            outputs = self._tower.encode([Row(ask.token_ids, ask.extra) for ask in asks])
+            values = [{name: pack(tensor, self._values) for name, tensor in row.items()} for row in outputs]
         finally:
             self._busy_since = None
-        self._metrics.inc("tandem_encoder_forwards_total")
-        self._metrics.inc("tandem_encoder_forward_rows_total", self._tower.rows - rows)
-        self._metrics.observe("tandem_encoder_batch_rows", self._tower.rows - rows)
-        self._metrics.observe("tandem_encoder_forward_seconds", time.perf_counter() - started)
-        return packed
+            self._forward_s += time.perf_counter() - began
+        forward = Forward(began, time.perf_counter() - began, self._tower.rows - rows)
+        name = self._encoder.name
+        self._metrics.inc("tandem_encoder_forwards_total", encoder=name)
+        self._metrics.inc("tandem_encoder_forward_rows_total", forward.rows, encoder=name)
+        self._metrics.observe("tandem_encoder_batch_rows", forward.rows, encoder=name)
+        self._metrics.observe("tandem_encoder_forward_seconds", forward.took_s, encoder=name)
+        if not self._exact:
+            for output, tensor in outputs[0].items():  # of one row in each batch: the metric must not cost a forward
+                exact, kept = tensor.double().flatten(), unpack(values[0][output]).double().flatten()
+                cosine = float(exact @ kept / (exact.norm() * kept.norm()).clamp(min=1e-30))
+                self._metrics.observe("tandem_embedding_similarity", cosine, encoder=name)
+        return [Encoded(each, forward) for each in values]
 
     @property
     def busy_s(self) -> float:
         """Seconds since the forward under way began; 0 between them."""
         since = self._busy_since
         return 0.0 if since is None else time.perf_counter() - since
+
+    @property
+    def load(self) -> PoolLoad:
+        return PoolLoad(
+            queued_tokens=self._queue.queued_tokens,
+            forward_s=self._forward_s + self.busy_s,
+            requests=self._requests,
+        )
 
     def stats(self) -> CacheStats:
         return self._cache.stats()
@@ -72,4 +172,53 @@ class EncoderPool:
         await self._cache.close()
 
     async def _fetch(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        return [Fetched(value, Tier.ENCODED) for value in await self._queue.submit_all(units)]
+        """Through the queue. What the forwards gave beside `units` is adopted by the cache."""
+        asks = self._asks(units)
+        distinct = list(dict.fromkeys(asks))
+        try:
+            encoded = dict(zip(distinct, await self._queue.submit_all(distinct), strict=True))
+        finally:
+            self._tell_queue()
+        asked = frozenset(units)
+        for ask, result in encoded.items():
+            named = self._named(ask, result)
+            self._cache.adopt({unit: value for unit, value in named.items() if unit not in asked})
+        for unit, ask in zip(units, asks, strict=True):
+            self._recent.pop(unit, None)
+            self._recent[unit] = encoded[ask].forward
+        while len(self._recent) > REMEMBERED:
+            del self._recent[next(iter(self._recent))]
+        return [Fetched(encoded[ask].values[unit.output], Tier.ENCODED) for unit, ask in zip(units, asks, strict=True)]
+
+    def _asks(self, units: Sequence[EncodeUnit]) -> list[Ask]:
+        """The row that gives each unit: units of the same text share one."""
+        standing = self._tower.outputs
+        return [Ask(unit.token_ids, unit.salt, None if unit.output in standing else unit.output) for unit in units]
+
+    def _named(self, ask: Ask, encoded: Encoded) -> dict[EncodeUnit, bytes]:
+        return {
+            EncodeUnit(self._tower.fingerprint, ask.token_ids, output, ask.salt): value
+            for output, value in encoded.values.items()
+        }
+
+    def _on_dropped(self, _: Ask) -> None:
+        self._metrics.inc("tandem_encoder_dropped_rows_total", encoder=self._encoder.name)
+
+    def _tell_queue(self) -> None:
+        self._metrics.set("tandem_encoder_queue_tokens", self._queue.queued_tokens, encoder=self._encoder.name)
+
+    def _tell_slow(self, encoded: Sequence[EncodeUnit], began: float, took_s: float) -> None:
+        """Sizes and times, never text: the log is not the place for what users write."""
+        rows = {unit.token_ids for unit in encoded}
+        forwards = [forward for unit in encoded if (forward := self._recent.get(unit))]
+        last = max(forwards, key=lambda forward: forward.began, default=Forward(began, 0.0, 0))
+        figures = {
+            "encoder": self._encoder.name,
+            "took_s": f"{took_s:.3f}",
+            "rows": len(rows),
+            "tokens": sum(map(len, rows)),
+            "wait_s": f"{max(0.0, last.began - began):.3f}",
+            "forward_s": f"{last.took_s:.3f}",
+            "batch_rows": last.rows,
+        }
+        log.warning("a slow request for text", extra=figures)

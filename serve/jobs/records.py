@@ -96,13 +96,17 @@ def event(entry: Sequence[Any]) -> JobEvent:
     )
 
 
-def _cache(fields: Mapping[str, bytes]) -> CacheReport | None:
+def tiers(ahead: Mapping[str, Tier], used: Mapping[str, Tier]) -> dict[str, Tier]:
     """What the text cost: a unit encoded while the job waited counts as encoded, wherever the worker found it."""
+    return {**ahead, **used} | {unit: tier for unit, tier in ahead.items() if tier is Tier.ENCODED}
+
+
+def _cache(fields: Mapping[str, bytes]) -> CacheReport | None:
     if "ahead" not in fields and "cache" not in fields:
         return None
     ahead, used = (TIERS.validate_json(fields[name]) if name in fields else {} for name in ("ahead", "cache"))
-    tiers = ahead | used | {unit: tier for unit, tier in ahead.items() if tier is Tier.ENCODED}
-    counts = {tier: sum(each is tier for each in tiers.values()) for tier in Tier}
+    cost = tiers(ahead, used).values()
+    counts = {tier: sum(each is tier for each in cost) for tier in Tier}
     return CacheReport(memory=counts[Tier.MEMORY], redis=counts[Tier.REDIS], encoded=counts[Tier.ENCODED])
 
 

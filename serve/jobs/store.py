@@ -116,11 +116,12 @@ class JobStore:
 
     async def succeed(
         self, claim: Claim, *, images: Sequence[ImageRef], cache: Mapping[str, Tier], timings: Timings
-    ) -> None:
+    ) -> Mapping[str, Tier]:
         """End the job with its stored images. `cache` says for each unit key where it came from.
 
-        LeaseLost where the claim is over: the result does not count. Like every settlement (`fail`, `cancelled`,
-        `release`) it may be repeated when its answer was lost.
+        Returns the same with what the text encoded ahead has cost, so that it is counted once: nothing, where this
+        settlement was made before. LeaseLost where the claim is over: the result does not count. Like every settlement
+        (`fail`, `cancelled`, `release`) it may be repeated when its answer was lost.
         """
         fields: Fields = {
             "images": records.IMAGES.dump_json(tuple(images)),
@@ -128,7 +129,8 @@ class JobStore:
             "timings": records.TIMINGS.dump_json(timings),
             "step": claim.request.num_inference_steps,
         }
-        await self._settle(claim, "succeeded", **fields)
+        ahead = await self._settle(claim, "succeeded", **fields)
+        return {} if ahead is None else records.tiers(ahead, cache)
 
     async def fail(self, claim: Claim, error: JobError, *, retry: bool) -> None:
         """End the attempt. With `retry` the job waits again at its old place while attempts remain, else it failed."""
@@ -201,11 +203,15 @@ class JobStore:
         if found:
             raise AssertionError("; ".join(found))
 
-    async def _settle(self, claim: Claim, outcome: str, **fields: str | bytes | int) -> None:
+    async def _settle(self, claim: Claim, outcome: str, **fields: str | bytes | int) -> Mapping[str, Tier] | None:
+        """Where the text encoded ahead came from; None where the same settlement was made before."""
         attempts = self._settings.max_attempts
         answer = await self._run("settle", claim.job_id, claim.fence, outcome, attempts, *_flat(fields))
         if answer == b"lost":
             raise LeaseLost(f"job {claim.job_id} is no longer held by this worker")
+        if answer == b"again":
+            return None
+        return records.TIERS.validate_json(answer) if answer else {}
 
     async def _renew_all(self, renewals: Sequence[tuple[Claim, int]]) -> Sequence[bytes]:
         flat = [part for claim, step in renewals for part in (claim.job_id, claim.fence, step)]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,26 +26,36 @@ _FAMILIES = {
     "lora_": "a LoRA",
     "control_model.": "a ControlNet",
 }
-_HUB_FILES = (
-    "model_index.json",
+_SHARD = "[0-9]" * 5
+"""Shards are numbered like this; with `*` the files of the fp16 variant would come too."""
+
+
+def _weights(part: str, stem: str) -> tuple[str, ...]:
+    return (
+        f"{part}/config.json",
+        f"{part}/{stem}.safetensors",
+        f"{part}/{stem}.safetensors.index.json",
+        f"{part}/{stem}-{_SHARD}-of-{_SHARD}.safetensors",
+    )
+
+
+_IMAGE_FILES = (
     "scheduler/scheduler_config.json",
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
-    *(
-        f"{part}/{name}"
-        for part, stem in (
-            ("unet", "diffusion_pytorch_model"),
-            ("vae", "diffusion_pytorch_model"),
-            ("text_encoder", "model"),
-        )
-        for name in (
-            "config.json",
-            f"{stem}.safetensors",
-            f"{stem}.safetensors.index.json",
-            f"{stem}-*-of-*.safetensors",
-        )
-    ),
+    *_weights("unet", "diffusion_pytorch_model"),
+    *_weights("vae", "diffusion_pytorch_model"),
 )
-"""No pickles, no variants, no safety checker: what `check_folder` asks for and nothing else."""
+
+
+def hub_files(roles: Iterable[str], text_only: bool) -> tuple[str, ...]:
+    """Patterns of what `check_folder` asks for and nothing else: no pickles, no variants, no safety checker."""
+    tokenizers = [role.replace("text_encoder", "tokenizer") for role in roles]
+    return (
+        "model_index.json",
+        "transformer/config.json",
+        *(f"{tokenizer}/{name}" for tokenizer in tokenizers for name in TOKENIZER_FILES),
+        *(pattern for role in roles for pattern in _weights(role, "model")),
+        *(() if text_only else _IMAGE_FILES),
+    )
 
 
 def converted(checkpoint: Path, config: str | None, data_dir: Path, check: Callable[[Path], object]) -> Path:
@@ -73,8 +83,9 @@ def converted(checkpoint: Path, config: str | None, data_dir: Path, check: Calla
     return target
 
 
-def downloaded(hub_id: str, commit: str) -> Path:
-    """The hub's snapshot of exactly that commit, from the local hub cache where it is there. Raises OperatorError."""
+def downloaded(hub_id: str, commit: str, files: Iterable[str]) -> Path:
+    """The hub's snapshot of exactly that commit, from the local hub cache where it is there, with what is there of
+    `files` (patterns). Raises OperatorError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -84,7 +95,7 @@ def downloaded(hub_id: str, commit: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(files)))
     except RevisionNotFoundError:
         raise OperatorError(f"model.revision: {hub_id} has no commit {commit} on the hub", "model.revision") from None
     except RepositoryNotFoundError:

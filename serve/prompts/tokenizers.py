@@ -1,13 +1,15 @@
-"""CLIP's tokenizer, as rows of token ids. Equal to transformers' CLIPTokenizer, token by token."""
+"""CLIP's and T5's tokenizers, as rows of token ids. Equal to the stock pipelines' tokenizers, token by token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
-from serve.models import ROW_TOKENS
+from serve.models import TextPart
+from serve.models.weight_files import refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,32 +24,58 @@ class Tokens:
 
 
 class PromptTokenizer:
-    """Text -> token ids -> the fixed-length row that the encoder reads. Safe to share between threads.
+    """Text -> token ids -> the row that the encoder reads: [begin,] ids, end, padding. Safe to share between threads.
 
     Owns: the Rust tokenizer, with padding and truncation switched off for good.
+
+    T5 has no begin token (`bos` is None). The padding is the folder's own: SDXL's and SD 3's second tokenizer, as
+    Stable Diffusion 2's, pads with "!", not with the end token. `unknown` stands for text outside the vocabulary.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is a diffusers folder; its `tokenizer` holds `tokenizer.json`, or `vocab.json` and `merges.txt`."""
-        whole = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.bos: int = whole.bos_token_id
-        self.eos: int = whole.eos_token_id
-        self.pad: int = whole.pad_token_id
+    def __init__(self, part: TextPart) -> None:
+        """Reads local files only. Raises OperatorError that names `model.source` where they make no tokenizer."""
+        whole = _load(part.tokenizer, part.kind)
+        self.kind = part.kind
+        self.bos: int | None = whole.bos_token_id if part.kind == "clip" else None
+        self.eos = _known(whole.eos_token_id, "end", part.tokenizer)
+        self.pad = _known(whole.pad_token_id, "padding", part.tokenizer)
+        self.unknown: int | None = whole.unk_token_id
         self._rust = whole.backend_tokenizer
         self._rust.no_padding()
         self._rust.no_truncation()
 
-    @property
-    def limit(self) -> int:
-        """Tokens of text that fit into one row: 75 of 77."""
-        return ROW_TOKENS - 2
+    def room(self, length: int) -> int:
+        """Tokens of text that fit into a row of `length`: 75 of CLIP's 77, 511 of T5's 512."""
+        return length - (1 if self.bos is None else 2)
 
     def tokenize(self, text: str) -> Tokens:
         encoding = self._rust.encode(text, add_special_tokens=False)
         return Tokens(tuple(encoding.ids), tuple(start for start, _ in encoding.offsets))
 
-    def row(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Begin, ids, end, padding: ROW_TOKENS ids in all. `ids` must fit."""
-        if len(ids) > self.limit:
-            raise ValueError(f"{len(ids)} tokens in a row for {self.limit}")
-        return (self.bos, *ids, self.eos, *(self.pad,) * (self.limit - len(ids)))
+    def row(self, ids: tuple[int, ...], length: int) -> tuple[int, ...]:
+        """`length` ids in all. `ids` must fit."""
+        spare = self.room(length) - len(ids)
+        if spare < 0:
+            raise ValueError(f"{len(ids)} tokens in a row for {self.room(length)}")
+        begin = () if self.bos is None else (self.bos,)
+        return (*begin, *ids, self.eos, *(self.pad,) * spare)
+
+
+def _load(folder: Path, kind: str) -> Any:
+    """transformers' tokenizer. It makes up an empty one where files are missing, so they are looked for first."""
+    complete = (folder / "tokenizer.json").is_file()
+    if kind == "t5" and not complete:
+        raise refused(f"{folder} holds no tokenizer.json; spiece.model alone is not read")
+    if not complete and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise refused(f"{folder} holds neither tokenizer.json nor vocab.json and merges.txt")
+    tokenizer = T5Tokenizer if kind == "t5" else CLIPTokenizer
+    try:
+        return tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise refused(f"{folder} can't be loaded as a {kind} tokenizer ({type(error).__name__})") from error
+
+
+def _known(token: int | None, role: str, folder: Path) -> int:
+    if token is None:
+        raise refused(f"{folder} has no {role} token")
+    return token

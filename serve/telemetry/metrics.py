@@ -19,6 +19,10 @@ _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 600.0)
 
 
+_COSINE = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
+_ENCODER = ("encoder",)
+
+
 class Kind(enum.StrEnum):
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -37,21 +41,66 @@ class Declaration:
 
 
 DECLARATIONS: tuple[Declaration, ...] = (
-    Declaration("tandem_encoder_forwards_total", Kind.COUNTER, "Forward passes of a text encoder."),
-    Declaration("tandem_encoder_forward_rows_total", Kind.COUNTER, "Rows of token ids that a text encoder computed."),
-    Declaration("tandem_encoder_batch_rows", Kind.HISTOGRAM, "Rows of one encoder forward pass.", buckets=_ROWS),
+    Declaration("tandem_encoder_forwards_total", Kind.COUNTER, "Forward passes of a text encoder.", _ENCODER),
     Declaration(
-        "tandem_encoder_forward_seconds", Kind.HISTOGRAM, "Time of one encoder forward pass.", buckets=_SHORT_S
+        "tandem_encoder_forward_rows_total", Kind.COUNTER, "Rows of token ids that a text encoder computed.", _ENCODER
     ),
-    Declaration("tandem_cache_units_total", Kind.COUNTER, "Text units served, by where they came from.", ("tier",)),
+    Declaration(
+        "tandem_encoder_dropped_rows_total",
+        Kind.COUNTER,
+        "Rows that nobody waited for any more when their turn came.",
+        _ENCODER,
+    ),
+    Declaration("tandem_encoder_batch_rows", Kind.HISTOGRAM, "Rows of one encoder forward pass.", _ENCODER, _ROWS),
+    Declaration(
+        "tandem_encoder_forward_seconds", Kind.HISTOGRAM, "Time of one encoder forward pass.", _ENCODER, _SHORT_S
+    ),
+    Declaration(
+        "tandem_encode_seconds", Kind.HISTOGRAM, "Time from a request at a pool to its answer.", _ENCODER, _SHORT_S
+    ),
+    Declaration(
+        "tandem_encoder_queue_tokens", Kind.GAUGE, "Tokens that wait for a forward pass or are in it.", _ENCODER
+    ),
+    Declaration(
+        "tandem_text_units_total",
+        Kind.COUNTER,
+        "Text units of jobs and embedding requests, by where they came from and which side of the guidance reads them.",
+        ("encoder", "tier", "sign"),
+    ),
+    Declaration(
+        "tandem_text_wait_seconds", Kind.HISTOGRAM, "Time for which a claimed job waited for its text.", (), _SHORT_S
+    ),
+    Declaration("tandem_cache_entries", Kind.GAUGE, "Embeddings in the memory of this process.", ("place",)),
+    Declaration("tandem_cache_bytes", Kind.GAUGE, "Bytes of embeddings in the memory of this process.", ("place",)),
     Declaration("tandem_cache_errors_total", Kind.COUNTER, "Failures of the embedding cache's Redis.", ("kind",)),
+    Declaration("tandem_cache_breaker_open", Kind.GAUGE, "1 while this process leaves the cache's Redis alone."),
+    Declaration("tandem_prompts_total", Kind.COUNTER, "Prompts and negative prompts that were planned."),
+    Declaration("tandem_truncated_prompts_total", Kind.COUNTER, "Prompts of which some text did not fit."),
+    Declaration(
+        "tandem_prompt_tokens_total",
+        Kind.COUNTER,
+        "Tokens of text: used, cut, and unknown to the vocabulary (among the used).",
+        ("encoder", "kind"),
+    ),
+    Declaration(
+        "tandem_embedding_similarity",
+        Kind.HISTOGRAM,
+        "Cosine between an embedding as it is kept (int8) and as it was computed.",
+        _ENCODER,
+        _COSINE,
+    ),
+    Declaration(
+        "tandem_device_memory_bytes", Kind.GAUGE, "Memory of a replica's GPU: allocated, peak, total.", ("pool", "kind")
+    ),
+    Declaration(
+        "tandem_device_utilization_ratio", Kind.GAUGE, "Share of time in which a replica's GPU works.", ("pool",)
+    ),
     Declaration("tandem_jobs_total", Kind.COUNTER, "Jobs that reached a terminal state.", ("state",)),
     Declaration("tandem_job_seconds", Kind.HISTOGRAM, "Time from submission to the terminal state.", buckets=_LONG_S),
     Declaration("tandem_queue_depth", Kind.GAUGE, "Jobs that wait for a worker."),
     Declaration("tandem_engine_steps_total", Kind.COUNTER, "Denoising steps, each over one batch of images."),
     Declaration("tandem_engine_step_rows", Kind.HISTOGRAM, "Images that shared one denoising step.", buckets=_ROWS),
     Declaration("tandem_engine_step_seconds", Kind.HISTOGRAM, "Time of one denoising step.", buckets=_SHORT_S),
-    Declaration("tandem_truncated_prompts_total", Kind.COUNTER, "Prompts of which some text did not fit."),
 )
 
 _BY_NAME = {declaration.name: declaration for declaration in DECLARATIONS}

@@ -44,6 +44,24 @@ def test_the_image_is_that_of_the_stock_pipeline(http: httpx.Client) -> None:
     assert difference(picture(http, job), expected) <= 1
 
 
+def test_a_job_that_had_to_queue_seldom_waits_for_its_text(
+    http: httpx.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text is encoded while the job waits: what is left for the replica is a look into Redis."""
+    colors, grounds = ("red", "green", "blue", "yellow", "purple"), ("white", "black", "pink", "orange")
+    prompts = [f"a {color} star on a {ground} background" for color in colors for ground in grounds]
+    ids = [submit(http, prompt, negative_prompt="dull") for prompt in prompts]
+    jobs = [finished(http, job_id) for job_id in ids]
+    waits = sorted(job["timings"]["text_s"] for job in jobs if job["timings"]["queued_s"] > 0.3)
+    with capsys.disabled():
+        late = sum(wait > 0.05 for wait in waits)
+        median_ms = 1000 * waits[len(waits) // 2]
+        print(f"\n{len(waits)} jobs queued, median wait for text {median_ms:.1f} ms, {late} over 50 ms")
+    assert len(waits) >= 8
+    assert sum(job["cache"]["encoded"] for job in jobs) >= len(prompts)
+    assert late <= len(waits) // 10
+
+
 def test_events_tell_every_state_in_order(http: httpx.Client) -> None:
     job_id = submit(http, "a pink diamond on a green background", seed=2)
     events = []

@@ -2,54 +2,26 @@
 
 import asyncio
 import socket
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import redis
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import SecretStr
+from support.cache_node import UNIT, UNITS, Node, commands, stored, until
+from support.slow_proxy import SlowProxy
 
 from serve.domain import EncodeUnit, Tier
 from serve.embedded import EmbeddedRedis
-from serve.encoders.cache import EmbeddingCache, Fetched
+from serve.encoders.cache import Fetched
+from serve.encoders.codec import pack, unpack
 from serve.encoders.redis_tier import MAGIC, PREFIX, seal, unseal
 from serve.settings import CacheSettings
-from serve.telemetry.metrics import InProcessMetrics
-
-UNITS = [EncodeUnit("encoder", (number,)) for number in range(5)]
-UNIT = UNITS[0]
-
-
-class Node:
-    """One process's cache, and an encoder of its own whose results can be told from another's."""
-
-    def __init__(self, url: str | None, mark: bytes = b"", **options: object) -> None:
-        self.mark = mark
-        self.metrics = InProcessMetrics()
-        self.encoded: list[EncodeUnit] = []
-        write_through = bool(options.pop("write_through", True))
-        secret = SecretStr(url) if url else None
-        self.cache = EmbeddingCache(
-            CacheSettings(redis_url=secret, **options), self.encode, self.metrics, write_through=write_through
-        )
-
-    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        self.encoded += units
-        return [Fetched(unit.key.encode() + self.mark, Tier.ENCODED) for unit in units]
-
-    async def get(self, unit: EncodeUnit = UNIT) -> Fetched:
-        return (await self.cache.get_many([unit]))[unit.key]
-
-    def errors(self, kind: str) -> float:
-        return self.metrics.value("tandem_cache_errors_total", kind=kind)
-
-
-def stored(url: str, unit: EncodeUnit = UNIT) -> bytes | None:
-    with redis.Redis.from_url(url) as client:
-        return client.get(PREFIX + unit.key)
 
 
 def test_what_one_encoded_another_reads_bit_for_bit(redis_url: str) -> None:
@@ -197,12 +169,10 @@ def test_a_redis_that_hangs_costs_its_timeout_once(silent_url: str) -> None:
     asyncio.run(main())
 
 
-def test_a_redis_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.encoders.redis_tier.PAUSE_S", 0.0)
-
+def test_a_redis_that_comes_back_is_used_again(tmp_path: Path) -> None:
     async def main() -> None:
         with EmbeddedRedis(tmp_path, "cache") as server:
-            node = Node(server.url, memory_bytes=0)
+            node = Node(server.url, memory_bytes=0, pause_s=0.0)
             await node.get()
             server.kill()
             assert (await node.get()).tier is Tier.ENCODED
@@ -226,12 +196,159 @@ def test_a_full_redis_still_serves_what_it_has(redis_url: str) -> None:
             client.config_set("maxmemory", 1)
             try:
                 assert (await node.get(UNITS[2])).tier is Tier.ENCODED
-                assert node.errors("down") == 1
+                assert (node.errors("full"), node.errors("down")) == (1, 0)
+                assert node.cache.stats().redis == "up"
                 assert (await node.get(UNITS[1])).tier is Tier.REDIS
             finally:
                 client.config_set("maxmemory", 0)
                 client.config_set("maxmemory-policy", policy["maxmemory-policy"])
         await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_call_is_one_round_trip(redis_url: str) -> None:
+    """A job's positive and negative units, hits and misses, are one MGET; what is in memory asks nothing."""
+
+    async def main() -> None:
+        writer, reader = Node(redis_url), Node(redis_url, write_through=False)
+        await writer.cache.get_many(UNITS[:3])
+        with redis.Redis.from_url(redis_url) as client:
+            client.config_resetstat()
+        tiers = [got.tier for got in (await reader.cache.get_many(UNITS)).values()]
+        assert tiers == [Tier.REDIS] * 3 + [Tier.ENCODED] * 2
+        await reader.cache.get_many(UNITS)
+        assert commands(redis_url) == {"mget": 1}
+        hits = reader.cache.stats().hits
+        assert (hits.memory, hits.redis, hits.encoded) == (5, 3, 2)
+        await asyncio.gather(writer.cache.close(), reader.cache.close())
+
+    asyncio.run(main())
+
+
+def test_a_hit_in_redis_takes_milliseconds(redis_url: str) -> None:
+    """SDXL's units in float16. The bar is 2 ms; the test leaves room for a busy machine."""
+
+    async def main() -> None:
+        pair = UNITS[:3]
+        sizes = (77 * 768 * 2, 77 * 1280 * 2, 1280 * 2)
+        with redis.Redis.from_url(redis_url) as client:
+            client.mset(
+                {PREFIX + unit.key: seal(unit.key, bytes(size)) for unit, size in zip(pair, sizes, strict=True)}
+            )
+        node = Node(redis_url, memory_bytes=0)
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            got = await node.cache.get_many(pair)
+            times.append(time.perf_counter() - started)
+        assert {each.tier for each in got.values()} == {Tier.REDIS}
+        assert statistics.median(times) < 10e-3
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_private_encoder_leaves_redis_alone(redis_url: str) -> None:
+    async def main() -> None:
+        other = EncodeUnit("other", (1,))
+        node = Node(redis_url, private=(UNIT.encoder,))
+        got = await node.cache.get_many([UNIT, other])
+        assert {each.tier for each in got.values()} == {Tier.ENCODED}
+        assert stored(redis_url, UNIT) is None
+        assert stored(redis_url, other) is not None
+        node.cache.adopt({UNITS[1]: b"by-product"})
+        assert (await node.get(UNITS[1])).tier is Tier.MEMORY
+        assert stored(redis_url, UNITS[1]) is None
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_by_product_is_shared(redis_url: str) -> None:
+    async def main() -> None:
+        node, reader = Node(redis_url), Node(redis_url)
+        node.cache.adopt({UNIT: b"by-product"})
+        assert await node.get() == Fetched(b"by-product", Tier.MEMORY)
+        assert await reader.get() == Fetched(b"by-product", Tier.REDIS)
+        node.cache.check_integrity()
+        assert node.cache.stats().entries == 1
+        assert node.encoded == reader.encoded == []
+        await asyncio.gather(node.cache.close(), reader.cache.close())
+
+    asyncio.run(main())
+
+
+def test_a_by_product_that_another_process_stored_first_gives_way(redis_url: str) -> None:
+    async def main() -> None:
+        first, second = Node(redis_url, b"1"), Node(redis_url, b"2")
+        value = (await first.get()).value
+        second.cache.adopt({UNIT: b"by-product"})
+        assert (await second.get()).value == value
+        await asyncio.gather(first.cache.close(), second.cache.close())
+
+    asyncio.run(main())
+
+
+def test_a_by_product_that_comes_while_redis_is_asked_saves_the_forward(redis_url: str) -> None:
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            node = Node(proxy.url, timeout_s=5.0)
+            await node.get(UNITS[1])
+            proxy.delay_s = 0.1
+            answers = proxy.answers
+            waiting = asyncio.create_task(node.get())
+            await until(lambda: proxy.answers > answers)  # the MGET is on its way back
+            node.cache.adopt({UNIT: b"by-product"})
+            assert await waiting == Fetched(b"by-product", Tier.MEMORY)
+            assert node.encoded == [UNITS[1]]
+            assert unseal(UNIT.key, stored(redis_url) or b"") == b"by-product"
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_what_is_paid_for_is_stored_though_everybody_left(redis_url: str) -> None:
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            node = Node(proxy.url, timeout_s=5.0)
+            node.gate.clear()
+            waiting = asyncio.create_task(node.get())
+            await node.calls.acquire()
+            proxy.delay_s = 0.05
+            node.gate.set()
+            await until(lambda: stored(redis_url) is not None)
+            waiting.cancel()
+            await until(lambda: node.cache.stats().entries == 1)
+            assert (await node.get()).tier is Tier.MEMORY
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_exact_and_int8_values_are_kept_apart(redis_url: str) -> None:
+    """The value used is the value stored, rounded or not; who asks for exact ones never gets a rounded one."""
+
+    async def main() -> None:
+        rows = torch.randn(4, 64)
+
+        def node(values: Literal["exact", "int8"]) -> Node:
+            async def encode(units: Sequence[EncodeUnit]) -> list[Fetched]:
+                return [Fetched(pack(rows, values), Tier.ENCODED)]
+
+            made = Node(redis_url, values=values)
+            made.cache._fetch = encode
+            return made
+
+        rounded, exact, rounded_too = node("int8"), node("exact"), node("int8")
+        fresh = await rounded.get()
+        assert not torch.equal(unpack(fresh.value), rows)
+        assert (await rounded.get()) == Fetched(fresh.value, Tier.MEMORY)
+        assert (await rounded_too.get()) == Fetched(fresh.value, Tier.REDIS)
+        true = await exact.get()
+        assert true.tier is Tier.ENCODED
+        assert torch.equal(unpack(true.value), rows)
+        await asyncio.gather(*(each.cache.close() for each in (rounded, exact, rounded_too)))
 
     asyncio.run(main())
 

@@ -11,19 +11,18 @@ from pydantic import SecretStr
 from serve.diffusion.engine import Engine
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import EncodeUnit, ImageRequest, Job, JobState
+from serve.domain import EncodeUnit, ImageRequest, Job, JobState, Sign
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
-from serve.encoders.unit import fingerprint
+from serve.encoders.registry import Registry, register
 from serve.errors import BackendUnavailable
 from serve.jobs.events import follow
 from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
-from serve.prompts.tokenizers import PromptTokenizer
 from serve.results.png import read_parameters
 from serve.results.store import open_store
 from serve.settings import DiffusionSettings, JobSettings, ModelSettings, ResultSettings, Settings
@@ -51,21 +50,29 @@ def runner(model: ModelFolder) -> Runner:
 
 
 @pytest.fixture(scope="module")
-def tower(model: ModelFolder) -> TextTower:
-    return TextTower.load(model.path, "cpu", "float32")
+def registry(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    return register([model], Settings(data_dir=tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def tower(registry: Registry) -> TextTower:
+    return TextTower.load(registry.encoders[0], "cpu")
 
 
 class House:
     """A job store, a folder, and workers that share them."""
 
-    def __init__(self, url: str, folder: Path, model: ModelFolder, runner: Runner, tower: TextTower) -> None:
+    def __init__(
+        self, url: str, folder: Path, model: ModelFolder, registry: Registry, runner: Runner, tower: TextTower
+    ) -> None:
         self.settings = JobSettings(redis_url=SecretStr(url), lease_s=0.6)
         self.metrics = InProcessMetrics()
         self.jobs = JobStore(self.settings, self.metrics)
         self.folder = folder
         self.model = model
         self.runner = runner
-        self.pool = EncoderPool(tower, Settings(), self.metrics)
+        self.planner = Planner(model, registry.sources(model.name))
+        self.pool = EncoderPool(tower, registry.encoders[0], Settings(), self.metrics)
         self.encoder_away = False
         self.encoder_hangs = asyncio.Event()
         self.sweeping = asyncio.create_task(sweep(self.jobs, self.settings.lease_s, interval_s=0.1))
@@ -85,10 +92,11 @@ class House:
             max_rows=4,
             settings=self.settings,
             jobs=self.jobs,
-            planner=Planner(PromptTokenizer(self.model.path), fingerprint(self.model.path, "float32")),
-            embeddings=EmbeddingCache(Settings().cache, self.encode, self.metrics),
+            planner=self.planner,
+            embeddings=EmbeddingCache(Settings().cache, self.encode, self.metrics, place="diffusion"),
             engine=Engine(self.runner, StepScheduler(4), self.metrics),
             results=open_store(ResultSettings(), self.folder),
+            metrics=self.metrics,
         )
         try:
             yield worker
@@ -122,9 +130,9 @@ class House:
 
 @pytest.fixture
 async def house(
-    redis_url: str, tmp_path: Path, model: ModelFolder, runner: Runner, tower: TextTower
+    redis_url: str, tmp_path: Path, model: ModelFolder, registry: Registry, runner: Runner, tower: TextTower
 ) -> AsyncIterator[House]:
-    house = House(redis_url, tmp_path, model, runner, tower)
+    house = House(redis_url, tmp_path, model, registry, runner, tower)
     yield house
     await house.close()
 
@@ -136,6 +144,8 @@ async def test_a_job_becomes_images_with_their_parameters(house: House) -> None:
     assert job.state is JobState.SUCCEEDED
     assert job.cache is not None
     assert job.cache.encoded == 2
+    signs = [house.metrics.value("tandem_text_units_total", tier="encoded", sign=sign) for sign in Sign]
+    assert signs == [1, 0, 1]  # the prompt; the empty negative prompt
     assert [image.seed for image in job.images] == [1, 2]
     data = (house.folder / "images" / job.images[1].key).read_bytes()
     assert read_parameters(data)["seed"] == 2
@@ -177,9 +187,14 @@ async def test_a_job_waits_for_a_folder_that_can_not_be_written(house: House) ->
 
 
 async def test_a_run_outlives_the_job_store(
-    jobs_redis: EmbeddedRedis, tmp_path: Path, model: ModelFolder, runner: Runner, tower: TextTower
+    jobs_redis: EmbeddedRedis,
+    tmp_path: Path,
+    model: ModelFolder,
+    registry: Registry,
+    runner: Runner,
+    tower: TextTower,
 ) -> None:
-    house = House(jobs_redis.url, tmp_path, model, runner, tower)
+    house = House(jobs_redis.url, tmp_path, model, registry, runner, tower)
     async with house.worker():
         await house.submit("a", num_inference_steps=40, num_images=4)
         await house.reaches("a", lambda job: job.step > 0)

@@ -15,7 +15,7 @@ from serve.telemetry.metrics import InProcessMetrics
 
 MODEL = "shapes"
 BROKEN = JobError(code="generation_failed", message="it broke")
-CUT = Truncation(field="prompt", tokens=80, limit=75, text="the rest — 剩")
+CUT = Truncation(field="prompt", encoder="clip-l", tokens=80, limit=75, text="the rest — 剩")
 IMAGE = ImageRef(index=0, key="a/0.png", seed=7, width=64, height=64, content_type="image/png", bytes=99)
 
 

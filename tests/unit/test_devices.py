@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from serve.devices import best_device, claim_device
+from serve.devices import best_device, check_dtype, claim_device
 from serve.errors import OperatorError
 from serve.settings import EncoderSettings
 
@@ -22,3 +22,20 @@ def test_an_encoder_without_a_share_of_a_gpu_stays_off_it() -> None:
     assert EncoderSettings().place == "cpu"
     assert EncoderSettings(num_gpus=0.25).place == "auto"
     assert EncoderSettings(device="cuda").place == "cuda"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_cpu_can_compute_in_every_dtype_of_the_settings(dtype: str) -> None:
+    check_dtype(torch.device("cpu"), dtype, "encoder.dtype")
+
+
+def test_a_dtype_that_the_device_can_not_compute_in_names_the_setting() -> None:
+    with pytest.raises(OperatorError, match=r"encoder.dtype: .* float8_e4m3fn on cpu") as raised:
+        check_dtype(torch.device("cpu"), "float8_e4m3fn", "encoder.dtype")
+    assert raised.value.param == "encoder.dtype"
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(OperatorError, match=r"encoder.dtype: this GPU has no bfloat16"):
+        check_dtype(torch.device("cuda"), "bfloat16", "encoder.dtype")

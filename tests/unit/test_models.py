@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from serve.errors import OperatorError
-from serve.models import SHIPPED, ModelFolder, resolve
+from serve.models import SHIPPED, Denoiser, ModelFolder, TextPart, resolve
 from serve.settings import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,12 +45,30 @@ def test_the_shipped_model() -> None:
         name="shapes",
         path=SHIPPED,
         family="sd",
-        default_width=128,
-        default_height=128,
-        size_multiple=8,
-        vae_scale_factor=8,
-        latent_channels=4,
-        prediction_type="v_prediction",
+        text=(
+            TextPart(
+                role="text_encoder",
+                kind="clip",
+                name="clip-128x2",
+                weights=SHIPPED / "text_encoder",
+                tokenizer=SHIPPED / "tokenizer",
+                width=128,
+                layers=2,
+                vocab_size=918,
+                projection=None,
+                row_tokens=77,
+            ),
+        ),
+        context_width=128,
+        zero_empty_negative=False,
+        denoiser=Denoiser(
+            default_width=128,
+            default_height=128,
+            size_multiple=8,
+            vae_scale_factor=8,
+            latent_channels=4,
+            prediction_type="v_prediction",
+        ),
     )
 
 
@@ -63,13 +81,15 @@ def test_a_folder_is_named_after_itself_or_as_asked(folder: Path) -> None:
 def test_sizes_come_from_the_configuration(folder: Path) -> None:
     edit(folder / "unet" / "config.json", sample_size=[8, 24])
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type=None)
-    model = find(folder)
+    model = find(folder).denoiser
+    assert model is not None
     assert (model.default_width, model.default_height, model.prediction_type) == (192, 64, "epsilon")
 
 
 @pytest.mark.parametrize("side", [1, 7, 9, 17])
 def test_the_unet_takes_every_latent_size_of_the_grid(side: int) -> None:
-    model = find("shapes")
+    model = find("shapes").denoiser
+    assert model is not None
     unet = UNet2DConditionModel.from_pretrained(SHIPPED / "unet", torch_dtype=torch.float32)
     pixels = side * model.size_multiple
     latents = torch.zeros(1, model.latent_channels, pixels // model.vae_scale_factor, 16)

@@ -72,6 +72,34 @@ def test_a_wrong_value_names_the_setting_and_its_origin(tmp_path: Path) -> None:
     assert "http.port" in refused(http__port__x=5)
 
 
+def test_a_table_is_merged_from_all_origins(tmp_path: Path) -> None:
+    file = yaml(
+        tmp_path,
+        "encoder: {dtype: float16}\nencoders: {t5-xxl: {num_gpus: 2, shard: true}}\ntext_models: [{source: /a}]",
+    )
+    environ = {"TANDEM_ENCODERS": '{"t5-xxl": {"num_gpus": 1}}'}
+    overrides = {"encoders.clip-l.dtype": "float32", "text_models": '[{"source": "/b", "name": "b"}]'}
+    loaded = load(file, environ, overrides)
+    t5, clip = loaded.settings.encoder_named("t5-xxl"), loaded.settings.encoder_named("clip-l")
+    assert (t5.num_gpus, t5.shard, t5.dtype) == (1, True, "float16")
+    assert (clip.num_gpus, clip.shard, clip.dtype) == (0, False, "float32")
+    assert loaded.settings.encoder_named("openclip-bigg") == loaded.settings.encoder
+    assert [model.name for model in loaded.settings.text_models] == ["b"]
+    places = {f"file {file}", "environment TANDEM_ENCODERS", "command line"}
+    assert set(loaded.origins["encoders"].split(", ")) == places
+    assert loaded.origins["text_models"] == "command line"
+
+
+def test_a_wrong_table_names_the_place(tmp_path: Path) -> None:
+    assert "encoders.t5.dtpe: no such setting" in refused(yaml(tmp_path, "encoders: {t5: {dtpe: float16}}"))
+    assert "encoders.t5.num_gpus" in refused(encoders__t5__num_gpus="many")
+    assert "encoders.t5: min_replicas 3 is more" in refused(encoders__t5__min_replicas=3)
+    assert "encoders.t5" in refused(encoders__t5=3)
+    assert "TANDEM_ENCODERS: its value is not JSON" in refused(environ={"TANDEM_ENCODERS": "float16"})
+    assert "text_models.0.sauce" in refused(text_models="[{sauce: /a}]")
+    assert "text_models" in refused(text_models="/a")
+
+
 @pytest.mark.parametrize("text", ["a: [", "- a list", "just text", "a: b: c"])
 def test_a_file_that_is_no_settings_file_is_refused(text: str, tmp_path: Path) -> None:
     assert "tandem.yaml" in refused(yaml(tmp_path, text)) or "no such setting" in refused(yaml(tmp_path, text))

@@ -1,7 +1,12 @@
-"""The native API on the real service, job store and result store. The text encoder is away: jobs wait all the same."""
+"""The native API on the real services, job store and result store.
 
+The text encoder of jobs is away: they wait all the same. Embeddings have a real encoder pool over the shipped model.
+"""
+
+import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -13,17 +18,19 @@ from pydantic import SecretStr
 
 from serve.api.app import create_app
 from serve.domain import EncodeUnit, ImageRef
-from serve.encoders.cache import Fetched
-from serve.encoders.unit import fingerprint
+from serve.encoders.cache import EmbeddingCache, Fetch, Fetched
+from serve.encoders.forward import TextTower
+from serve.encoders.pool import EncoderPool
+from serve.encoders.registry import Encoder, register
 from serve.errors import BackendUnavailable
 from serve.jobs.store import JobStore
 from serve.models import resolve
 from serve.prompts.plan import Planner
-from serve.prompts.tokenizers import PromptTokenizer
 from serve.results.store import ResultStore, open_store
 from serve.service import ImageService, PoolState
 from serve.settings import JobSettings, ModelSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
+from serve.text import TextService
 
 PNG = b"\x89PNG not really"
 StandOn = Callable[..., AbstractAsyncContextManager["Stand"]]
@@ -44,6 +51,10 @@ class Stand:
     jobs: JobStore
     results: ResultStore
     pools: dict[str, PoolState]
+    embeddings: EmbeddingCache
+    encode: Fetch
+    planner: Planner
+    metrics: InProcessMetrics
 
     async def create(self, **order: Any) -> dict[str, Any]:
         answer = await self.client.post("/v1/jobs", json={"prompt": "a red circle"} | order)
@@ -72,17 +83,49 @@ class Stand:
         await self.jobs.succeed(claim, images=[ref], cache={}, timings=(await self.jobs.get(job_id)).timings)
 
 
-async def no_encoder(units: Sequence[EncodeUnit]) -> Sequence[Fetched]:
+@dataclasses.dataclass
+class Pools:
+    """The encoder pools of a registry, without their replicas: what carries units to the right one."""
+
+    by_fingerprint: dict[str, EncoderPool]
+
+    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        kinds = {unit.encoder: [other for other in units if other.encoder == unit.encoder] for unit in units}
+        answers = await asyncio.gather(*(self.by_fingerprint[kind].encode(own) for kind, own in kinds.items()))
+        found = {
+            unit: got
+            for own, answer in zip(kinds.values(), answers, strict=True)
+            for unit, got in zip(own, answer, strict=True)
+        }
+        return [found[unit] for unit in units]
+
+    async def close(self) -> None:
+        for pool in self.by_fingerprint.values():
+            await pool.close()
+
+
+async def no_encoder(units: Sequence[EncodeUnit]) -> Any:
     raise BackendUnavailable("the text encoder does not answer")
+
+
+@functools.cache
+def tower(encoder: Encoder) -> TextTower:
+    return TextTower.load(encoder, "cpu")
 
 
 @contextlib.asynccontextmanager
 async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Stand]:
-    """`changes` are settings: `max_queued` of the jobs, `results`."""
+    """`changes` are settings: `max_queued` of the jobs, `cache`, `text_models`, ...; or `encoder_away`."""
+    away = changes.pop("encoder_away", False)
     jobs = JobSettings(redis_url=SecretStr(url), max_queued=changes.pop("max_queued", 100))
     tree = Settings(data_dir=folder, jobs=jobs, **changes)
     model = resolve(ModelSettings(), folder)
-    store = JobStore(tree.jobs, InProcessMetrics())
+    others = [resolve(other, folder, text_only=True) for other in tree.text_models]
+    models = {each.name: each for each in (model, *others)}
+    registry = register(list(models.values()), tree)
+    planners = {name: Planner(each, registry.sources(name)) for name, each in models.items()}
+    metrics = InProcessMetrics()
+    store = JobStore(tree.jobs, metrics)
     pools = {"text_encoder": PoolState(True, "1 replica"), "diffusion": PoolState(True, "1 replica")}
 
     async def probe_text() -> PoolState:
@@ -95,15 +138,38 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         model=model,
         limits=tree.limits,
         jobs=store,
-        planner=Planner(PromptTokenizer(model.path), fingerprint(model.path, "float32")),
-        encode=no_encoder,
+        planner=planners[model.name],
+        prepare=no_encoder,
         results=open_store(tree.results, folder),
         pools={"text_encoder": probe_text, "diffusion": probe_diffusion},
-        metrics=InProcessMetrics(),
+        metrics=metrics,
     )
-    app = create_app(service, tree)
+    encoders = Pools({each.fingerprint: EncoderPool(tower(each), each, tree, metrics) for each in registry.encoders})
+    encode = no_encoder if away else encoders.encode
+    embeddings = EmbeddingCache(tree.cache, encode, metrics, place="ingress")
+    texts = TextService(
+        models=models,
+        planners=planners,
+        embeddings=embeddings,
+        metrics=metrics,
+        limits=tree.limits,
+        cache_url=tree.cache.redis_url.get_secret_value() if tree.cache.redis_url else None,
+    )
+    app = create_app(service, texts, tree)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        yield Stand(app, client, store, open_store(tree.results, folder), pools)
+        yield Stand(
+            app,
+            client,
+            store,
+            open_store(tree.results, folder),
+            pools,
+            embeddings,
+            encode,
+            planners[model.name],
+            metrics,
+        )
+    await embeddings.close()
+    await encoders.close()
     await store.close()
 
 

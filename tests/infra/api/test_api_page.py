@@ -34,6 +34,9 @@ async def test_the_schema_describes_every_route(stand: Any) -> None:
         "GET /v1/jobs/{id}/events",
         "GET /v1/images/{id}/{index}",
         "GET /v1/models",
+        "POST /v1/embeddings",
+        "GET /v1/cache",
+        "DELETE /v1/cache",
         "GET /healthz",
         "GET /readyz",
     }
@@ -54,9 +57,14 @@ async def test_the_schema_is_whole_and_has_only_our_shapes(stand: Any) -> None:
     known = schema["components"]["schemas"]
     assert set(re.findall(r"#/components/schemas/(\w+)", json.dumps(schema))) <= set(known)
     assert "HTTPValidationError" not in known
-    assert known["JobOrder"]["additionalProperties"] is False
-    assert known["JobOrder"]["required"] == ["prompt"]
-    assert all("description" in field for field in known["JobOrder"]["properties"].values())
+    for order in ("JobOrder", "EmbeddingOrder"):
+        assert known[order]["additionalProperties"] is False
+        assert known[order]["required"] == ["prompt"]
+        assert all("description" in field for field in known[order]["properties"].values())
+    answer = schema["paths"]["/v1/embeddings"]["post"]["responses"]["200"]
+    assert answer["content"]["application/octet-stream"]["schema"] == {"type": "string", "format": "binary"}
+    assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/EmbeddingReport")
+    assert "x-tandem-cache" in answer["headers"]
     job = ("id", "state", "position", "step", "steps", "timings", "cache", "truncated", "images", "request", "error")
     assert set(job) <= set(known["JobView"]["properties"])
     assert set(known["CacheReport"]["properties"]) == {"memory", "redis", "encoded"}

@@ -3,33 +3,85 @@
 import dataclasses
 import json
 import unicodedata
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from serve.api.schemas import EventView, JobOrder, JobView, ModelView
+from serve.api.text_schemas import EmbeddingOrder
 from serve.domain import CacheReport, ImageRef, ImageRequest, Job, JobError, JobEvent, JobState, Truncation
-from serve.service import ModelInfo, NewImage
+from serve.orders import NewImage
+from serve.service import ModelInfo
+from serve.text import NewText
 
 
 def parse(body: str) -> JobOrder:
     return JobOrder.model_validate(json.loads(body))
 
 
+def parse_text(body: str) -> EmbeddingOrder:
+    return EmbeddingOrder.model_validate(json.loads(body))
+
+
+def defaults(order: type[BaseModel], but: Collection[str] = ()) -> dict[str, Any]:
+    return {name: field.default for name, field in order.model_fields.items() if name not in (*but, "prompt")}
+
+
+def fields_of(new: Any, but: Collection[str]) -> dict[str, Any]:
+    return {each.name: each.default for each in dataclasses.fields(new) if each.name not in (*but, "prompt")}
+
+
 def test_an_order_has_the_fields_and_defaults_of_the_service() -> None:
-    expected = {each.name: each.default for each in dataclasses.fields(NewImage) if each.name != "prompt"}
-    ours = {name: field.default for name, field in JobOrder.model_fields.items() if name != "prompt"}
-    assert ours == expected
-    assert set(ModelView.model_fields) - {"object"} == {each.name for each in dataclasses.fields(ModelInfo)}
+    # The salt is no client's to choose: it comes from the header that an authenticating proxy sets.
+    assert defaults(JobOrder) == fields_of(NewImage, but={"salt"})
+    assert defaults(EmbeddingOrder, but={"dtype", "output"}) == fields_of(NewText, but={"salt"})
+    assert set(ModelView.model_fields) - {"object", "images"} == {each.name for each in dataclasses.fields(ModelInfo)}
 
 
 def test_a_full_order_is_taken_as_it_stands() -> None:
     order = {"prompt": "a\tb\n(c:1.2) 🐈", "negative_prompt": "d", "model": "shapes", "width": 64, "height": 64}
-    order |= {"num_inference_steps": 20, "guidance_scale": 7, "seed": 2**40, "num_images": 2}
+    order |= {"num_inference_steps": 20, "guidance_scale": 7, "seed": 2**40, "num_images": 2, "clip_skip": 1}
     assert parse(json.dumps(order)).model_dump() == order
+
+
+def test_a_full_text_order_is_taken_as_it_stands() -> None:
+    order = {"prompt": "a\tb\n(c:1.2) 🐈", "negative_prompt": "", "model": "shapes", "width": 64, "height": 2048}
+    order |= {"clip_skip": 1, "use_t5": False, "max_sequence_length": 77, "dtype": "bfloat16", "output": "report"}
+    assert parse_text(json.dumps(order)).model_dump() == order
+    assert parse_text('{"prompt": "a"}').negative_prompt is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", "null"),
+        ("prompt", r'"a\u0000b"'),
+        ("negative_prompt", "1"),
+        ("negative_prompt", r'"\udfff"'),
+        ("model", json.dumps("x" * 257)),
+        ("width", "1.5"),
+        ("height", "NaN"),
+        ("clip_skip", "true"),
+        ("clip_skip", '"1"'),
+        ("use_t5", "1"),
+        ("use_t5", "null"),
+        ("max_sequence_length", "77.0"),
+        ("dtype", '"int8"'),
+        ("dtype", "null"),
+        ("output", '"json"'),
+        ("salt", '"0123456789abcdef"'),
+        ("seed", "7"),
+    ],
+)
+def test_each_wrong_field_of_a_text_order_is_refused_by_name(field: str, value: str) -> None:
+    prompt = "" if field == "prompt" else '"prompt": "a", '
+    with pytest.raises(ValidationError) as caught:
+        parse_text(f'{{{prompt}"{field}": {value}}}')
+    assert {error["loc"][0] for error in caught.value.errors()} == {field}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +158,7 @@ def test_a_queued_job() -> None:
 
 def test_a_finished_job_names_its_images_under_the_mount_and_hides_their_keys() -> None:
     image = ImageRef(index=0, key="secret/key", seed=1, width=64, height=64, content_type="image/png", bytes=10)
-    cut = Truncation(field="prompt", tokens=90, limit=75, text="the rest")
+    cut = Truncation(field="prompt", encoder="clip-l", tokens=90, limit=75, text="the rest")
     finished = job(
         state=JobState.SUCCEEDED, images=(image,), cache=CacheReport(redis=2), truncated=(cut,), finished_at=2.0
     )
@@ -115,13 +167,14 @@ def test_a_finished_job_names_its_images_under_the_mount_and_hides_their_keys() 
     assert "secret" not in text
     assert view["images"][0]["url"] == f"/root/v1/images/{'0' * 32}/0"
     assert view["cache"] == {"memory": 0, "redis": 2, "encoded": 0}
-    assert view["truncated"] == [{"field": "prompt", "tokens": 90, "limit": 75, "text": "the rest"}]
+    assert view["truncated"] == [dataclasses.asdict(cut)]
 
 
 def test_the_request_of_a_job_is_an_order_that_repeats_it() -> None:
-    view = json.loads(JobView.of(job(), "").model_dump_json())
+    salted = dataclasses.replace(job().request, clip_skip=1, salt="0123456789abcdef")
+    view = json.loads(JobView.of(job(request=salted), "").model_dump_json())
     again = parse(json.dumps(view["request"]))
-    assert again.model_dump() == dataclasses.asdict(job().request)
+    assert again.model_dump() | {"salt": salted.salt} == dataclasses.asdict(salted)
 
 
 def test_a_failed_job_says_why() -> None:

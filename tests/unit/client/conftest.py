@@ -3,8 +3,9 @@
 import asyncio
 import io
 import socket
+import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from serve.cli.app import main
 
 STEPS = 4
 JOB_ID = "0123456789abcdef0123456789abcdef"
@@ -31,6 +34,9 @@ class Script:
 
     A job's events are numbered from 1: `STEPS` steps, then the end. `cut` holds how many events each connection lets
     through before it breaks (the last entry repeats); `hang` keeps a job running for ever.
+
+    A text is refused if it is "bad", and `busy` texts are answered 503 before the first is encoded. `most_at_once` is
+    how many were on their way together.
     """
 
     url: str = ""
@@ -45,6 +51,12 @@ class Script:
     cancelled: threading.Event = field(default_factory=threading.Event)
     following: threading.Event = field(default_factory=threading.Event)
     seen: int = 0
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    busy: int = 0
+    at_once: int = 0
+    most_at_once: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)
+    cleared: int = 0
 
     def job(self) -> dict[str, Any]:
         ended = self.seen > STEPS
@@ -58,7 +70,7 @@ class Script:
             "request": order | {"model": "shapes", "seed": order.get("seed", 5)},
             "timings": {"total_s": 1.5 if ended else None},
             "cache": {"memory": 1, "redis": 0, "encoded": 1},
-            "truncated": [{"field": "prompt", "tokens": 80, "limit": 75, "text": " and more"}],
+            "truncated": [{"field": "prompt", "encoder": "clip-l", "tokens": 80, "limit": 75, "text": " and more"}],
             "images": [{"index": i} for i in range(order.get("num_images", 1))] if self.end == "succeeded" else [],
             "error": None if self.end == "succeeded" else {"code": "out_of_memory", "message": "not enough memory"},
         }
@@ -106,9 +118,43 @@ class Script:
         Image.new("RGB", (8, 8), "red").save(file, "PNG")
         return Response(file.getvalue(), media_type="image/png")
 
+    async def embed(self, request: Request) -> Response:
+        if self.refusal is not None:
+            return self.refusal
+        if self.busy:
+            self.busy -= 1
+            return error(503, "the text-encoder pool does not answer", None, **{"Retry-After": "0"})
+        order = await request.json()
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await asyncio.sleep(0)
+        self.at_once -= 1
+        if order["prompt"] == "bad":
+            return error(422, "clip_skip must be between 0 and 1", "clip_skip")
+        known = order in self.texts
+        self.texts.append(order)
+        cut = (
+            [{"field": "prompt", "encoder": "e", "tokens": 80, "limit": 75, "text": "x"}]
+            if "cut" in order["prompt"]
+            else []
+        )
+        cache = {"memory": int(known), "redis": 0, "encoded": int(not known)}
+        return JSONResponse({"model": "shapes", "family": "sd", "cache": cache, "truncated": cut})
+
+    async def cache_state(self, request: Request) -> Response:
+        return self.refusal or JSONResponse(self.cache)
+
+    async def clear(self, request: Request) -> Response:
+        self.cleared += 1
+        return self.refusal or JSONResponse({"removed": 1234})
+
     async def ready(self, request: Request) -> Response:
         ready = all(pool["ready"] for pool in self.pools.values())
         return JSONResponse({"ready": ready, "pools": self.pools}, 200 if ready else 503)
+
+
+def error(status: int, message: str, param: str | None, **headers: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": "x", "param": param, "code": "x"}}, status, headers)
 
 
 @pytest.fixture
@@ -121,6 +167,9 @@ def script() -> Iterator[Script]:
             Route("/v1/jobs/{id}", script.cancel, methods=["DELETE"]),
             Route("/v1/jobs/{id}/events", script.events),
             Route("/v1/images/{id}/{index}", script.image),
+            Route("/v1/embeddings", script.embed, methods=["POST"]),
+            Route("/v1/cache", script.cache_state),
+            Route("/v1/cache", script.clear, methods=["DELETE"]),
             Route("/readyz", script.ready),
         ]
     )
@@ -133,6 +182,19 @@ def script() -> Iterator[Script]:
         yield script
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def tandem(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command with these arguments, here, and returns its exit code."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["tandem", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0)
+
+    return run
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_a_picture_is_saved_and_reported(
     ]
     report = capsys.readouterr().out
     assert f"{file}  (seed 9)" in report
-    assert "prompt has 80 tokens, 75 fit; cut: ' and more'" in report
+    assert "prompt has 80 tokens, 75 fit into clip-l; cut: ' and more'" in report
     assert "1 from memory, 0 from Redis, 1 encoded" in report
 
 

@@ -76,7 +76,7 @@ async def test_the_finished_job_tells_everything(script: Any) -> None:
         job = await server.get(job.id)
         assert (job.state, job.images, job.total_s, job.model, job.seed) == (JobState.SUCCEEDED, 2, 1.5, "shapes", 5)
         assert job.cache == CacheReport(memory=1, encoded=1)
-        assert job.truncated == (Truncation(field="prompt", tokens=80, limit=75, text=" and more"),)
+        assert job.truncated == (Truncation(field="prompt", encoder="clip-l", tokens=80, limit=75, text=" and more"),)
         assert (await server.image(job.id, 1)).startswith(b"\x89PNG"), "the redirect to the store is followed"
 
 

@@ -11,11 +11,11 @@ from serve.diffusion.scheduler import StepScheduler
 from serve.domain import ImageRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
-from serve.encoders.forward import TextTower
+from serve.encoders.forward import Row, TextTower
+from serve.encoders.registry import register
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
-from serve.prompts.tokenizers import PromptTokenizer
-from serve.settings import DiffusionSettings, ModelSettings
+from serve.settings import DiffusionSettings, ModelSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 
@@ -30,10 +30,11 @@ def runner(model: ModelFolder) -> Runner:
 
 
 @pytest.fixture(scope="session")
-def work(model: ModelFolder) -> Callable[..., Work]:
+def work(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Work]:
     """work(run_id, prompt, **parameters) -> a job whose text is encoded."""
-    planner = Planner(PromptTokenizer(model.path), "test")
-    tower = TextTower.load(model.path, "cpu", "float32")
+    registry = register([model], Settings(data_dir=tmp_path_factory.mktemp("data")))
+    planner = Planner(model, registry.sources(model.name))
+    tower = TextTower.load(registry.encoders[0], "cpu")
 
     def make(run_id: str, prompt: str = "a red circle on a blue background", **parameters: object) -> Work:
         values = {
@@ -45,8 +46,9 @@ def work(model: ModelFolder) -> Callable[..., Work]:
             "seed": 0,
         } | parameters
         request = ImageRequest(prompt=prompt, **values)  # type: ignore[arg-type]
-        plan = planner.plan(request)
-        embeddings = {unit.key: pack(tensor) for unit, tensor in zip(plan.units, tower.encode(plan.units), strict=True)}
+        plan = planner.plan(request.text)
+        outputs = tower.encode([Row(unit.token_ids) for unit in plan.units])
+        embeddings = {unit.key: pack(row[unit.output]) for unit, row in zip(plan.units, outputs, strict=True)}
         return Work(run_id, request, compose(plan, embeddings))
 
     return make

@@ -1,45 +1,59 @@
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
+import torch
+from support.text_models import clip_part, flux_folder, sd3_folder, sdxl_folder, t5_part
+from transformers import T5EncoderModel
 
-from serve.domain import EncodeUnit, ImageRequest
-from serve.encoders.forward import TextTower
-from serve.models import SHIPPED
-from serve.prompts.plan import Planner, PromptPlan
-from serve.prompts.tokenizers import PromptTokenizer
+from serve.encoders.registry import Encoder, register
+from serve.models import check_folder
+from serve.settings import Settings
 
-Plan = Callable[..., PromptPlan]
-
-
-@pytest.fixture(scope="session")
-def tower() -> TextTower:
-    """The shipped model's text encoder. Its counters only ever grow: compare differences."""
-    return TextTower.load(SHIPPED, "cpu", "float32")
+WIDE_CLIP = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+WIDE_T5 = {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_layers": 4, "num_heads": 4}
 
 
 @pytest.fixture(scope="session")
-def plan(tower: TextTower) -> Plan:
-    planner = Planner(PromptTokenizer(SHIPPED), tower.fingerprint)
-
-    def plan(prompt: str, negative: str = "") -> PromptPlan:
-        return planner.plan(
-            ImageRequest(
-                model="shapes",
-                prompt=prompt,
-                negative_prompt=negative,
-                width=128,
-                height=128,
-                num_inference_steps=1,
-                guidance_scale=5.0,
-                seed=0,
-            )
-        )
-
-    return plan
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Encoder]:
+    """Small random ones, as the registry has them: `clip` has no projection, the others are SD 3's."""
+    root = tmp_path_factory.mktemp("encoders")
+    folders = {"sdxl": sdxl_folder(root / "sdxl"), "sd3": sd3_folder(root / "sd3", seed=1)}
+    models = [check_folder(folder, name, text_only=True) for name, folder in folders.items()]
+    served = register(models, Settings(data_dir=root / "data")).encoders
+    by_role = {(encoder.models[0], encoder.part.role): encoder for encoder in served}
+    return {
+        "clip": by_role["sdxl", "text_encoder"],
+        "clip-projected": by_role["sd3", "text_encoder"],
+        "openclip": by_role["sd3", "text_encoder_2"],
+        "t5": by_role["sd3", "text_encoder_3"],
+    }
 
 
 @pytest.fixture(scope="session")
-def units(plan: Plan) -> list[EncodeUnit]:
-    """A hundred different rows."""
-    words = ("red", "blue", "green", "circle", "star", "on", "a", "the", "left", "two")
-    return [plan(f"{first} {second}").positive.units[0] for first in words for second in words]
+def wide_encoders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Encoder]:
+    """Wide enough for the linear layers to be most of the weights, and for the errors of many to average."""
+    path = flux_folder(tmp_path_factory.mktemp("wide") / "model")
+    clip_part(path, "text_encoder", 0, WIDE_CLIP)
+    t5 = T5EncoderModel.from_pretrained(t5_part(path, "text_encoder_2", 0, **WIDE_T5))
+    for block in t5.encoder.block:
+        # T5 does not scale attention scores, its queries are small instead: else each token would look at one other.
+        block.layer[0].SelfAttention.q.weight.data *= WIDE_T5["d_kv"] ** -0.5
+    t5.save_pretrained(path / "text_encoder_2")
+    model = check_folder(path, "wide", text_only=True)
+    served = {each.part.role: each for each in register([model], Settings(data_dir=path / "data")).encoders}
+    return {"clip": served["text_encoder"], "t5": served["text_encoder_2"]}
+
+
+@pytest.fixture(scope="session")
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inductor")
+
+
+@pytest.fixture
+def fresh_compiler(compiled_code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No graph and no compiled code from earlier sessions, and none left behind."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

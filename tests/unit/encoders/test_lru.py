@@ -27,6 +27,10 @@ def test_behaves_like_a_dict_that_forgets_the_oldest(capacity: int, calls: list[
                 model.popitem(last=False)
         lru.check_integrity()
         assert len(lru) == len(model)
+        assert [each in lru for each in "abcde"] == [each in model for each in "abcde"]
+    lru.clear()
+    lru.check_integrity()
+    assert len(lru) == lru.bytes == 0
 
 
 def test_a_huge_value_pushes_nothing_out() -> None:

@@ -27,12 +27,13 @@ def test_every_declared_metric_can_be_reported() -> None:
 
 def test_counters_add_gauges_replace_histograms_count() -> None:
     metrics = InProcessMetrics()
-    metrics.inc("tandem_cache_units_total", 2, tier="redis")
-    metrics.inc("tandem_cache_units_total", tier="redis")
-    metrics.inc("tandem_cache_units_total", tier="memory")
-    assert metrics.value("tandem_cache_units_total", tier="redis") == 3
-    assert metrics.value("tandem_cache_units_total") == 4
-    assert metrics.value("tandem_cache_units_total", tier="encoded") == 0
+    metrics.inc("tandem_text_units_total", 2, encoder="clip-l", tier="redis", sign="positive")
+    metrics.inc("tandem_text_units_total", encoder="clip-l", tier="redis", sign="negative")
+    metrics.inc("tandem_text_units_total", encoder="t5-xxl", tier="memory", sign="positive")
+    assert metrics.value("tandem_text_units_total", tier="redis") == 3
+    assert metrics.value("tandem_text_units_total", tier="redis", sign="negative") == 1
+    assert metrics.value("tandem_text_units_total") == 4
+    assert metrics.value("tandem_text_units_total", tier="encoded") == 0
     metrics.set("tandem_queue_depth", 7)
     metrics.set("tandem_queue_depth", 3)
     assert metrics.value("tandem_queue_depth") == 3
@@ -43,8 +44,8 @@ def test_counters_add_gauges_replace_histograms_count() -> None:
 
 def test_two_instances_share_no_number() -> None:
     first, second = InProcessMetrics(), InProcessMetrics()
-    first.inc("tandem_encoder_forwards_total")
-    assert second.value("tandem_encoder_forwards_total") == 0
+    first.inc("tandem_prompts_total")
+    assert second.value("tandem_prompts_total") == 0
 
 
 def test_a_slip_of_the_pen_is_an_error_at_once() -> None:

@@ -1,0 +1,116 @@
+"""How many replicas the pool of a text encoder wants: by the tokens that wait, held by the work that is done.
+
+Serve pickles this module by value into its controller, which calls the policy ten times a second: nothing here may
+block, and nothing heavy may be imported.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+REPORT_S = 1.0
+"""Seconds between the reports of a replica or handle to the controller."""
+WINDOW_S = 5.0
+"""Seconds over which the reports are averaged: one batch is no load."""
+REQUEST_TOKENS = 154
+"""Tokens of a request that no replica has yet: a prompt and a negative prompt of CLIP. The least that it may be."""
+FULL = 0.8
+"""Share of its time in forward passes at which a replica counts as fully used: beyond it, queues grow fast."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One replica, as it reports itself: tokens that wait or are being encoded, share of the time in forward passes,
+    requests per second."""
+
+    queued_tokens: float = 0.0
+    busy: float = 0.0
+    requests: float = 0.0
+
+
+def desired_replicas(
+    loads: Sequence[ReplicaLoad],
+    *,
+    waiting_requests: float,
+    ongoing_requests: float,
+    current: int,
+    min_replicas: int,
+    max_replicas: int,
+    target_queue_tokens: int,
+) -> int:
+    """Replicas for the load of this moment; `steady` turns it into a decision.
+
+    It grows so that each has `target_queue_tokens` to do. It shrinks only as far as the rest can carry the work:
+    by queues alone, a pool with enough replicas looks idle, loses one, and grows again.
+    """
+    tokens = sum(load.queued_tokens for load in loads) + REQUEST_TOKENS * waiting_requests
+    wanted = math.ceil(tokens / target_queue_tokens)
+    if wanted < current:
+        busy = sum(load.busy for load in loads)
+        wanted = max(wanted, min(current, math.ceil(busy / FULL)))
+    if not wanted and (ongoing_requests > 0 or any(load.requests > 0 for load in loads)):
+        wanted = 1  # answered from its cache: a pool that somebody uses doesn't sleep
+    return min(max(wanted, min_replicas), max_replicas)
+
+
+class Steady:
+    """Grows at once; shrinks to the most that was wanted within the last `idle_s`, so that a pause between two bursts
+    doesn't cost a start. Replicas that are new count as wanted: they have had no time to report. `clock` is in seconds.
+
+    Owns: what was wanted lately.
+    """
+
+    def __init__(self, idle_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._idle_s = idle_s
+        self._clock = clock
+        self._current = 0
+        self._lately: deque[tuple[float, int]] = deque()
+
+    def __call__(self, wanted: int, current: int) -> int:
+        now = self._clock()
+        counts = max(wanted, current) if current > self._current else wanted
+        self._current = current
+        while self._lately and self._lately[-1][1] <= counts:
+            self._lately.pop()  # outlived by a larger one: what stays falls, and the first is the most
+        self._lately.append((now, counts))
+        while self._lately[0][0] < now - self._idle_s:
+            self._lately.popleft()
+        return wanted if wanted >= current else min(current, self._lately[0][1])
+
+
+class QueuedTokens:
+    """The policy as Serve calls it.
+
+    Owns: its memory of what was wanted.
+    """
+
+    def __init__(self, target_queue_tokens: int, idle_s: float) -> None:
+        self._target_queue_tokens = target_queue_tokens
+        self._steady = Steady(idle_s)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        current = context.target_num_replicas
+        reports = context.aggregated_metrics or {}
+        loads = [
+            ReplicaLoad(
+                **{field: reports[field].get(replica, 0.0) for field in ReplicaLoad.__slots__ if field in reports}
+            )
+            for replica in context.running_replicas
+        ]
+        wanted = desired_replicas(
+            loads,
+            waiting_requests=context.total_queued_requests or 0.0,
+            ongoing_requests=context.total_num_requests,
+            current=current,
+            min_replicas=context.capacity_adjusted_min_replicas,
+            max_replicas=context.capacity_adjusted_max_replicas,
+            target_queue_tokens=self._target_queue_tokens,
+        )
+        return self._steady(wanted, current), {}

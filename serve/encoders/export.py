@@ -1,0 +1,63 @@
+"""Conditioning -> a safetensors file, under the names of the stock diffusers pipelines' arguments.
+
+Each tensor has the batch dimension of 1 that the pipelines expect: `pipeline(**load_file(path))` draws the prompt.
+Two names are no arguments, because the pipelines make these tensors themselves: SDXL's `add_time_ids` and FLUX's
+`text_ids`, for those who call the denoiser directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+
+from serve.domain import Conditioning
+from serve.errors import InvalidRequest
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+_DTYPES: Mapping[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def to_safetensors(conditioning: Conditioning, family: str, metadata: Mapping[str, str], dtype: Dtype) -> bytes:
+    """The file. Embeddings are in `dtype`; ids stay float32, which bfloat16 could not spell above 256.
+
+    Raises InvalidRequest that names `dtype` where an embedding is too large for it.
+    """
+    tensors = {}
+    for name, tensor in named(conditioning, family).items():
+        cast = tensor if name.endswith("_ids") else tensor.to(_DTYPES[dtype])
+        if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
+            raise InvalidRequest(f"dtype {dtype} is too small for the values of {name}", "dtype")
+        tensors[name] = cast.contiguous()
+    return save(tensors, metadata=dict(metadata))
+
+
+def shapes(conditioning: Conditioning, family: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the file."""
+    return {name: tuple(tensor.shape) for name, tensor in named(conditioning, family).items()}
+
+
+def named(conditioning: Conditioning, family: str) -> dict[str, torch.Tensor]:
+    """By name, what the conditioning has: (1, tokens, width), pooled (1, width), `add_time_ids` (1, 6).
+
+    `text_ids` is (tokens, 3) of zeros: text has no place in FLUX's image, see `FluxPipeline.encode_prompt` in
+    https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/flux/pipeline_flux.py.
+    """
+    given = {
+        "prompt_embeds": conditioning.positive,
+        "negative_prompt_embeds": conditioning.negative,
+        "pooled_prompt_embeds": conditioning.pooled,
+        "negative_pooled_prompt_embeds": conditioning.negative_pooled,
+        "add_time_ids": conditioning.time_ids,
+    }
+    tensors = {name: tensor.unsqueeze(0) for name, tensor in given.items() if tensor is not None}
+    if family == "flux":
+        tensors["text_ids"] = torch.zeros(len(conditioning.positive), 3)
+    return tensors

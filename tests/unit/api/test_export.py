@@ -1,0 +1,81 @@
+"""The safetensors answer: names, shapes and precision, read back as a client reads them."""
+
+import json
+import struct
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from serve.domain import Conditioning
+from serve.encoders.export import Dtype, shapes, to_safetensors
+from serve.errors import InvalidRequest
+
+TOKENS, WIDTH, POOLED = 5, 8, 4
+
+
+def conditioning(*, pooled: bool = False, negative: bool = True, time_ids: bool = False) -> Conditioning:
+    return Conditioning(
+        positive=torch.randn(TOKENS, WIDTH),
+        negative=torch.randn(TOKENS, WIDTH) if negative else None,
+        pooled=torch.randn(POOLED) if pooled else None,
+        negative_pooled=torch.randn(POOLED) if pooled and negative else None,
+        time_ids=torch.tensor([1016.0, 2024.0, 0.0, 0.0, 1016.0, 2024.0]) if time_ids else None,
+    )
+
+
+CONTEXT, VECTOR = (1, TOKENS, WIDTH), (1, POOLED)
+BOTH = {"prompt_embeds": CONTEXT, "negative_prompt_embeds": CONTEXT}
+ALL = BOTH | {"pooled_prompt_embeds": VECTOR, "negative_pooled_prompt_embeds": VECTOR}
+FAMILIES: list[tuple[str, dict[str, bool], dict[str, tuple[int, ...]]]] = [
+    ("sd", {}, BOTH),
+    ("sd", {"negative": False}, {"prompt_embeds": CONTEXT}),
+    ("sdxl", {"pooled": True, "time_ids": True}, ALL | {"add_time_ids": (1, 6)}),
+    ("sd3", {"pooled": True}, ALL),
+    (
+        "flux",
+        {"pooled": True, "negative": False},
+        {"prompt_embeds": CONTEXT, "pooled_prompt_embeds": VECTOR, "text_ids": (TOKENS, 3)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "has", "expected"), FAMILIES)
+def test_the_names_and_shapes_of_each_family(
+    family: str, has: dict[str, bool], expected: dict[str, tuple[int, ...]]
+) -> None:
+    text = conditioning(**has)
+    read = load(to_safetensors(text, family, {}, "float32"))
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == expected == shapes(text, family)
+    assert torch.equal(read["prompt_embeds"][0], text.positive)
+    if text.negative is not None:
+        assert torch.equal(read["negative_prompt_embeds"][0], text.negative)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_embeddings_are_in_the_precision_asked_for_and_ids_stay_exact(dtype: Dtype) -> None:
+    text = conditioning(pooled=True, time_ids=True)
+    read = load(to_safetensors(text, "sdxl", {}, dtype))
+    for name, tensor in read.items():
+        assert tensor.dtype == (torch.float32 if name == "add_time_ids" else getattr(torch, dtype))
+    assert text.time_ids is not None
+    assert torch.equal(read["add_time_ids"][0], text.time_ids)
+    assert torch.equal(read["prompt_embeds"][0], text.positive.to(getattr(torch, dtype)))
+
+
+def test_a_value_that_does_not_fit_is_refused_and_not_made_infinite() -> None:
+    text = conditioning()
+    text.positive[0, 0] = 1e6
+    with pytest.raises(InvalidRequest, match="prompt_embeds") as refused:
+        to_safetensors(text, "sd", {}, "float16")
+    assert refused.value.param == "dtype"
+    assert to_safetensors(text, "sd", {}, "bfloat16")
+
+
+def test_the_metadata_is_in_the_file_s_header() -> None:
+    cut = json.dumps([{"text": 'ein "großer" Kreis ☃\n'}])
+    data = to_safetensors(conditioning(), "sd", {"model": "shapes", "truncated": cut}, "float32")
+    (length,) = struct.unpack("<Q", data[:8])
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    assert header["__metadata__"] == {"model": "shapes", "truncated": cut}
