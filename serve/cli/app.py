@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from serve.cli.bench import bench
 from serve.cli.client import local_url
 from serve.cli.running import run
 from serve.errors import OperatorError, TandemError
@@ -35,6 +36,7 @@ config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(config, name="config")
 cache = typer.Typer(help="Look after the server's embeddings.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings (docs/settings.md).")]
 Assignments = Annotated[

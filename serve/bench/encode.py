@@ -1,0 +1,197 @@
+"""`tandem bench encode`: all measurements of the encoder pool, in order, and what they are held against."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from serve.bench.hits import HitLatency, measure_hits
+from serve.bench.load import GIVE_UP_S
+from serve.bench.machine import Machine, OtherWork, Peaks, this_machine
+from serve.bench.pool_load import PoolLatency, measure_pool
+from serve.bench.precision import Dtype, Precision, StoredValues, measure_precisions
+from serve.bench.service import (
+    Caller,
+    Loss,
+    RedisLoss,
+    Serve,
+    ServiceLatency,
+    ServicePlan,
+    measure_loss,
+    measure_service,
+)
+from serve.bench.shapes import EncoderShape
+from serve.bench.throughput import Budget, Throughput, measure_throughput
+from serve.bench.weights import encoder_of, random_encoder, write_sd_model
+from serve.embedded import EmbeddedRedis
+from serve.encoders.forward import TextTower
+from serve.models import TextPart
+from serve.settings import MIB, CacheSettings, EncoderSettings
+
+Section = Literal["throughput", "pool", "precision", "hits", "service", "loss"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+HITS_A_SECOND = 50
+"""Samples of each kind of hit for a second of the plan's open loops."""
+_LOOK = 0.02
+_PRECISION_WINDOWS = 3
+_USUAL_BATCH = 8
+_REDIS_BYTES = 1024 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured. `seconds` is the length of one open loop; everything else is a part of it.
+
+    `precise` are the encoders of the precision table, `served` those that are measured through a whole server.
+    """
+
+    shapes: tuple[EncoderShape, ...]
+    device: str
+    dtype: Dtype
+    seconds: float
+    seed: int
+    sections: frozenset[Section]
+    precise: frozenset[str]
+    served: frozenset[str]
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(windows=5, window_s=self.seconds / 10, longest_s=self.seconds / 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that was measured, in the order of the plan's encoders. Seconds, bytes, operations a second.
+
+    `other_work` is the share of the processors that other processes took while encoders were measured in this one.
+    """
+
+    machine: Machine
+    device: str
+    dtype: Dtype
+    seconds: float
+    seed: int
+    other_work: float | None = None
+    throughput: list[Throughput] = field(default_factory=list)
+    pools: list[PoolLatency] = field(default_factory=list)
+    precisions: list[Precision] = field(default_factory=list)
+    stored: list[StoredValues] = field(default_factory=list)
+    hits: list[HitLatency] = field(default_factory=list)
+    services: list[ServiceLatency] = field(default_factory=list)
+    losses: list[RedisLoss] = field(default_factory=list)
+
+
+async def measure(plan: Plan, serve: Serve, tell: Callable[[str], None]) -> Report:
+    """Measure all of the plan; `tell` hears what comes next. Raises OperatorError where a server does not start."""
+    report = Report(machine=this_machine(), device=plan.device, dtype=plan.dtype, seconds=plan.seconds, seed=plan.seed)
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as scratch:
+        run = _Run(plan, report, Path(scratch), serve, tell)
+        for shape in plan.shapes:
+            await run.alone(shape)
+        report = replace(report, other_work=run.others.share)
+        if "hits" in plan.sections:
+            await run.hits()
+        if plan.sections & {"service", "loss"}:
+            for shape in plan.shapes:
+                if shape.name in plan.served:
+                    await run.served(shape)
+    return report
+
+
+class _Run:
+    """One run of a plan. Fills the report; everything that it writes lies in `scratch`."""
+
+    def __init__(self, plan: Plan, report: Report, scratch: Path, serve: Serve, tell: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._report = report
+        self._scratch = scratch
+        self._serve = serve
+        self._tell = tell
+        self._settings = EncoderSettings(dtype=plan.dtype, slow_s=GIVE_UP_S)  # a log line a request is no measurement
+        self._peaks = Peaks(plan.device, plan.seconds * _LOOK)
+        self.others = OtherWork()
+        self._best_sizes: dict[str, int] = {}
+
+    async def alone(self, shape: EncoderShape) -> None:
+        """One encoder in this process."""
+        wanted = self._plan.sections & {"throughput", "pool"}
+        precise = "precision" in self._plan.sections and shape.name in self._plan.precise
+        if not wanted and not precise:
+            return
+        self._tell(f"{shape.name}: making weights")
+        with random_encoder(shape, self._plan.seed, self._scratch / shape.name) as part, self.others:
+            if wanted:
+                await self._speed(shape, part)
+            if precise:
+                self._precision(shape, part)
+
+    async def hits(self) -> None:
+        self._tell("cache hits")
+        with EmbeddedRedis(self._scratch / "hits", "cache", _REDIS_BYTES) as redis:
+            self._report.hits.extend(await measure_hits(redis.url, round(HITS_A_SECOND * self._plan.seconds)))
+
+    async def served(self, shape: EncoderShape) -> None:
+        """A whole server of a model with this encoder."""
+        plan, report = self._plan, self._report
+        self._tell(f"{shape.name}: starting a server")
+        folder = self._scratch / "model"
+        write_sd_model(shape, plan.seed, folder)
+        task = ServicePlan(
+            encoder=shape.name,
+            concurrency=self._concurrency(shape),
+            seconds=plan.seconds,
+            seed=plan.seed,
+            timeout_s=CacheSettings().timeout_s,
+        )
+        with EmbeddedRedis(self._scratch / "served", "cache", _REDIS_BYTES) as redis:
+            settings = self._server_settings(redis.url)
+            async with self._serve(folder, settings) as url, Caller(url) as caller:
+                self._tell(f"{shape.name}: load on the server")
+                latencies = await measure_service(caller.encode, task)
+                report.services.append(latencies)
+                for loss in LOSSES if "loss" in plan.sections else ():
+                    self._tell(f"{shape.name}: load on the server, Redis {loss} in the middle")
+                    report.losses.append(await measure_loss(caller.encode, redis, task, loss, latencies))
+        shutil.rmtree(folder)
+
+    async def _speed(self, shape: EncoderShape, part: TextPart) -> None:
+        plan = self._plan
+        encoder = encoder_of(shape, part, self._settings)
+        tower = TextTower.load(encoder, plan.device)
+        if "throughput" in plan.sections:
+            self._tell(f"{shape.name}: one by one and in batches")
+            measured = measure_throughput(tower, shape, plan.dtype, self._peaks, plan.budget, plan.seed)
+            self._report.throughput.append(measured)
+            self._best_sizes[shape.name] = measured.best.size
+        if "pool" in plan.sections:
+            self._tell(f"{shape.name}: load on the pool")
+            users = self._concurrency(shape)
+            self._report.pools.append(
+                await measure_pool(tower, encoder, shape, concurrency=users, seconds=plan.seconds, seed=plan.seed)
+            )
+
+    def _precision(self, shape: EncoderShape, part: TextPart) -> None:
+        self._tell(f"{shape.name}: precisions")
+        budget = replace(self._plan.budget, windows=_PRECISION_WINDOWS)
+        measured, stored = measure_precisions(shape, part, self._settings, self._plan.device, budget, self._peaks)
+        self._report.precisions.extend(measured)
+        self._report.stored.extend(stored)
+
+    def _concurrency(self, shape: EncoderShape) -> int:
+        """Requests at once that keep the best batches coming: one is computed, one waits."""
+        return 2 * self._best_sizes.get(shape.name, _USUAL_BATCH)
+
+    def _server_settings(self, redis_url: str) -> dict[str, dict[str, object]]:
+        """Text alone; without memory, so that Redis is what its loss takes away. Else the defaults."""
+        plan = self._plan
+        encoder = {"dtype": plan.dtype, "device": plan.device, "slow_s": GIVE_UP_S}
+        return {
+            "diffusion": {"replicas": 0},
+            "cache": {"redis_url": redis_url, "memory_bytes": 0},
+            "encoder": encoder if plan.device == "cpu" else encoder | {"num_gpus": 1},
+        }

@@ -1,0 +1,107 @@
+"""Encoders of a shape with random weights, on disk as the product loads them. The seed fixes every number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from serve.bench.shapes import EncoderShape
+from serve.encoders.registry import Encoder
+from serve.models import SHIPPED, TextPart
+from serve.settings import EncoderSettings
+
+_ROLE = "text_encoder"
+_PROJECTION = "00000000"
+
+
+@contextmanager
+def random_encoder(shape: EncoderShape, seed: int, folder: Path) -> Iterator[TextPart]:
+    """The encoder in `folder`, for as long as it is needed: bigG takes 2.8 GB of disk."""
+    part = write_encoder(shape, seed, folder)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(folder)
+
+
+def write_encoder(shape: EncoderShape, seed: int, folder: Path) -> TextPart:
+    """`folder/text_encoder`: configuration and float32 weights, as transformers initialises them. No tokenizer."""
+    transformers_logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _model(shape).save_pretrained(folder / _ROLE)
+    return TextPart(
+        role=_ROLE,
+        kind=shape.kind,
+        name=shape.name,
+        weights=folder / _ROLE,
+        tokenizer=folder / "tokenizer",
+        width=shape.width,
+        layers=shape.layers,
+        vocab_size=shape.vocab_size,
+        projection=shape.projection,
+        row_tokens=None if shape.kind == "t5" else shape.row_tokens,
+    )
+
+
+def encoder_of(shape: EncoderShape, part: TextPart, settings: EncoderSettings) -> Encoder:
+    """The encoder as a registry would have it, with the outputs that the models which are named in `SHAPES` read."""
+    recipe = repr((shape, settings.dtype, settings.quantization)).encode()
+    projections = () if shape.projection is None else ((_PROJECTION, part),)
+    return Encoder(
+        name=shape.name,
+        fingerprint=hashlib.blake2b(recipe, digest_size=16).hexdigest(),
+        part=part,
+        projections=projections,
+        outputs=("hidden",) if not projections else ("skip:1", f"projected:{_PROJECTION}"),
+        settings=settings,
+        models=("bench",),
+    )
+
+
+def write_sd_model(shape: EncoderShape, seed: int, folder: Path) -> None:
+    """The text side of a Stable Diffusion 1.x folder with this CLIP: what `tandem up` needs to serve text alone."""
+    write_encoder(shape, seed, folder)
+    _write_tokenizer(shape, folder / "tokenizer")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _model(shape: EncoderShape) -> PreTrainedModel:
+    if shape.kind == "t5":
+        return T5EncoderModel(T5Config(**shape.config))
+    config = CLIPTextConfig(**shape.config)
+    return CLIPTextModel(config) if shape.projection is None else CLIPTextModelWithProjection(config)
+
+
+def _write_tokenizer(shape: EncoderShape, folder: Path) -> None:
+    """The shipped model's tokenizer with its vocabulary filled up to the encoder's by tokens that no text has."""
+    shipped = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer", local_files_only=True)
+    special = (shipped.bos_token, shipped.eos_token)
+    known = json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    tokens = [token for token in known if token not in special]
+    tokens += [f"\u25a1{number}" for number in range(shape.vocab_size - 2 - len(tokens))] + [*special]
+    lines = (SHIPPED / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [(left, right) for left, right in (line.split() for line in lines[1:])]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.row_tokens).save_pretrained(folder)
