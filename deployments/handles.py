@@ -31,7 +31,8 @@ class EncoderClient:
         self._redis_away = redis_away
         self._pool = pool_name(encoder)
         self._sleeps = encoder.settings.min_replicas == 0
-        self._patience_s = max(encoder.settings.start_s, CALL_S) if self._sleeps else CALL_S
+        own = encoder.settings
+        self._patience_s = max(CALL_S, own.stall_s, own.start_s if self._sleeps else 0.0)
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
         """In the order of `units`. Wakes a pool that sleeps."""

@@ -5,7 +5,9 @@ pays on two CPU cores as it does on a GPU. Times are compared with forwards of t
 """
 
 import asyncio
+import contextlib
 import itertools
+import random
 import statistics
 import tempfile
 import time
@@ -17,17 +19,20 @@ import httpx
 import pytest
 import ray
 import torch
+from pydantic import SecretStr
 from ray import serve
 from support.server import free_port, wait_until
 from support.text_models import clip_part, flux_folder, sd_folder
 
 from deployments.app import text_encoder
 from deployments.handles import EncoderClients
+from deployments.text_encoder import TextEncoder
 from serve.catalog import Catalog, open_catalog
 from serve.domain import EncodeUnit, Tier
+from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
-from serve.settings import DiffusionSettings, EncoderSettings, ModelSettings, Settings
+from serve.settings import CacheSettings, DiffusionSettings, EncoderSettings, ModelSettings, Settings
 
 pytestmark = pytest.mark.cluster
 
@@ -306,3 +311,48 @@ def test_a_pool_sleeps_and_wakes_at_the_first_text(cluster: Cluster, tmp_path: P
     assert got.tier is Tier.ENCODED
     assert asyncio.run(states()) == {"asleep", "1 awake"}, "the pool that was not asked sleeps on"
     wait_until(lambda: asyncio.run(states()) == {"asleep"}, 60, "the pool to fall asleep, although it is probed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redis", [False, True])
+def test_affinity_saves_forwards_where_replicas_share_nothing(
+    cluster: Cluster, deep_settings: Settings, tmp_path: Path, redis: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two replicas, the same Zipf-distributed texts through the product's router and through Serve's own."""
+    with contextlib.ExitStack() as stack:
+        forwards = {}
+        for router in ("product", "serve"):
+            url = stack.enter_context(EmbeddedRedis(tmp_path / router, "cache")).url if redis else None
+            settings = deep_settings.model_copy(
+                update={
+                    "cache": CacheSettings(redis_url=SecretStr(url) if url else None),
+                    "encoder": EncoderSettings(min_replicas=2, max_replicas=2, torch_threads=1),
+                }
+            )
+            forwards[router] = asyncio.run(zipf(router, settings))
+        with capsys.disabled():
+            print(f"\nrows encoded {'with' if redis else 'without'} Redis: {forwards}")
+    assert forwards["product"] <= forwards["serve"] * (1.05 if redis else 0.9)
+
+
+async def zipf(router: str, settings: Settings) -> int:
+    """Rows that the pool encodes for 800 requests of 400 texts (exponent 0.8) at 40 a second."""
+    catalog = open_catalog(settings)
+    (encoder,) = catalog.registry.encoders
+    application = text_encoder(encoder, settings)
+    if router == "serve":
+        options = {"num_replicas": 2, "max_ongoing_requests": 256, "ray_actor_options": {"num_cpus": 0.2}}
+        application = serve.deployment(TextEncoder, **options).bind(settings, encoder.name)
+    handle = serve.run(application, name=f"zipf-{router}", route_prefix=None, logging_config=QUIET)
+    clients = EncoderClients({encoder.fingerprint: handle}, catalog.registry.encoders)
+    texts = [EncodeUnit(encoder.fingerprint, (1, number, *[0] * 75), encoder.outputs[0]) for number in range(2, 402)]
+    draw = random.Random(0)
+    weights = [1 / rank**0.8 for rank in range(1, len(texts) + 1)]
+    tiers = []
+
+    async def ask() -> None:
+        tiers.extend(await clients.prepare(draw.choices(texts, weights)))
+
+    await open_loop(ask, 40.0, 20.0)
+    serve.delete(f"zipf-{router}")
+    return sum(tier is Tier.ENCODED for tier in tiers)

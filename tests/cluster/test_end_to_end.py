@@ -161,6 +161,6 @@ def test_unbalanced_brackets_close_themselves(http: httpx.Client) -> None:
 
 def test_everything_stands_ready_and_described(http: httpx.Client) -> None:
     assert http.get("/healthz").status_code == 200
-    assert set(http.get("/readyz").json()["pools"]) == {"jobs", "results", "text-encoder", "diffusion"}
+    assert set(http.get("/readyz").json()["pools"]) == {"jobs", "results", "text-encoder:clip-128x2", "diffusion"}
     assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["shapes"]
     assert "/v1/jobs" in http.get("/openapi.json").json()["paths"]
