@@ -137,17 +137,7 @@ class TextService:
         return removed
 
     def _alone(self, detail: str) -> CacheOverview:
-        stats = self._embeddings.stats()
-        own = ProcessReport(
-            place=self._embeddings.place,
-            name="this process",
-            entries=stats.entries,
-            bytes=stats.bytes,
-            capacity=stats.capacity,
-            in_flight=stats.in_flight,
-            hits=stats.hits,
-            redis=stats.redis,
-        )
+        own = ProcessReport.of(self._embeddings, "this process")
         return CacheOverview(redis=None, detail=detail, processes=(own,))
 
     def _model(self, name: str | None) -> ModelFolder:
@@ -188,13 +178,16 @@ def report(tiers: Mapping[str, Tier]) -> CacheReport:
 
 
 def count_text(metrics: Metrics, plan: PromptPlan, tiers: Mapping[str, Tier]) -> None:
-    """Count where the plan's units came from; `tiers` by unit key."""
+    """Count where the plan's units came from; `tiers` by unit key.
+
+    Keys that the plan doesn't have are passed over: during a rollout, text was encoded ahead for another encoder.
+    """
     names = {count.role: count.encoder for count in plan.tokens}
     negative = () if plan.negative is None else plan.negative.reads
     encoders = {read.unit.key: names[read.role] for read in (*plan.positive.reads, *negative)}
     signs = plan.signs
     for (encoder, tier, sign), number in Counter(
-        (encoders[key], tier, signs[key]) for key, tier in tiers.items()
+        (encoders[key], tier, signs[key]) for key, tier in tiers.items() if key in encoders
     ).items():
         metrics.inc("tandem_text_units_total", number, encoder=encoder, tier=tier, sign=sign)
 

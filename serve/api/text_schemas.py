@@ -9,9 +9,10 @@ from pydantic import ConfigDict, Field
 
 from serve.api.schemas import Schema, Text
 from serve.domain import CacheReport, Tier, Truncation
+from serve.encoders.cache import RedisState
 from serve.encoders.census import ProcessReport, RedisCensus
-from serve.encoders.export import Dtype
 from serve.prompts.plan import TokenCount
+from serve.settings import Dtype
 from serve.text import CacheOverview, Embedded
 
 
@@ -86,8 +87,8 @@ class ProcessView(MemoryView):
 
     place: str
     name: str
-    redis: Literal["up", "open", "off"]
-    """`open` while the process leaves Redis alone after a failure, `off` where it uses none."""
+    redis: RedisState
+    """`away` while the process leaves Redis alone after a failure, `off` where it uses none."""
 
     @classmethod
     def of(cls, report: ProcessReport) -> ProcessView:

@@ -28,7 +28,7 @@ async def stats(url: str, *, as_json: bool) -> None:
     console.print(_table(state))
     console.print("Memory, Redis, encoded: units of text by where they were found.", style="dim")
     for process in state["processes"]:
-        if process["redis"] == "open":
+        if process["redis"] == "away":
             console.print(f"{process['name']} leaves Redis alone for a while: it failed.", style="yellow")
 
 

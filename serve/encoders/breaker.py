@@ -32,6 +32,11 @@ class Breaker:
         self._tickets = 0
         self._rests_until = 0.0
 
+    @property
+    def resting(self) -> bool:
+        """No call passes yet. A rest ends by itself: afterwards nobody knows, until somebody calls."""
+        return self.state is not BreakerState.CLOSED and time.monotonic() < self._rests_until
+
     def enter(self) -> int | None:
         """A ticket, or None where the call is not to be made."""
         if self.state is BreakerState.OPEN and time.monotonic() >= self._rests_until:
@@ -52,7 +57,9 @@ class Breaker:
         return True
 
     def trip(self) -> bool:
-        """Open it on somebody else's word; False where it isn't closed anyway."""
+        """Open it on somebody else's word, or rest longer: who says so has just tried. True where it was closed."""
+        if self.state is BreakerState.OPEN:
+            self._rests_until = time.monotonic() + self._pause_s
         return self.state is BreakerState.CLOSED and self.failed(self._tickets)
 
     def gave_up(self, ticket: int) -> None:

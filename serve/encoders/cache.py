@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from serve.domain import CacheReport, EncodeUnit, Tier
-from serve.encoders.breaker import BreakerState
 from serve.encoders.flights import Flight, Flights
-from serve.encoders.leases import Leases
+from serve.encoders.leases import Claims, Leases
 from serve.encoders.lru import ByteLru
 from serve.encoders.redis_tier import PAUSE_S, RedisTier
+from serve.encoders.together import Together
 from serve.settings import CacheSettings
 from serve.telemetry.metrics import Metrics
 
@@ -26,16 +26,16 @@ class Fetched(NamedTuple):
 
 
 Fetch = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Fetched]]]
-"""The tier below: one result per unit, in order. It is asked for distinct units, and for none that it is asked for
-already, unless it was cancelled. It is cancelled when nobody waits for any of its units any more."""
+"""The tier below: one result per unit, in order. It is asked for distinct units of one encoder, and for none that it is
+asked for already, unless it was cancelled. It is cancelled when nobody waits for any of its units any more."""
 
-RedisState = Literal["up", "open", "off"]
+RedisState = Literal["up", "away", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """The cache of one process now: entries in memory, their bytes and the most they may be, units on their way, units
-    answered since the start by tier, and Redis: `up`, `open` while it is left alone after a failure, `off` without."""
+    answered since the start by tier, and Redis: `up`, `away` while it is left alone after a failure, `off` without."""
 
     entries: int
     bytes: int
@@ -64,12 +64,14 @@ class EmbeddingCache:
         write_through: bool = False,
         private: Collection[str] = (),
         leases: float = 0.0,
+        by_row: bool = False,
         pause_s: float = PAUSE_S,
     ) -> None:
         """`place` is the kind of process, a metric's label. `write_through`: write to Redis what was fetched; one kind
         of process does (the encoder pool), not all. `private` are the fingerprints of encoders that don't use Redis.
         `leases` are the seconds for which a unit that is being fetched is held against other processes; 0 is not at
-        all. `pause_s` is how long a Redis that failed is left alone.
+        all. `by_row`: each text is fetched by itself, so that one that nobody waits for any more is given up alone;
+        else one fetch has all that a call wants of an encoder. `pause_s` is how long a Redis that failed is left alone.
         """
         self._fetch = fetch
         self._metrics = metrics
@@ -79,9 +81,10 @@ class EmbeddingCache:
         self._memory = ByteLru(settings.memory_bytes)
         url = settings.redis_url.get_secret_value() if settings.redis_url else None
         self._redis = RedisTier(url, settings, metrics, pause_s=pause_s) if url else None
-        self._leases = Leases(self._redis, leases, _from_redis) if self._redis and leases else None
+        self._looks: set[asyncio.Task[Any]] = set()
+        self._leases = Leases(self._redis, leases) if self._redis and leases else None
+        self._by_row = by_row
         self._flights: Flights[Fetched] = Flights()
-        self._settling: set[asyncio.Task[dict[str, Fetched]]] = set()
         self._hits = dict.fromkeys(Tier, 0)
 
     async def get_many(self, units: Sequence[EncodeUnit]) -> dict[str, Fetched]:
@@ -93,8 +96,7 @@ class EmbeddingCache:
         found = {key: Fetched(value, Tier.MEMORY) for key in wanted if (value := self._memory.get(key)) is not None}
         if len(found) < len(wanted):
             absent = [key for key in wanted if key not in found]
-            if missing := {key: wanted[key] for key in absent if key not in self._flights}:
-                self._flights.launch(missing, partial(self._load, missing))
+            self._launch([wanted[key] for key in absent if key not in self._flights])
             found |= await self._flights.join(absent)
             found = {key: found[key] for key in wanted}
         for got in found.values():
@@ -117,12 +119,12 @@ class EmbeddingCache:
         self._keep({key: got for key, got in taken.items() if key not in stored})
         if stored:
             later = {key: taken[key] for key in stored}
-            self._flights.launch(later, lambda _: self._settle(fresh, later), pinned=True)
+            self._flights.launch(later, partial(self._settle, fresh, later), pinned=True)
 
     @property
     def redis_away(self) -> bool:
         """Redis has failed here and is left alone; the next process that is asked need not find that out by waiting."""
-        return self._redis_state() == "open"
+        return self._redis is not None and self._redis.away
 
     def hear_redis_away(self) -> None:
         """What another process says of the same Redis."""
@@ -130,6 +132,8 @@ class EmbeddingCache:
             self._redis.hear_away()
 
     def stats(self) -> CacheStats:
+        if self._redis:
+            self._redis.tell()
         return CacheStats(
             entries=len(self._memory),
             bytes=self._memory.bytes,
@@ -150,54 +154,75 @@ class EmbeddingCache:
 
     async def close(self) -> None:
         """Ends the fetches under way: whoever still waits for one is cancelled."""
-        for task in self._settling:
-            task.cancel()
         await self._flights.close()
+        await asyncio.gather(*self._looks, return_exceptions=True)
         if self._leases:
             await self._leases.close()
         if self._redis:
             await self._redis.close()
 
-    async def _load(self, units: Mapping[str, EncodeUnit], flight: Flight[Fetched]) -> dict[str, Fetched]:
-        shared = [key for key, unit in units.items() if self._redis and unit.encoder not in self._private]
-        stored = await self._redis.get(shared) if self._redis and shared else {}
-        loaded = {key: _from_redis(value) for key, value in stored.items()}
-        if absent := [key for key in units if key not in loaded]:
-            encode = partial(self._encode, units, flight)
-            # A call that mixes shared and private encoders takes no lease; an encoder replica has one encoder.
-            leased = self._leases if set(absent) <= set(shared) else None
-            loaded |= await (leased.fill(absent, encode) if leased else encode(absent))
-        self._keep({key: got for key, got in loaded.items() if got.tier is Tier.REDIS})
-        return loaded
+    def _launch(self, units: Sequence[EncodeUnit]) -> None:
+        """A flight for each part that is fetched by itself: strangers may want one, and must not wait for another. They
+        ask Redis together."""
+        look = Together(self._redis.get, self._looks) if self._redis else None
+        claims = self._leases.claims() if self._leases else None
+        parts: dict[Hashable, dict[str, EncodeUnit]] = {}
+        for unit in units:
+            part = (unit.encoder, unit.token_ids, unit.salt) if self._by_row else unit.encoder
+            parts.setdefault(part, {})[unit.key] = unit
+        for wanted in parts.values():
+            self._flights.launch(wanted, partial(self._load, wanted, look, claims))
 
-    async def _encode(
-        self, units: Mapping[str, EncodeUnit], flight: Flight[Fetched], keys: Sequence[str]
-    ) -> dict[str, Fetched]:
+    async def _load(
+        self,
+        units: Mapping[str, EncodeUnit],
+        look: Together[dict[str, bytes]] | None,
+        claims: Claims | None,
+        flight: Flight[Fetched],
+    ) -> None:
+        """`units` are of one encoder."""
+        absent = list(units)
+        shared = all(map(self._shares, units.values()))
+        found, encode = partial(self._found, flight), partial(self._encode, units, flight)
+        if look and shared:
+            stored = await asyncio.shield(look.ask(absent))
+            found({key: stored[key] for key in units if key in stored})
+            absent = [key for key in units if key not in stored]
+        if absent and self._leases and claims and shared:
+            await self._leases.fill(absent, claims, encode, found)
+        elif absent:
+            await encode(absent)
+
+    async def _encode(self, units: Mapping[str, EncodeUnit], flight: Flight[Fetched], keys: Sequence[str]) -> None:
         wanted = [key for key in keys if key not in flight.offered]
         answers = await self._fetch([units[key] for key in wanted]) if wanted else ()
         fetched = dict(zip(wanted, answers, strict=True))
         # A by-product may have come meanwhile. Either value is right; the first is kept.
         fetched |= {key: flight.offered[key] for key in keys if key in flight.offered}
-        # It is paid for: it is stored even where the last caller leaves now.
-        return await asyncio.shield(self._start(self._settle(units, fetched)))
+        await self._settle(units, fetched, flight)
 
-    async def _settle(self, units: Mapping[str, EncodeUnit], fetched: Mapping[str, Fetched]) -> dict[str, Fetched]:
+    async def _settle(
+        self, units: Mapping[str, EncodeUnit], fetched: Mapping[str, Fetched], flight: Flight[Fetched]
+    ) -> None:
         """Store, and keep what is stored: where another process was first, its value."""
         settled = dict(fetched)
-        if self._redis and (values := {key: got.value for key, got in fetched.items() if self._stores(units[key])}):
-            earlier = await self._redis.put(values)
-            settled |= {key: Fetched(value, fetched[key].tier) for key, value in earlier.items()}
-        self._keep(settled)
-        return settled
+        with self._flights.held(flight):  # it is paid for: it is stored even where the last caller leaves now
+            if self._redis and (values := {key: got.value for key, got in fetched.items() if self._stores(units[key])}):
+                earlier = await self._redis.put(values)
+                settled |= {key: Fetched(value, fetched[key].tier) for key, value in earlier.items()}
+            self._keep(settled)
+            self._flights.land(flight, settled)
 
-    def _start(self, settling: Coroutine[Any, Any, dict[str, Fetched]]) -> asyncio.Task[dict[str, Fetched]]:
-        task = asyncio.get_running_loop().create_task(settling)
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
-        return task
+    def _found(self, flight: Flight[Fetched], stored: Mapping[str, bytes]) -> None:
+        loaded = {key: Fetched(value, Tier.REDIS) for key, value in stored.items()}
+        self._keep(loaded)
+        self._flights.land(flight, loaded)
+
+    def _shares(self, unit: EncodeUnit) -> bool:
+        return self._redis is not None and unit.encoder not in self._private
 
     def _stores(self, unit: EncodeUnit) -> bool:
-        return self._write_through and self._redis is not None and unit.encoder not in self._private
+        return self._write_through and self._shares(unit)
 
     def _keep(self, loaded: Mapping[str, Fetched]) -> None:
         for key, got in loaded.items():
@@ -212,8 +237,4 @@ class EmbeddingCache:
     def _redis_state(self) -> RedisState:
         if self._redis is None:
             return "off"
-        return "up" if self._redis.state is BreakerState.CLOSED else "open"
-
-
-def _from_redis(value: bytes) -> Fetched:
-    return Fetched(value, Tier.REDIS)
+        return "away" if self._redis.away else "up"

@@ -10,15 +10,14 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from serve.domain import CacheReport
-from serve.encoders.cache import EmbeddingCache, RedisState
+from serve.encoders.cache import CacheStats, EmbeddingCache
 from serve.encoders.redis_tier import PREFIX, connect
 from serve.errors import BackendUnavailable
 
@@ -48,18 +47,17 @@ redis.call('PEXPIRE', KEYS[2], 2000 * ARGV[3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessReport:
-    """The cache of one process. `place` is the kind of process, `name` the encoder or the replica; `entries`, `bytes`
-    and `capacity` (bytes) are its memory, `hits` the units answered since its start, by tier."""
+class ProcessReport(CacheStats):
+    """The cache of one process. `place` is the kind of process, `name` the encoder or the replica."""
 
     place: str
     name: str
-    entries: int
-    bytes: int
-    capacity: int
-    in_flight: int
-    hits: CacheReport
-    redis: RedisState
+
+    @classmethod
+    def of(cls, cache: EmbeddingCache, name: str) -> Self:
+        stats = cache.stats()
+        same = {each.name: getattr(stats, each.name) for each in fields(stats)}
+        return cls(place=cache.place, name=name, **same)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +127,8 @@ class CensusTaker:
                 async with _silently("the cache census"):
                     # One that is full still says when to forget.
                     self._obey(await redis.get(EPOCH))
-                    await report(keys=[REPORTS, SEEN], args=[self._id, _JSON.dump_json(self._report()), GONE_S])
+                    own = _JSON.dump_json(ProcessReport.of(self._cache, self._name))
+                    await report(keys=[REPORTS, SEEN], args=[self._id, own, GONE_S])
                 await asyncio.sleep(self._tick_s)
         finally:
             async with _silently("leaving the cache census"):
@@ -144,19 +143,6 @@ class CensusTaker:
             # The first epoch that is seen may be a new one, too: at the start there is little to lose.
             self._epoch = epoch
             self._cache.clear()
-
-    def _report(self) -> ProcessReport:
-        stats = self._cache.stats()
-        return ProcessReport(
-            place=self._cache.place,
-            name=self._name,
-            entries=stats.entries,
-            bytes=stats.bytes,
-            capacity=stats.capacity,
-            in_flight=stats.in_flight,
-            hits=stats.hits,
-            redis=stats.redis,
-        )
 
 
 async def read_census(redis_url: str) -> CacheCensus:

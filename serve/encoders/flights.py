@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
-Load = Callable[["Flight[Value]"], Coroutine[Any, Any, Mapping[str, Value]]]
+Load = Callable[["Flight[Value]"], Coroutine[Any, Any, None]]
 
 
 class Flight(Generic[Value]):
-    """One load on its way. `offered` is what others came by meanwhile, by key: the load looks there before it works."""
+    """One load on its way, with a future for each key. `offered` is what others came by meanwhile, by key: the load
+    looks there before it works."""
 
     def __init__(self, keys: Iterable[str], load: Load[Value], *, pinned: bool) -> None:
-        self.keys = tuple(keys)
+        loop = asyncio.get_running_loop()
+        self.landings: dict[str, asyncio.Future[Value]] = {key: loop.create_future() for key in keys}
         self.offered: dict[str, Value] = {}
         self.callers = 1 if pinned else 0
-        self.task = asyncio.get_running_loop().create_task(load(self))
+        self.task = loop.create_task(load(self))
 
 
 class Flights(Generic[Value]):
@@ -25,11 +28,12 @@ class Flights(Generic[Value]):
 
     Belongs to one event loop.
 
-    Owns: the tasks of the loads under way, and how many callers wait for each.
+    Owns: the tasks of the loads, until they end, and how many callers wait for each.
     """
 
     def __init__(self) -> None:
         self._by_key: dict[str, Flight[Value]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -39,10 +43,12 @@ class Flights(Generic[Value]):
         return len(self._by_key)
 
     def launch(self, keys: Iterable[str], load: Load[Value], *, pinned: bool = False) -> None:
-        """Start to load `keys`, none of which is on its way. A flight that isn't `pinned` must be joined at once."""
+        """Start to load `keys`, none of which is on its way; `load` lands them, sooner or later, or raises. A flight
+        that isn't `pinned` must be joined at once."""
         flight = Flight(keys, load, pinned=pinned)
-        self._by_key.update(dict.fromkeys(flight.keys, flight))
-        flight.task.add_done_callback(lambda task: self._land(flight, task))
+        self._by_key.update(dict.fromkeys(flight.landings, flight))
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(lambda task: self._end(flight, task))
 
     def offer(self, key: str, value: Value) -> bool:
         """Hand a value to the flight that wants it; False where none does. The first offer stays."""
@@ -51,45 +57,73 @@ class Flights(Generic[Value]):
             flight.offered.setdefault(key, value)
         return flight is not None
 
-    async def join(self, keys: Iterable[str]) -> dict[str, Value]:
-        """Wait for `keys`, all of which are on their way. Raises what a load raised, to all who wait for it.
+    def land(self, flight: Flight[Value], values: Mapping[str, Value]) -> None:
+        """Who waits for one of these has it, whatever becomes of the rest of the flight."""
+        for key, value in values.items():
+            self._forget(flight, key)
+            if not flight.landings[key].done():
+                flight.landings[key].set_result(value)
 
-        A cancelled caller leaves the flight to the others; the last one to leave ends it.
+    @contextlib.contextmanager
+    def held(self, flight: Flight[Value]) -> Iterator[None]:
+        """Meanwhile the flight doesn't end for a lack of callers."""
+        flight.callers += 1
+        try:
+            yield
+        finally:
+            self._leave(flight)
+
+    async def join(self, keys: Iterable[str]) -> dict[str, Value]:
+        """Wait for `keys`, all of which are on their way. Raises what a load raised, to all who wait for what it did
+        not land.
+
+        A cancelled caller leaves a flight to the others; the last one to leave ends it.
         """
         joined = {key: self._by_key[key] for key in keys}
+        landings = {key: flight.landings[key] for key, flight in joined.items()}
         flights = set(joined.values())
         for flight in flights:
             flight.callers += 1
         try:
-            done, _ = await asyncio.wait([each.task for each in flights], return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-            return {key: flight.task.result()[key] for key, flight in joined.items()}
+            done, _ = await asyncio.wait(landings.values(), return_when=asyncio.FIRST_EXCEPTION)
+            for landing in done:
+                landing.result()
+            return {key: landing.result() for key, landing in landings.items()}
         finally:
             for flight in flights:
-                flight.callers -= 1
-                if not flight.callers and not flight.task.done():
-                    self._forget(flight)
-                    flight.task.cancel()
+                self._leave(flight)
 
     async def close(self) -> None:
         """End all flights: who waits for one is cancelled."""
-        tasks = {flight.task for flight in self._by_key.values()}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def check_integrity(self) -> None:
         for key, flight in self._by_key.items():
-            assert key in flight.keys
+            assert not flight.landings[key].done() or flight.task.done()
             assert flight.callers > 0 or flight.task.done()
 
-    def _land(self, flight: Flight[Value], task: asyncio.Task[Mapping[str, Value]]) -> None:
-        self._forget(flight)
-        if not task.cancelled():
-            task.exception()  # every caller may be gone, and then nobody else looks at it
+    def _leave(self, flight: Flight[Value]) -> None:
+        flight.callers -= 1
+        if not flight.callers and not all(landing.done() for landing in flight.landings.values()):
+            for key in flight.landings:
+                self._forget(flight, key)
+            flight.task.cancel()
 
-    def _forget(self, flight: Flight[Value]) -> None:
-        for key in flight.keys:
-            if self._by_key.get(key) is flight:
-                del self._by_key[key]
+    def _end(self, flight: Flight[Value], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        for key, landing in flight.landings.items():
+            self._forget(flight, key)
+            if landing.done():
+                continue
+            if error is None:
+                landing.cancel()
+            else:
+                landing.set_exception(error)
+                landing.exception()  # every caller may be gone, and then nobody else looks at it
+
+    def _forget(self, flight: Flight[Value], key: str) -> None:
+        if self._by_key.get(key) is flight:
+            del self._by_key[key]

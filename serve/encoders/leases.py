@@ -7,43 +7,47 @@ once: two replicas with the same text are no fault, because the first to store i
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
-from serve.encoders.redis_tier import RedisTier
+from serve.encoders.redis_tier import Claimed, RedisTier
+from serve.encoders.together import Together
 
-Value = TypeVar("Value")
-Encode = Callable[[Sequence[str]], Coroutine[Any, Any, dict[str, Value]]]
+Encode = Callable[[Sequence[str]], Coroutine[Any, Any, None]]
+"""Encodes, stores and hands on what it is asked for."""
+Found = Callable[[Mapping[str, bytes]], None]
+Claims = Together[Claimed | None]
 
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.005, 0.05
 
 
-class Leases(Generic[Value]):
+class Leases:
     """Belongs to one event loop.
 
     Owns: the leases that this process holds, for as long as it encodes.
     """
 
-    def __init__(self, tier: RedisTier, seconds: float, found: Callable[[bytes], Value]) -> None:
-        """`seconds`: the longest that a lease, and so a wait for one, lasts. `found` makes a value of stored bytes."""
+    def __init__(self, tier: RedisTier, seconds: float) -> None:
+        """`seconds`: the longest that a lease, and so a wait for one, lasts."""
         self._tier = tier
         self._seconds = seconds
-        self._found = found
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[Any]] = set()
 
-    async def fill(self, keys: Sequence[str], encode: Encode[Value]) -> dict[str, Value]:
-        """By key: what `encode` gave (and stored), or `found` of what another replica has stored meanwhile.
+    def claims(self) -> Claims:
+        """For fillings that begin together: their claims share round trips."""
+        return Together(lambda keys: self._tier.claim(keys, self._seconds), self._under_way)
+
+    async def fill(self, keys: Sequence[str], claims: Claims, encode: Encode, found: Found) -> None:
+        """Have each key encoded here, or `found` where another replica has stored it meanwhile.
 
         `encode` is called at once for the keys whose lease is free, and later for those whose lease ran out or was
         given back unused. Raises what it raises.
         """
         loop = asyncio.get_running_loop()
         deadline, look_s = loop.time() + self._seconds, _FIRST_LOOK_S
-        filled: dict[str, Value] = {}
-        encodings: list[asyncio.Task[dict[str, Value]]] = []
+        encodings: list[asyncio.Task[None]] = []
         try:
-            while keys := await self._claim(keys, encode, filled, encodings):
+            while keys := await self._claim(keys, claims, encode, found, encodings):
                 if loop.time() >= deadline:
                     encodings.append(_start(encode(keys)))
                     break
@@ -52,9 +56,7 @@ class Leases(Generic[Value]):
                 for task in encodings:
                     if task.done():
                         task.result()  # raises what went wrong: nobody will wait for the rest
-            for values in await asyncio.gather(*encodings):
-                filled |= values
-            return filled
+            await asyncio.gather(*encodings)
         finally:
             for task in encodings:
                 task.cancel()
@@ -62,41 +64,49 @@ class Leases(Generic[Value]):
 
     async def close(self) -> None:
         """After the fillings have ended."""
-        await asyncio.gather(*self._releasing)
+        while self._under_way:
+            await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def _claim(
-        self,
-        keys: Sequence[str],
-        encode: Encode[Value],
-        filled: dict[str, Value],
-        encodings: list[asyncio.Task[dict[str, Value]]],
+        self, keys: Sequence[str], claims: Claims, encode: Encode, found: Found, encodings: list[asyncio.Task[None]]
     ) -> list[str]:
-        """One look: what is stored goes to `filled`, what is ours to encode to `encodings`; returns what is others'."""
-        token = secrets.token_hex(8)
-        claimed = await self._tier.claim(keys, token, self._seconds)
+        """One look: what is stored is `found`, what is ours to encode goes to `encodings`; returns what is others'."""
+        claiming = claims.ask(keys)
+        try:
+            claimed = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            self._in_background(self._decline(keys, claiming))
+            raise
         if claimed is None:
             encodings.append(_start(encode(keys)))
             return []
-        filled |= {key: self._found(value) for key, value in claimed.stored.items()}
-        if mine := [key for key in keys if key in claimed.won and key not in claimed.stored]:
-            encodings.append(_start(self._encode_held(mine, token, encode)))
-        self._release([key for key in claimed.won if key in claimed.stored], token)
+        found({key: claimed.stored[key] for key in keys if key in claimed.stored})
+        won = [key for key in keys if key in claimed.won]
+        if mine := [key for key in won if key not in claimed.stored]:
+            encodings.append(_start(self._encode_held(mine, claimed.token, encode)))
+        if unneeded := [key for key in won if key in claimed.stored]:
+            self._in_background(self._tier.release(unneeded, claimed.token))
         return [key for key in keys if key not in claimed.won and key not in claimed.stored]
 
-    async def _encode_held(self, keys: Sequence[str], token: str, encode: Encode[Value]) -> dict[str, Value]:
+    async def _encode_held(self, keys: Sequence[str], token: str, encode: Encode) -> None:
         try:
-            return await encode(keys)
+            await encode(keys)
         finally:
-            self._release(keys, token)  # failed or not, the others need not wait any longer
+            self._in_background(self._tier.release(keys, token))  # failed or not, the others need not wait any longer
 
-    def _release(self, keys: Sequence[str], token: str) -> None:
-        if keys:
-            task = asyncio.get_running_loop().create_task(self._tier.release(keys, token))
-            self._releasing.add(task)
-            task.add_done_callback(self._releasing.discard)
+    async def _decline(self, keys: Sequence[str], claiming: asyncio.Task[Claimed | None]) -> None:
+        """Who asked has left, and Redis may give the leases all the same."""
+        claimed = await claiming
+        if claimed and (won := [key for key in keys if key in claimed.won]):
+            await self._tier.release(won, claimed.token)
+
+    def _in_background(self, giving_back: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(giving_back)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
 
-def _start(encoding: Coroutine[Any, Any, dict[str, Value]]) -> asyncio.Task[dict[str, Value]]:
+def _start(encoding: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     task = asyncio.get_running_loop().create_task(encoding)
     # Where several fail, the first is raised, and nobody looks at the others.
     task.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import secrets
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -72,8 +73,10 @@ class _Crowded(Exception):
 
 
 class Claimed(NamedTuple):
-    """Answer to a claim: the keys whose lease is the caller's now, and what Redis holds of all that were asked for."""
+    """Answer to a claim: the keys whose lease is the caller's now, the token to give them back with, and what Redis
+    holds of all that were asked for."""
 
+    token: str
     won: frozenset[str]
     stored: dict[str, bytes]
 
@@ -87,7 +90,7 @@ class RedisTier:
         self._prefix = INT8 if settings.values == "int8" else ""
         self._pause_s = pause_s
         self._breaker = Breaker(pause_s, self._note_state)
-        self._note_state(self._breaker.state)
+        self.tell()
         self._turns = asyncio.Semaphore(_CONNECTIONS)
         self._limits: set[asyncio.Timeout] = set()
         self._quiet_until = 0.0
@@ -96,8 +99,13 @@ class RedisTier:
         self._release = self._client.register_script(_RELEASE)
 
     @property
-    def state(self) -> BreakerState:
-        return self._breaker.state
+    def away(self) -> bool:
+        """It has failed, and is left alone for now."""
+        return self._breaker.resting
+
+    def tell(self) -> None:
+        """The metric of `away`, which ends by itself."""
+        self._metrics.set("tandem_cache_breaker_open", self.away)
 
     async def get(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What Redis holds of `keys`, in one round trip. Absent, corrupt and unreachable look the same: not there."""
@@ -112,13 +120,13 @@ class RedisTier:
         fitting = {key: value for key, value in sealed.items() if len(value) <= self._settings.max_value_bytes}
         return await self._guarded(lambda: self._write(fitting)) or {} if fitting else {}
 
-    async def claim(self, keys: Sequence[str], token: str, seconds: float) -> Claimed | None:
+    async def claim(self, keys: Sequence[str], seconds: float) -> Claimed | None:
         """Take the leases that nobody holds, and look once more, in one round trip; None where Redis is away.
 
         The look comes after the taking: a holder stores before it lets go, so that who gets a lease after it sees its
         value too.
         """
-        return await self._guarded(lambda: self._claim(keys, token, seconds))
+        return await self._guarded(lambda: self._claim(keys, seconds))
 
     async def release(self, keys: Sequence[str], token: str) -> None:
         """Let go of those leases that are still the caller's."""
@@ -169,14 +177,15 @@ class RedisTier:
             pipeline.set(self._name(key), value, nx=nx, px=max(1, int(self._settings.ttl_s * 1000)))
         return list(await pipeline.execute()) if sealed else []
 
-    async def _claim(self, keys: Sequence[str], token: str, seconds: float) -> Claimed:
+    async def _claim(self, keys: Sequence[str], seconds: float) -> Claimed:
+        token = secrets.token_hex(8)
         pipeline = self._client.pipeline(transaction=False)
         for key in keys:
             pipeline.set(self._lease(key), token, nx=True, px=max(1, int(seconds * 1000)))
         pipeline.mget([self._name(key) for key in keys])
         *taken, values = await pipeline.execute()
         won = frozenset(key for key, mine in zip(keys, taken, strict=True) if mine)
-        return Claimed(won, self._unsealed(keys, values))
+        return Claimed(token, won, self._unsealed(keys, values))
 
     async def _guarded(self, call: Callable[[], Awaitable[T]]) -> T | None:
         """The answer, or None where there is none. All the calls together pay for one outage at most one timeout."""
@@ -187,7 +196,7 @@ class RedisTier:
             answer = await self._in_time(call)
         except _Crowded:
             self._breaker.gave_up(ticket)
-            self._metrics.inc("tandem_cache_errors_total", kind="timeout")
+            self._metrics.inc("tandem_cache_errors_total", kind="crowded")
         except (TimeoutError, redis.exceptions.TimeoutError):
             self._fail(ticket, "timeout")
         except ResponseError as error:
@@ -242,13 +251,15 @@ class RedisTier:
                 limit.reschedule(now)
 
     def _refused(self, error: ResponseError) -> None:
-        self._metrics.inc("tandem_cache_errors_total", kind="full" if isinstance(error, OutOfMemoryError) else "down")
+        kind = "full" if isinstance(error, OutOfMemoryError) else "refused"
+        self._metrics.inc("tandem_cache_errors_total", kind=kind)
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _QUIET_S
             log.warning("the cache Redis refuses a command (%s)", type(error).__name__)
 
     def _note_state(self, state: BreakerState) -> None:
-        self._metrics.set("tandem_cache_breaker_open", state is not BreakerState.CLOSED)
+        if state is not BreakerState.HALF_OPEN:  # a probe has to answer first
+            self.tell()
 
 
 def _checksum(key: str, value: bytes) -> bytes:

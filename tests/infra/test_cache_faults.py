@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import redis
 from support.cache_node import UNIT, UNITS, Node, until
 from support.slow_proxy import SlowProxy
@@ -43,7 +44,7 @@ def test_a_crowd_pays_one_timeout_for_a_slow_redis(redis_url: str) -> None:
             assert min(crowd) > 0.2
             assert node.errors("timeout") == 1
             assert breaker_open(node) == 1
-            assert node.cache.stats().redis == "open"
+            assert node.cache.stats().redis == "away"
             started = time.monotonic()
             for unit in MANY:
                 await timed(node, unit)
@@ -99,6 +100,50 @@ def test_what_redis_says_itself_counts_for_more_than_what_another_says_of_it(red
     asyncio.run(main())
 
 
+def test_an_outage_is_no_news_once_the_pause_is_over(redis_url: str) -> None:
+    """Nobody asks this process for anything, so that none of its calls finds out that Redis is back."""
+
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            node = Node(proxy.url, memory_bytes=0, pause_s=0.5)
+            await proxy.cut()
+            await node.get()
+            assert node.cache.redis_away
+            assert node.cache.stats().redis == "away"
+            assert breaker_open(node) == 1
+            await until(lambda: not node.cache.redis_away)
+            assert node.cache.stats().redis == "up"
+            assert breaker_open(node) == 0
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_probe_costs_one_timeout_on_the_whole_way(redis_url: str) -> None:
+    """The replica that asks finds Redis still away; the pool, whose pause ends at the same time, need not try too."""
+
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            proxy.delay_s = 5.0
+            pool = Node(proxy.url, memory_bytes=0, timeout_s=0.1, pause_s=0.3)
+
+            class Front(Node):
+                async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+                    if self.cache.redis_away:
+                        pool.cache.hear_redis_away()
+                    return list((await pool.cache.get_many(units)).values())
+
+            front = Front(proxy.url, write_through=False, memory_bytes=0, timeout_s=0.1, pause_s=0.3)
+            for outage in range(1, 4):
+                assert (await front.get()).tier is Tier.ENCODED
+                assert (front.errors("timeout"), pool.errors("timeout")) == (outage, 0)
+                over = time.monotonic() + 0.35
+                await until(lambda over=over: time.monotonic() > over)
+            await asyncio.gather(front.cache.close(), pool.cache.close())
+
+    asyncio.run(main())
+
+
 def test_a_probe_is_paid_for_by_one_request(redis_url: str) -> None:
     async def main() -> None:
         async with SlowProxy(redis_url) as proxy:
@@ -120,22 +165,24 @@ def test_a_probe_is_paid_for_by_one_request(redis_url: str) -> None:
     asyncio.run(main())
 
 
-def test_a_probe_whose_caller_leaves_blocks_no_other(redis_url: str) -> None:
+def test_a_probe_decides_though_its_caller_has_left(redis_url: str) -> None:
     async def main() -> None:
         async with SlowProxy(redis_url) as proxy:
-            node = Node(proxy.url, memory_bytes=0, timeout_s=0.25, pause_s=0.0)
+            node = Node(proxy.url, memory_bytes=0, timeout_s=1.0, pause_s=0.0)
             await node.get()
             await proxy.cut()
             assert (await node.get()).tier is Tier.ENCODED
             await proxy.mend()
-            proxy.delay_s = 0.2
+            proxy.delay_s = 0.1
             answers = proxy.answers
             probe = asyncio.create_task(node.get())
             await until(lambda: proxy.answers > answers)
             probe.cancel()
             await asyncio.gather(probe, return_exceptions=True)
-            proxy.delay_s = 0.0
-            assert (await node.get()).tier is Tier.REDIS
+            assert (await node.get()).tier is Tier.ENCODED  # there is one probe at a time
+            async with asyncio.timeout(10):
+                while (await node.get()).tier is not Tier.REDIS:  # noqa: ASYNC110  the answer is on its way
+                    await asyncio.sleep(0.001)
             assert breaker_open(node) == 0
             await node.cache.close()
 
@@ -153,8 +200,8 @@ def test_a_crowd_at_a_healthy_redis_is_no_outage(redis_url: str) -> None:
             got = await asyncio.gather(*(reader.get(unit) for unit in MANY + MORE))
             tiers = [each.tier for each in got]
             assert tiers.count(Tier.REDIS) > 32
-            assert reader.errors("timeout") > 0
-            assert reader.errors("down") == breaker_open(reader) == 0
+            assert reader.errors("crowded") > 0
+            assert reader.errors("timeout") == reader.errors("down") == breaker_open(reader) == 0
             proxy.delay_s = 0.0
             assert (await reader.get()).tier is Tier.ENCODED
             assert (await reader.get()).tier is Tier.REDIS
@@ -286,8 +333,27 @@ def test_a_breaker_in_all_its_states() -> None:
     breaker.succeeded(last)
     closed, opened, half = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
     assert told == [opened, half, opened, half, opened, half, closed]
-    resting = Breaker(60.0, told.append)
-    ticket = resting.enter()
+    assert not breaker.resting
+
+
+def test_a_breaker_rests_as_long_as_anyone_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    breaker = Breaker(5.0, lambda _: None)
+    ticket = breaker.enter()
     assert ticket is not None
-    resting.failed(ticket)
-    assert resting.enter() is None
+    assert breaker.failed(ticket)
+    assert breaker.resting
+    assert breaker.enter() is None
+    now = 104.0
+    assert not breaker.trip()  # it was open
+    now = 108.0
+    assert breaker.resting
+    now = 109.0
+    assert not breaker.resting
+    probe = breaker.enter()
+    assert probe is not None
+    assert not breaker.trip()  # the probe decides
+    breaker.succeeded(probe)
+    assert breaker.trip()
+    assert breaker.resting

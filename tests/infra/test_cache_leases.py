@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import pytest
 import redis
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from support.cache_node import UNIT, UNITS, Node, commands, until
 from support.slow_proxy import SlowProxy
 
-from serve.domain import Tier
+from serve.domain import EncodeUnit, Tier
+from serve.encoders.cache import Fetched
+from serve.encoders.coalesce import Coalescer
 from serve.encoders.redis_tier import LEASE_PREFIX
 from serve.errors import BackendUnavailable
 
@@ -123,6 +126,82 @@ def test_a_lease_that_bore_nothing_is_given_back(redis_url: str, how: str) -> No
     asyncio.run(main())
 
 
+def test_who_leaves_while_the_claim_is_under_way_leaves_no_lease(redis_url: str) -> None:
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            node = Node(proxy.url, leases=60.0, timeout_s=5.0)
+            proxy.delay_s = 0.1
+            leaving = asyncio.create_task(node.get())
+            await until(lambda: len(leases(redis_url)) == 1)  # Redis has given it, and the answer is on its way
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            assert node.encoded == []
+            await until(lambda: leases(redis_url) == [])
+            assert (await node.get()).tier is Tier.ENCODED
+            await close(node)
+
+    asyncio.run(main())
+
+
+def test_a_text_that_is_given_up_during_a_claim_gives_its_lease_back_alone(redis_url: str) -> None:
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            node = Node(proxy.url, leases=60.0, timeout_s=5.0, by_row=True)
+            node.gate.clear()
+            proxy.delay_s = 0.1
+            leaving = asyncio.create_task(node.cache.get_many(UNITS[:2]))
+            staying = asyncio.create_task(node.get())
+            await until(lambda: len(leases(redis_url)) == 2)
+            leaving.cancel()
+            await node.calls.acquire()
+            await until(lambda: leases(redis_url) == [LEASE_PREFIX.encode() + UNIT.key.encode()])
+            node.gate.set()
+            assert (await staying).tier is Tier.ENCODED
+            assert node.encoded == [UNIT]
+            await until(lambda: leases(redis_url) == [])
+            await close(node)
+
+    asyncio.run(main())
+
+
+def test_texts_that_are_encoded_by_themselves_are_claimed_together(redis_url: str) -> None:
+    async def main() -> None:
+        node = Node(redis_url, leases=30.0, by_row=True)
+        with redis.Redis.from_url(redis_url) as client:
+            client.config_resetstat()
+        await node.cache.get_many(UNITS)
+        assert sorted(unit.token_ids for unit in node.encoded) == sorted(unit.token_ids for unit in UNITS)
+        await until(lambda: leases(redis_url) == [])
+        assert commands(redis_url)["mget"] == 2  # a look, a claim
+        await close(node)
+
+    asyncio.run(main())
+
+
+def test_texts_that_are_encoded_by_themselves_share_a_batch(redis_url: str) -> None:
+    async def main() -> None:
+        batches: list[list[EncodeUnit]] = []
+
+        def forward(batch: list[EncodeUnit]) -> list[Fetched]:
+            batches.append(batch)
+            return [Fetched(unit.key.encode(), Tier.ENCODED) for unit in batch]
+
+        queue = Coalescer(forward, length=lambda _: 1, max_batch_size=8, max_batch_tokens=8)
+
+        class Queued(Node):
+            async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+                return await queue.submit_all(units)
+
+        node = Queued(redis_url, leases=30.0, by_row=True)
+        await node.cache.get_many(UNITS)
+        assert batches == [UNITS]
+        await queue.close()
+        await close(node)
+
+    asyncio.run(main())
+
+
 def test_a_redis_that_goes_away_ends_the_wait(redis_url: str) -> None:
     async def main() -> None:
         holder = Node(redis_url, leases=60.0)
@@ -182,14 +261,17 @@ def test_a_follower_that_leaves_leaves_nothing_behind(redis_url: str) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.sampled_from(UNITS), min_size=1, max_size=4)), max_size=10))
-def test_any_crowd_encodes_each_unit_once(redis_url: str, calls: list[tuple[int, list]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.sampled_from(UNITS), min_size=1, max_size=4)), max_size=10),
+    st.booleans(),
+)
+def test_any_crowd_encodes_each_unit_once(redis_url: str, calls: list[tuple[int, list]], by_row: bool) -> None:
     """Three processes ask at the same time for any mix: one forward per unit in all, and one value."""
 
     async def main() -> None:
         with redis.Redis.from_url(redis_url) as client:
             client.flushall()
-        nodes = [Node(redis_url, mark, leases=30.0) for mark in (b"0", b"1", b"2")]
+        nodes = [Node(redis_url, mark, leases=30.0, by_row=by_row) for mark in (b"0", b"1", b"2")]
         results = await asyncio.gather(*(nodes[index].cache.get_many(wanted) for index, wanted in calls))
         encoded = [unit for node in nodes for unit in node.encoded]
         assert len(encoded) == len(set(encoded)) == len({unit for _, wanted in calls for unit in wanted})

@@ -207,20 +207,76 @@ def test_a_full_redis_still_serves_what_it_has(redis_url: str) -> None:
     asyncio.run(main())
 
 
-def test_a_call_is_one_round_trip(redis_url: str) -> None:
-    """A job's positive and negative units, hits and misses, are one MGET; what is in memory asks nothing."""
+def test_a_refusal_is_no_outage(redis_url: str) -> None:
+    async def main() -> None:
+        node = Node(redis_url, memory_bytes=0)
+        await node.get(UNITS[1])
+        with redis.Redis.from_url(redis_url) as client:
+            client.config_set("min-replicas-to-write", 1)
+            try:
+                assert (await node.get(UNITS[2])).tier is Tier.ENCODED
+                assert (node.errors("refused"), node.errors("full"), node.errors("down")) == (1, 0, 0)
+                assert node.cache.stats().redis == "up"
+                assert (await node.get(UNITS[1])).tier is Tier.REDIS
+            finally:
+                client.config_set("min-replicas-to-write", 0)
+        await node.cache.close()
+
+    asyncio.run(main())
+
+
+def test_what_redis_has_waits_for_no_forward(redis_url: str) -> None:
+    async def main() -> None:
+        writer, reader = Node(redis_url), Node(redis_url, memory_bytes=0)
+        await writer.get(UNITS[0])
+        reader.gate.clear()
+        both = asyncio.create_task(reader.cache.get_many(UNITS[:2]))
+        joined = asyncio.create_task(reader.get(UNITS[0]))
+        await reader.calls.acquire()
+        async with asyncio.timeout(10):
+            assert (await joined).tier is Tier.REDIS
+            assert (await reader.get(UNITS[0])).tier is Tier.REDIS
+        assert not both.done()
+        reader.gate.set()
+        assert [got.tier for got in (await both).values()] == [Tier.REDIS, Tier.ENCODED]
+        await asyncio.gather(writer.cache.close(), reader.cache.close())
+
+    asyncio.run(main())
+
+
+def test_what_redis_has_is_in_memory_before_the_rest_is_encoded(redis_url: str) -> None:
+    async def main() -> None:
+        writer, reader = Node(redis_url), Node(redis_url)
+        await writer.get(UNITS[0])
+        reader.gate.clear()
+        both = asyncio.create_task(reader.cache.get_many(UNITS[:2]))
+        await reader.calls.acquire()
+        async with asyncio.timeout(10):
+            assert (await reader.get(UNITS[0])).tier is Tier.MEMORY
+        reader.gate.set()
+        await both
+        await asyncio.gather(writer.cache.close(), reader.cache.close())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_call_is_one_round_trip(redis_url: str, by_row: bool) -> None:
+    """A job's positive and negative units, of all its encoders, hits and misses, are one MGET; what is in memory asks
+    nothing."""
 
     async def main() -> None:
-        writer, reader = Node(redis_url), Node(redis_url, write_through=False)
+        writer, reader = Node(redis_url), Node(redis_url, write_through=False, by_row=by_row)
         await writer.cache.get_many(UNITS[:3])
         with redis.Redis.from_url(redis_url) as client:
             client.config_resetstat()
-        tiers = [got.tier for got in (await reader.cache.get_many(UNITS)).values()]
-        assert tiers == [Tier.REDIS] * 3 + [Tier.ENCODED] * 2
-        await reader.cache.get_many(UNITS)
+        wanted = [*UNITS, EncodeUnit("another", (1,))]
+        tiers = [got.tier for got in (await reader.cache.get_many(wanted)).values()]
+        assert tiers == [Tier.REDIS] * 3 + [Tier.ENCODED] * 3
+        await reader.cache.get_many(wanted)
         assert commands(redis_url) == {"mget": 1}
         hits = reader.cache.stats().hits
-        assert (hits.memory, hits.redis, hits.encoded) == (5, 3, 2)
+        assert (hits.memory, hits.redis, hits.encoded) == (6, 3, 3)
         await asyncio.gather(writer.cache.close(), reader.cache.close())
 
     asyncio.run(main())
@@ -321,6 +377,31 @@ def test_what_is_paid_for_is_stored_though_everybody_left(redis_url: str) -> Non
             waiting.cancel()
             await until(lambda: node.cache.stats().entries == 1)
             assert (await node.get()).tier is Tier.MEMORY
+            await node.cache.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leases", [0.0, 60.0])
+def test_who_comes_while_a_value_is_stored_gets_it(redis_url: str, leases: float) -> None:
+    """The one who had it encoded has left meanwhile: it is not encoded again."""
+
+    async def main() -> None:
+        async with SlowProxy(redis_url) as proxy:
+            node = Node(proxy.url, timeout_s=5.0, leases=leases)
+            node.gate.clear()
+            leader = asyncio.create_task(node.get())
+            await node.calls.acquire()
+            proxy.delay_s = 0.2
+            node.gate.set()
+            await until(lambda: stored(redis_url) is not None)
+            leader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leader
+            assert node.cache.stats().in_flight == 1
+            assert (await node.get()).tier is Tier.ENCODED
+            assert node.encoded == [UNIT]
+            node.cache.check_integrity()
             await node.cache.close()
 
     asyncio.run(main())

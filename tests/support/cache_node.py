@@ -30,6 +30,7 @@ class Node:
         write_through: bool = True,
         private: tuple[str, ...] = (),
         leases: float = 0.0,
+        by_row: bool = False,
         pause_s: float = PAUSE_S,
         **settings: Any,
     ) -> None:
@@ -48,6 +49,7 @@ class Node:
             write_through=write_through,
             private=private,
             leases=leases,
+            by_row=by_row,
             pause_s=pause_s,
         )
 

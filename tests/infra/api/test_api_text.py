@@ -383,7 +383,7 @@ async def test_a_cache_redis_that_dies_costs_no_answer(
             assert "does not answer" in state["redis_detail"]
             assert "redis://" not in state["redis_detail"]
             (own,) = state["processes"]
-            assert (own["name"], own["place"], own["redis"], own["entries"]) == ("this process", "ingress", "open", 3)
+            assert (own["name"], own["place"], own["redis"], own["entries"]) == ("this process", "ingress", "away", 3)
             answer = await stand.client.delete("/v1/cache")
             assert refused(answer, 503, answer.json()["error"]["param"])["code"] == "backend_unavailable"
 

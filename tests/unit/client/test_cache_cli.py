@@ -26,7 +26,7 @@ def process(place: str, name: str, redis: str = "up", **more: Any) -> dict[str, 
 def state() -> dict[str, Any]:
     counted = {"keys": 12_345, "bytes": 268e6, "max_bytes": 268_435_456, "hits": 5, "misses": 6, "evicted": 1_234}
     names = ["node-17.example.com:9923:ab12cd34", "node-17.example.com:9923:ab12cd35"]
-    members = [process("diffusion", name, redis) for name, redis in zip(names, ("up", "open"), strict=True)]
+    members = [process("diffusion", name, redis) for name, redis in zip(names, ("up", "away"), strict=True)]
     return {
         "redis": counted,
         "redis_detail": "up",

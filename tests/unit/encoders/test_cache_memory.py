@@ -1,6 +1,7 @@
 """The cache without Redis."""
 
 import asyncio
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ from serve.settings import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 ALPHABET = [EncodeUnit("encoder", (number,)) for number in range(6)]
+CLIP, T5 = EncodeUnit("clip", (1,)), EncodeUnit("t5", (1,))
+TEXTS = [
+    EncodeUnit(encoder, (n,), output) for encoder in ("clip", "t5") for n in (1, 2) for output in ("hidden", "pooled")
+]
 
 
 def value_of(unit: EncodeUnit) -> bytes:
@@ -46,9 +51,9 @@ class Below:
         return [Fetched(value_of(unit), Tier.ENCODED) for unit in units]
 
 
-def make(below: Below, memory_bytes: int = 1 << 20) -> tuple[EmbeddingCache, InProcessMetrics]:
-    metrics = InProcessMetrics()
-    return EmbeddingCache(CacheSettings(memory_bytes=memory_bytes), below.fetch, metrics, place="encoder"), metrics
+def make(below: Below, memory_bytes: int = 1 << 20, *, by_row: bool = False) -> tuple[EmbeddingCache, InProcessMetrics]:
+    metrics, settings = InProcessMetrics(), CacheSettings(memory_bytes=memory_bytes)
+    return EmbeddingCache(settings, below.fetch, metrics, place="encoder", by_row=by_row), metrics
 
 
 async def settle() -> None:
@@ -201,6 +206,75 @@ def test_one_failed_unit_does_not_wait_for_a_slow_one() -> None:
     asyncio.run(main())
 
 
+class TwoEncoders(Below):
+    """A T5 that `gate` holds up and `error` fails, and a CLIP that always answers at once."""
+
+    async def fetch(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
+        if units[0].encoder == T5.encoder:
+            return await super().fetch(units)
+        self.calls.append(tuple(units))
+        return [Fetched(value_of(unit), Tier.ENCODED) for unit in units]
+
+
+def test_a_stranger_waits_for_no_encoder_but_its_own() -> None:
+    """One asks for CLIP and for a T5 that has to wake up; who joins it for CLIP alone has its answer at once."""
+
+    async def main() -> None:
+        below = TwoEncoders()
+        below.gate.clear()
+        cache, _ = make(below)
+        both = asyncio.create_task(cache.get_many([CLIP, T5]))
+        clip = asyncio.create_task(cache.get_many([CLIP]))
+        await below.called.acquire()
+        await settle()
+        assert clip.done()
+        assert clip.result()[CLIP.key].value == value_of(CLIP)
+        assert (await cache.get_many([CLIP]))[CLIP.key].tier is Tier.MEMORY
+        assert not both.done()
+        assert below.calls == [(CLIP,), (T5,)]
+        below.gate.set()
+        assert len(await both) == 2
+
+    asyncio.run(main())
+
+
+def test_a_stranger_fails_with_no_encoder_but_its_own() -> None:
+    async def main() -> None:
+        below = TwoEncoders()
+        below.error = BackendUnavailable("no replica")
+        cache, _ = make(below)
+        both = asyncio.create_task(cache.get_many([CLIP, T5]))
+        clip = asyncio.create_task(cache.get_many([CLIP]))
+        with pytest.raises(BackendUnavailable):
+            await both
+        assert (await clip)[CLIP.key].tier is Tier.ENCODED
+        assert cache.stats().in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_by_row_a_text_that_nobody_wants_any_more_is_given_up_alone() -> None:
+    async def main() -> None:
+        below = Below()
+        below.gate.clear()
+        cache, _ = make(below, by_row=True)
+        one, other = TEXTS[:2], TEXTS[2:4]
+        leaving = asyncio.create_task(cache.get_many(one + other))
+        staying = asyncio.create_task(cache.get_many(one))
+        await below.called.acquire()
+        await below.called.acquire()
+        assert below.calls == [tuple(one), tuple(other)]  # one forward gives both outputs of a text
+        leaving.cancel()
+        await settle()
+        assert (below.cancelled, cache.stats().in_flight) == (1, 2)
+        below.gate.set()
+        assert set(await staying) == {unit.key for unit in one}
+        assert cache.stats().entries == 2
+        cache.check_integrity()
+
+    asyncio.run(main())
+
+
 def test_a_by_product_is_a_hit() -> None:
     async def main() -> None:
         below = Below()
@@ -293,6 +367,33 @@ def test_close_ends_what_is_under_way() -> None:
     asyncio.run(main())
 
 
+def test_close_waits_for_what_nobody_wants_any_more() -> None:
+    async def main() -> None:
+        asked, ended = asyncio.Event(), asyncio.Event()
+
+        async def fetch(units: Sequence[EncodeUnit]) -> list[Fetched]:
+            asked.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()  # it takes its leave slowly
+                await asyncio.sleep(0)
+                ended.set()
+            raise AssertionError
+
+        cache = EmbeddingCache(CacheSettings(), fetch, InProcessMetrics(), place="encoder")
+        leaving = asyncio.create_task(cache.get_many(ALPHABET[:1]))
+        await asked.wait()
+        leaving.cancel()
+        await settle()
+        assert cache.stats().in_flight == 0
+        await cache.close()
+        assert ended.is_set()
+
+    asyncio.run(main())
+
+
 @given(
     st.sampled_from([0, 700, 1500, 100_000]),
     st.lists(st.tuples(st.lists(st.sampled_from(ALPHABET), max_size=5), st.booleans()), max_size=20),
@@ -331,21 +432,23 @@ def test_any_calls_answer_as_a_dict_would(memory_bytes: int, calls: list[tuple[l
 @given(
     st.lists(
         st.one_of(
-            st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=4),  # a caller arrives
+            st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4),  # a caller arrives
             st.tuples(st.just("cancel"), st.integers(0, 9)),
             st.tuples(st.just("answer"), st.booleans()),  # the oldest fetch ends, well or not
-            st.tuples(st.just("adopt"), st.sampled_from(ALPHABET)),
+            st.tuples(st.just("adopt"), st.sampled_from(TEXTS)),
             st.just("pass"),
         ),
         max_size=30,
-    )
+    ),
+    st.booleans(),
 )
-def test_no_interleaving_fetches_a_unit_twice_at_once(events: list[object]) -> None:
+def test_no_interleaving_fetches_a_unit_twice_at_once(events: list[object], by_row: bool) -> None:
     async def main() -> None:
         under_way: dict[asyncio.Future[None], set[EncodeUnit]] = {}
 
         async def fetch(units: Sequence[EncodeUnit]) -> list[Fetched]:
             assert not set().union(*under_way.values()) & set(units)
+            assert len({(unit.encoder, unit.token_ids if by_row else ()) for unit in units}) == 1
             answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             under_way[answer] = set(units)
             try:
@@ -354,7 +457,8 @@ def test_no_interleaving_fetches_a_unit_twice_at_once(events: list[object]) -> N
                 del under_way[answer]
             return [Fetched(value_of(unit), Tier.ENCODED) for unit in units]
 
-        cache = EmbeddingCache(CacheSettings(memory_bytes=1000), fetch, InProcessMetrics(), place="encoder")
+        small = CacheSettings(memory_bytes=1000)
+        cache = EmbeddingCache(small, fetch, InProcessMetrics(), place="encoder", by_row=by_row)
         callers: list[tuple[list[EncodeUnit], asyncio.Task[dict[str, Fetched]]]] = []
 
         def end_oldest(well: bool) -> None:
