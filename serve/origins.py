@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from serve.errors import OperatorError
@@ -149,7 +150,14 @@ def _env_name(name: str) -> str:
 
 def _operator_error(error: ValidationError, origins: Mapping[str, str]) -> OperatorError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    reason = "no such setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-    origin = f" (from {origins[name]})" if name in origins else ""
-    return OperatorError(f"{name}: {reason}{origin}", name)
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path)
+    # What lies in a list has no origin of its own: the list has one.
+    places = (".".join(path[:length]) for length in range(len(path), 0, -1))
+    origin = next((f" (from {origins[place]})" for place in places if place in origins), "")
+    return OperatorError(f"{name}: {reason_of(first)}{origin}", name)
+
+
+def reason_of(fault: ErrorDetails) -> str:
+    """What is wrong, without pydantic's own words around it."""
+    return "no such setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "TANDEM_"
@@ -14,7 +15,7 @@ ENV_DELIMITER = "__"
 MIB = 1024 * 1024
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Room(BaseModel):
@@ -109,7 +110,7 @@ class CacheSettings(Room):
 class EncoderSettings(Room):
     device: Device = "auto"
     """Device of the text encoder; `auto` takes a GPU where `num_gpus` gives the replica one, else the CPU."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the text encoder; part of the cache key."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Weights of the linear layers in fewer bits; part of the cache key."""
@@ -123,7 +124,8 @@ class EncoderSettings(Room):
     max_batch_tokens: int = Field(4096, ge=77)
     """Most tokens of one forward pass, padding included; a longer row goes alone."""
     torch_threads: int | None = Field(None, ge=1)
-    """CPU threads of the text encoder, where it runs on a CPU; by default torch's own choice."""
+    """CPU threads of the text encoder, where it runs on a CPU; by default torch's own choice, which under Ray is one
+    thread unless `num_cpus` is larger (Ray sets OMP_NUM_THREADS)."""
     redis: bool = True
     """Share embeddings through the cache Redis."""
     lease_s: float = Field(0.0, ge=0)
@@ -134,9 +136,9 @@ class EncoderSettings(Room):
     stall_s: float = Field(60.0, gt=0)
     """Seconds that one forward pass may take before the replica counts as hung and is replaced."""
     start_s: float = Field(120.0, gt=0)
-    """Seconds that a request waits for a pool whose replicas are asleep."""
+    """Seconds that a request waits for a pool that is asleep, beyond those that it would wait for one that is awake."""
     min_replicas: int = Field(1, ge=0)
-    """Fewest encoder replicas; 0 lets the pool sleep, and the first text wakes it."""
+    """Fewest encoder replicas; 0 lets the pool sleep, once it was loaded at the start, and the next text wakes it."""
     max_replicas: int = Field(1, ge=1)
     """Most encoder replicas."""
     target_queue_tokens: int = Field(8192, ge=1)
@@ -149,9 +151,11 @@ class EncoderSettings(Room):
     """GPUs (fractions allowed) that one replica reserves in Ray."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _fits(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        if self.compile and self.shard:
+            raise ValueError("compile and shard can't be combined")
         return self
 
     @property
@@ -163,7 +167,7 @@ class EncoderSettings(Room):
 class DiffusionSettings(Room):
     device: Device = "auto"
     """Device of the denoiser; `auto` takes cuda, then mps, then cpu."""
-    dtype: Dtype = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
     """Precision of denoiser and VAE; `auto` takes float16 on a GPU and float32 elsewhere."""
     max_batch_size: int = Field(8, ge=1)
     """Most images that step together in one forward pass."""
@@ -250,16 +254,24 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> Self:
+        """Names and types. An entry that may stand on another's (`t5-xxl-3f9a2c` on `t5-xxl`) is not known as a whole
+        before the encoders are: the registry checks that it fits."""
         for name in self.encoders:
+            stands = any(name.startswith(f"{other}-") for other in self.encoders)
             try:
                 self.encoder_named(name)
             except ValidationError as error:
-                raise _relocated(error, ("encoders", name)) from None
+                if faults := [one for one in error.errors(include_url=False) if one["loc"] or not stands]:
+                    raise _relocated(error.title, faults, ("encoders", name)) from None
         return self
 
-    def encoder_named(self, name: str) -> EncoderSettings:
-        """The settings of one encoder: `encoder` with what `encoders` says of this name. Raises ValidationError."""
-        return EncoderSettings.model_validate(self.encoder.model_dump() | self.encoders.get(name, {}))
+    def encoder_named(self, *names: str) -> EncoderSettings:
+        """The settings of one encoder: `encoder`, over it what `encoders` says of each of these names in order. Raises
+        ValidationError."""
+        options = self.encoder.model_dump()
+        for name in names:
+            options |= self.encoders.get(name, {})
+        return EncoderSettings.model_validate(options)
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]
@@ -269,16 +281,16 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
-def _relocated(error: ValidationError, place: tuple[str, ...]) -> ValidationError:
+def _relocated(title: str, faults: Sequence[ErrorDetails], place: tuple[str, ...]) -> ValidationError:
     """The same complaints, about fields that lie deeper in the tree."""
     return ValidationError.from_exception_data(
-        error.title,
+        title,
         [
             InitErrorDetails(
                 type=PydanticCustomError(one["type"], "{reason}", {"reason": one["msg"]}),
                 loc=(*place, *one["loc"]),
                 input=one["input"],
             )
-            for one in error.errors(include_url=False)
+            for one in faults
         ],
     )

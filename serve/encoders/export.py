@@ -1,22 +1,21 @@
 """Conditioning -> a safetensors file, under the names of the stock diffusers pipelines' arguments.
 
-Each tensor has the batch dimension of 1 that the pipelines expect: `pipeline(**load_file(path))` draws the prompt.
-Two names are no arguments, because the pipelines make these tensors themselves: SDXL's `add_time_ids` and FLUX's
-`text_ids`, for those who call the denoiser directly.
+Each embedding has the batch dimension of 1 that the pipelines expect: for SD and SD 3, `pipeline(**load_file(path))`
+draws the prompt. SDXL's and FLUX's files hold one tensor more, for those who call the denoiser directly:
+`add_time_ids` and `text_ids`. Their pipelines make these themselves and take no such argument, so that it is left out
+first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from safetensors.torch import save
 
 from serve.domain import Conditioning
 from serve.errors import InvalidRequest
-
-Dtype = Literal["float32", "float16", "bfloat16"]
+from serve.settings import Dtype
 
 _DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,

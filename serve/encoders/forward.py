@@ -63,13 +63,11 @@ class TextTower:
     def load(cls, encoder: Encoder, device: str) -> TextTower:
         """The encoder as its settings want it, on a device as torch names it. Raises OperatorError.
 
-        It names `model.source` and the tensor where the weights are not the encoder's, and the setting where this
-        machine can't do what it says; quantized and compiled towers are tried before anybody asks them.
+        It names the model's `source` and the tensor where the weights are not the encoder's, and the setting where
+        this machine can't do what it says; quantized and compiled towers are tried before anybody asks them.
         """
         wanted, place = encoder.settings, torch.device(device)
-        check_dtype(place, wanted.dtype, "encoder.dtype")
-        if wanted.compile and wanted.shard:
-            raise _refused("compile", encoder.name, "can't be combined with encoder.shard")
+        check_dtype(place, wanted.dtype, encoder.setting("dtype"))
         trunk = load_trunk(encoder.part, getattr(torch, wanted.dtype), dict(encoder.projections))
         places = devices_here(place.type) if wanted.shard else ()
         if wanted.shard and len(places) < 2:
@@ -86,7 +84,7 @@ class TextTower:
         if wanted.compile:
             _compile(trunk)
         for field in ("quantization",) * (wanted.quantization != "none") + ("compile",) * wanted.compile:
-            tower._try(field)
+            tower._try(encoder, field)
         return tower
 
     @torch.inference_mode()
@@ -140,7 +138,7 @@ class TextTower:
         return read
 
     @torch.inference_mode()
-    def _try(self, field: str) -> None:
+    def _try(self, encoder: Encoder, field: str) -> None:
         """Compile for one row and for several, and find out now what does not work here."""
         length = self._trunk.rows_up_to or TRIAL_TOKENS
         try:
@@ -148,12 +146,13 @@ class TextTower:
                 ids = torch.zeros((rows, length), dtype=torch.long, device=self._device)
                 self._trunk.forward(ids, [self._read(output) for output in self.outputs])
         except Exception as error:
-            raise _refused(field, self.name, f"does not work here ({type(error).__name__})") from error
+            raise _refused(field, encoder, f"does not work here ({type(error).__name__})") from error
 
 
-def _refused(field: str, encoder: str, reason: str) -> OperatorError:
-    """`field` is one of `EncoderSettings`, set in `encoder` for all encoders or in `encoders` for this one."""
-    return OperatorError(f"encoder.{field}: {reason} (text encoder {encoder})", f"encoder.{field}")
+def _refused(field: str, encoder: Encoder, reason: str) -> OperatorError:
+    """`field` is one of `EncoderSettings`."""
+    setting = encoder.setting(field)
+    return OperatorError(f"{setting}: {reason} (text encoder {encoder.name})", setting)
 
 
 def _quantize(encoder: Encoder, trunk: Trunk, device: torch.device) -> None:
@@ -162,10 +161,10 @@ def _quantize(encoder: Encoder, trunk: Trunk, device: torch.device) -> None:
         quantize(trunk.layers, BITS[kind], device)
     except ImportError as error:
         reason = f"{kind} needs the package bitsandbytes: pip install 'tandem-serve[quantization]'"
-        raise _refused("quantization", encoder.name, reason) from error
+        raise _refused("quantization", encoder, reason) from error
     except (ValueError, RuntimeError, NotImplementedError) as error:
         reason = f"{kind} does not work on {device.type} here ({type(error).__name__})"
-        raise _refused("quantization", encoder.name, reason) from error
+        raise _refused("quantization", encoder, reason) from error
 
 
 def _compile(trunk: Trunk) -> None:

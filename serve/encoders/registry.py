@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,9 +11,13 @@ from pydantic import ValidationError
 from serve.encoders.unit import fingerprint, projection_id
 from serve.errors import OperatorError
 from serve.models import ModelFolder, TextPart
+from serve.models.weight_files import naming
+from serve.origins import reason_of
 from serve.prompts.families import READS
 from serve.prompts.plan import Source
 from serve.settings import EncoderSettings, Settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +26,8 @@ class Encoder:
 
     `name` is unique here and fit for a deployment's name: the architecture's, with the first digits of the fingerprint
     where several encoders share it. The trunk is loaded from `part`; `projections` are (id, part whose file has it).
-    `outputs` are all that the served models read by default: one forward gives all of them.
+    `outputs` are all that the served models read by default: one forward gives all of them. `overrides` are (field,
+    group) of the settings that come from a group of `encoders` (`encoders.t5-xxl`), not from `encoder`.
     """
 
     name: str
@@ -31,6 +37,11 @@ class Encoder:
     outputs: tuple[str, ...]
     settings: EncoderSettings
     models: tuple[str, ...]
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def setting(self, option: str) -> str:
+        """The dotted name under which a field of `settings` is set: `encoder.dtype`, or `encoders.t5-xxl.dtype`."""
+        return f"{dict(self.overrides).get(option, 'encoder')}.{option}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +77,8 @@ class _Group:
 def register(models: Sequence[ModelFolder], settings: Settings) -> Registry:
     """Group the models' text encoders by their weights. Reads all of them where no note of their fingerprint is left.
 
-    Raises OperatorError that names `text_models` where two models have one name, and `encoders` where an override
-    fits no encoder or would part what its architecture's settings made one.
+    Raises OperatorError that names `text_models` where two models have one name, `encoders` where an override fits no
+    encoder or would part what its architecture's settings made one, and a model's `source` where its files are broken.
     """
     groups: dict[str, _Group] = {}
     placed: list[tuple[ModelFolder, TextPart, _Group, str | None]] = []
@@ -77,6 +88,7 @@ def register(models: Sequence[ModelFolder], settings: Settings) -> Registry:
             placed.append((model, part, group, projection))
     names = _names(groups.values())
     _check_overrides(settings, groups.values(), names)
+    _tell_parted(groups.values(), settings)
     encoders = tuple(_encoder(group, names[group.fingerprint], settings) for group in groups.values())
     readers: dict[str, dict[str, Source]] = {model.name: {} for model in models}
     if len(readers) < len(models):
@@ -93,12 +105,13 @@ def _join(
     groups: dict[str, _Group], model: ModelFolder, part: TextPart, settings: Settings
 ) -> tuple[_Group, str | None]:
     """Put the part into the group of its trunk; its group, and the id of its text projection."""
-    own = settings.encoder_named(part.name)
-    trunk = fingerprint(part, own.dtype, own.quantization, settings.data_dir)
+    own = _settings(settings, part.name)
+    reads = READS[model.family][part.role]
+    with naming(part.setting):
+        trunk = fingerprint(part, own.dtype, own.quantization, settings.data_dir)
+        projection = projection_id(part, own.dtype) if "projected" in reads else None
     group = groups.setdefault(trunk, _Group(trunk, part))
     group.models[model.name] = None
-    reads = READS[model.family][part.role]
-    projection = projection_id(part, own.dtype) if "projected" in reads else None
     if projection is not None:
         group.projections.setdefault(projection, part)
     group.outputs |= {f"projected:{projection}" if output == "projected" else output for output in reads}
@@ -121,29 +134,23 @@ def _names(groups: Iterable[_Group]) -> dict[str, str]:
 
 
 def _encoder(group: _Group, name: str, settings: Settings) -> Encoder:
+    groups = dict.fromkeys((group.part.name, name))  # the last says most
+    overrides = {field: f"encoders.{each}" for each in groups for field in settings.encoders.get(each, {})}
     return Encoder(
         name=name,
         fingerprint=group.fingerprint,
         part=group.part,
         projections=tuple(sorted(group.projections.items(), key=lambda pair: pair[0])),
         outputs=tuple(sorted(group.outputs)),
-        settings=_settings(group.part.name, name, settings),
+        settings=_special(settings, group.part.name, name),
         models=tuple(group.models),
+        overrides=tuple(overrides.items()),
     )
 
 
-def _settings(shared: str, name: str, settings: Settings) -> EncoderSettings:
+def _special(settings: Settings, shared: str, name: str) -> EncoderSettings:
     """`encoder`, over it what `encoders` says of the architecture's name, over that what it says of the unique one."""
-    own = settings.encoder_named(shared)
-    if name == shared or name not in settings.encoders:
-        return own
-    try:
-        special = EncoderSettings.model_validate(own.model_dump() | settings.encoders[name])
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise OperatorError(
-            f"encoders.{name}: {reason} (with what encoders.{shared} says)", f"encoders.{name}"
-        ) from None
+    own, special = _settings(settings, shared), _settings(settings, *dict.fromkeys((shared, name)))
     for option in ("dtype", "quantization"):
         if getattr(special, option) != getattr(own, option):
             raise OperatorError(
@@ -152,10 +159,36 @@ def _settings(shared: str, name: str, settings: Settings) -> EncoderSettings:
     return special
 
 
+def _settings(settings: Settings, *names: str) -> EncoderSettings:
+    """What the groups of `encoders` say together, the last over the others."""
+    try:
+        return settings.encoder_named(*names)
+    except ValidationError as error:
+        *others, last = (f"encoders.{name}" for name in names if name in settings.encoders)
+        rest = f" (with what {' and '.join(others)} says)" if others else ""
+        raise OperatorError(f"{last}: {reason_of(error.errors(include_url=False)[0])}{rest}", last) from None
+
+
 def _check_overrides(settings: Settings, groups: Iterable[_Group], names: Mapping[str, str]) -> None:
     known = {group.part.name for group in groups} | set(names.values())
     for name in settings.encoders:
         if name not in known:
             raise OperatorError(
                 f"encoders.{name}: no model has this encoder; there are {', '.join(sorted(known))}", f"encoders.{name}"
+            )
+
+
+def _tell_parted(groups: Iterable[_Group], settings: Settings) -> None:
+    """Say which models don't share an encoder though they have the same architecture: nobody sees it otherwise."""
+    by_name: dict[str, list[_Group]] = {}
+    for group in groups:
+        by_name.setdefault(group.part.name, []).append(group)
+    for name, parted in by_name.items():
+        if len(parted) > 1:
+            dtype = settings.encoder_named(name).dtype
+            advice = "; float16 or bfloat16 may make them one" if dtype == "float32" else ""
+            models = "; ".join(", ".join(group.models) for group in parted)
+            log.info(
+                f"{name} is {len(parted)} encoders in {dtype} (models {models}): their weights differ{advice}",
+                extra={"encoder": name},
             )

@@ -14,16 +14,28 @@ from transformers.utils import logging as transformers_logging
 from serve.encoders.trunk import ClipTrunk, T5Trunk, Trunk
 from serve.models import TextPart
 from serve.models.tensor_tables import PROJECTION, canonical, stored_names
-from serve.models.weight_files import read_header, refused, weight_files
+from serve.models.weight_files import naming, read_header, read_headers, refused, weight_files
 
 
 def load_trunk(part: TextPart, dtype: torch.dtype, projections: Mapping[str, TextPart]) -> Trunk:
     """The trunk of `part` on the CPU in `dtype`, with the text projection of each id from the part that has it.
 
-    Raises OperatorError with the tensor's name where one is missing, foreign or of another shape. T5 in float16 keeps
-    the last layer of each feed-forward (`wo`) in float32, which its values would overflow otherwise; transformers does
-    so itself, and the stock pipelines with it.
+    Raises OperatorError with the tensor's name where one is missing, foreign or of another shape, and the file's where
+    it is gone or cut. T5 in float16 keeps the last layer of each feed-forward (`wo`) in float32, which its values would
+    overflow otherwise; transformers does so itself, and the stock pipelines with it.
     """
+    with naming(part.setting):
+        model = _model(part, dtype)
+    heads = {}
+    for name, each in projections.items():
+        with naming(each.setting):
+            heads[name] = _projection(each, dtype)
+    trunk = ClipTrunk if part.kind == "clip" else T5Trunk
+    return trunk(model.eval().requires_grad_(False), dtype, heads)
+
+
+def _model(part: TextPart, dtype: torch.dtype) -> Any:
+    """transformers' module, checked."""
     cls = CLIPTextModel if part.kind == "clip" else T5EncoderModel
     try:
         with _quiet():
@@ -37,11 +49,10 @@ def load_trunk(part: TextPart, dtype: torch.dtype, projections: Mapping[str, Tex
                 ignore_mismatched_sizes=True,  # so that the report names them; they are refused below
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        read_headers(weight_files(part.weights))  # says which file is gone or cut, where one is
         raise refused(f"{part.weights} can't be loaded ({type(error).__name__})") from error
     _check(part, report)
-    heads = {name: _projection(each, dtype) for name, each in projections.items()}
-    trunk = ClipTrunk if part.kind == "clip" else T5Trunk
-    return trunk(model.eval().requires_grad_(False), dtype, heads)
+    return model
 
 
 @contextmanager

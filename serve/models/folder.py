@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from serve.errors import OperatorError
 from serve.models.sources import converted, downloaded, hub_files
 from serve.models.text_parts import CLASSES, TextPart, class_of, text_parts
-from serve.models.weight_files import PICKLED, TensorInfo, read_headers, read_json, refused, weight_files
+from serve.models.weight_files import PICKLED, TensorInfo, naming, read_headers, read_json, refused, weight_files
 from serve.settings import ModelSettings
 
 SHIPPED = Path(__file__).parent.parent / "shapes" / "weights"
@@ -75,15 +75,10 @@ def resolve(settings: ModelSettings, data_dir: Path, *, text_only: bool = False,
     `text_only` asks for the text encoders and tokenizers alone, and downloads no more. Raises OperatorError that names
     `source`, `revision` or `config` of the group `setting`: `model`, or `text_models.0`.
     """
-    try:
+    with naming(setting):
         folder, name = _find(settings, data_dir, text_only)
-        return check_folder(folder, settings.name or name, text_only=text_only)
-    except OperatorError as error:
-        if setting == "model" or error.param is None or not error.param.startswith("model."):
-            raise
-        raise OperatorError(
-            f"{setting}{error.message.removeprefix('model')}", f"{setting}{error.param.removeprefix('model')}"
-        ) from None
+        model = check_folder(folder, settings.name or name, text_only=text_only)
+    return replace(model, text=tuple(replace(part, setting=setting) for part in model.text))
 
 
 def check_folder(folder: Path, name: str, *, text_only: bool = False) -> ModelFolder:

@@ -23,6 +23,8 @@ CLASSES: Mapping[str, Mapping[str, str]] = {
 }
 """Family -> role -> class, as the constructors of diffusers' pipelines have them."""
 DROPPABLE = frozenset({("sd3", "text_encoder_3")})
+MASKED = frozenset({"sd"})
+"""Families whose stock pipeline hides the padding from a CLIP whose configuration sets `use_attention_mask`."""
 ROW_TOKENS = 77
 """Tokens of one row of every CLIP text encoder."""
 _MODEL_TYPES: Mapping[Kind, str] = {"clip": "clip_text_model", "t5": "t5"}
@@ -38,6 +40,7 @@ class TextPart:
 
     `role` is the folder's name in the diffusers layout. `name` says the architecture, not the weights. `projection` is
     the width of the text projection, None without one. A row has `row_tokens` tokens, for T5 (None) any number.
+    `setting` is the group of settings that names the model, for what is found wrong with the files later on.
     """
 
     role: str
@@ -50,6 +53,7 @@ class TextPart:
     vocab_size: int
     projection: int | None
     row_tokens: int | None
+    setting: str = "model"
 
 
 def text_parts(folder: Path, family: str, index: Mapping[str, Any]) -> tuple[TextPart, ...]:
@@ -61,7 +65,7 @@ def text_parts(folder: Path, family: str, index: Mapping[str, Any]) -> tuple[Tex
             continue
         if found != cls:
             raise refused(f"{folder}: its {role} is {found or 'missing'}; {cls} is what the {family} family has")
-        parts.append(_t5_part(folder, role) if cls == "T5EncoderModel" else _clip_part(folder, role, cls))
+        parts.append(_t5_part(folder, role) if cls == "T5EncoderModel" else _clip_part(folder, role, cls, family))
     return tuple(parts)
 
 
@@ -71,7 +75,7 @@ def class_of(index: Mapping[str, Any], part: str) -> str | None:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None else None
 
 
-def _clip_part(folder: Path, role: str, cls: str) -> TextPart:
+def _clip_part(folder: Path, role: str, cls: str, family: str) -> TextPart:
     weights, tokenizer = folder / role, folder / role.replace("text_encoder", "tokenizer")
     config = _configuration(weights, "clip")
     width, layers, vocab_size = _sizes(weights, config, "hidden_size", "num_hidden_layers", "vocab_size")
@@ -81,6 +85,8 @@ def _clip_part(folder: Path, role: str, cls: str) -> TextPart:
     if width % heads:
         raise refused(f"{weights}: num_attention_heads {heads} does not divide hidden_size {width}")
     _check_maths(weights, config, "hidden_act", "quick_gelu", "layer_norm_eps")
+    if family in MASKED and config.get("use_attention_mask"):
+        raise refused(f"{weights}: use_attention_mask is set, and padding is always read here")
     end = config.get("eos_token_id", 49407)
     if not isinstance(end, int) or not 0 <= end < vocab_size:
         raise refused(f"{weights}: its eos_token_id {end} is not one of its {vocab_size} tokens")

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve.errors import OperatorError
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 MAX_HEADER_BYTES = 100_000_000
@@ -27,6 +35,20 @@ class TensorInfo:
 def refused(reason: str) -> OperatorError:
     """The one line that an operator reads; every refusal of a model goes through here."""
     return OperatorError(f"model.source: {reason}", "model.source")
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """What is refused in here as `model.*` is refused as `setting.*`: `setting` is the group that names the model,
+    `model` or `text_models.0`."""
+    try:
+        yield
+    except OperatorError as error:
+        if setting == "model" or error.param is None or not error.param.startswith("model."):
+            raise
+        raise OperatorError(
+            f"{setting}{error.message.removeprefix('model')}", f"{setting}{error.param.removeprefix('model')}"
+        ) from error
 
 
 def weight_files(part: Path) -> list[Path]:

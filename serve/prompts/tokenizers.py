@@ -9,7 +9,9 @@ from typing import Any
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from serve.models import TextPart
-from serve.models.weight_files import refused
+from serve.models.tensor_tables import Kind
+from serve.models.text_tokenizers import check_files
+from serve.models.weight_files import naming, refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,13 @@ class PromptTokenizer:
     """
 
     def __init__(self, part: TextPart) -> None:
-        """Reads local files only. Raises OperatorError that names `model.source` where they make no tokenizer."""
-        whole = _load(part.tokenizer, part.kind)
+        """Reads local files only. Raises OperatorError that names the model's `source` where they make no tokenizer."""
+        with naming(part.setting):
+            whole = _load(part.tokenizer, part.kind)
+            self.eos = _known(whole.eos_token_id, "end", part.tokenizer)
+            self.pad = _known(whole.pad_token_id, "padding", part.tokenizer)
         self.kind = part.kind
         self.bos: int | None = whole.bos_token_id if part.kind == "clip" else None
-        self.eos = _known(whole.eos_token_id, "end", part.tokenizer)
-        self.pad = _known(whole.pad_token_id, "padding", part.tokenizer)
         self.unknown: int | None = whole.unk_token_id
         self._rust = whole.backend_tokenizer
         self._rust.no_padding()
@@ -61,13 +64,9 @@ class PromptTokenizer:
         return (*begin, *ids, self.eos, *(self.pad,) * spare)
 
 
-def _load(folder: Path, kind: str) -> Any:
-    """transformers' tokenizer. It makes up an empty one where files are missing, so they are looked for first."""
-    complete = (folder / "tokenizer.json").is_file()
-    if kind == "t5" and not complete:
-        raise refused(f"{folder} holds no tokenizer.json; spiece.model alone is not read")
-    if not complete and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-        raise refused(f"{folder} holds neither tokenizer.json nor vocab.json and merges.txt")
+def _load(folder: Path, kind: Kind) -> Any:
+    """transformers' tokenizer. It makes up an empty one where files are gone since the model was checked."""
+    check_files(folder, kind)
     tokenizer = T5Tokenizer if kind == "t5" else CLIPTokenizer
     try:
         return tokenizer.from_pretrained(folder, local_files_only=True)

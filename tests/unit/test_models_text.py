@@ -206,6 +206,7 @@ def test_pipelines_that_are_not_served(flux: Path) -> None:
         ("text_encoder/config.json", {"eos_token_id": 5}, "ends a text with 917 (<|endoftext|>), the text encod"),
         ("text_encoder/config.json", {"hidden_act": "tanhshrink"}, "hidden_act is tanhshrink"),
         ("text_encoder/config.json", {"layer_norm_eps": 0.0}, "layer_norm_eps (0.0)"),
+        ("tokenizer/tokenizer_config.json", {"added_tokens_decoder": ["<cat>"]}, "config.json garbles its added_tok"),
         ("text_encoder_3/config.json", {"dense_act_fn": "tanhshrink"}, "dense_act_fn is tanhshrink"),
         ("text_encoder_3/config.json", {"dense_act_fn": None, "feed_forward_proj": "gated-"}, "feed_forward_proj is"),
         ("text_encoder_3/config.json", {"layer_norm_epsilon": "small"}, "layer_norm_epsilon (small)"),
@@ -224,6 +225,17 @@ def test_pipelines_that_are_not_served(flux: Path) -> None:
 def test_configurations_that_do_not_fit(sd3: Path, file: str, changes: dict[str, object], reason: str) -> None:
     edit(sd3 / file, **changes)
     assert reason in refusal(sd3)
+
+
+def test_a_mask_that_the_stock_pipeline_would_use(tmp_path: Path, sd3: Path) -> None:
+    """StableDiffusionPipeline alone heeds it."""
+    sd = sd_folder(tmp_path / "sd")
+    edit(sd / "text_encoder" / "config.json", use_attention_mask=False)
+    assert find(sd).family == "sd"
+    edit(sd / "text_encoder" / "config.json", use_attention_mask=True)
+    assert "text_encoder: use_attention_mask is set, and padding is always read here" in refusal(sd)
+    edit(sd3 / "text_encoder" / "config.json", use_attention_mask=True)
+    assert find(sd3).family == "sd3"
 
 
 def test_another_encoders_weights(sd3: Path) -> None:

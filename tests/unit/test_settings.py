@@ -93,11 +93,35 @@ def test_a_table_is_merged_from_all_origins(tmp_path: Path) -> None:
 def test_a_wrong_table_names_the_place(tmp_path: Path) -> None:
     assert "encoders.t5.dtpe: no such setting" in refused(yaml(tmp_path, "encoders: {t5: {dtpe: float16}}"))
     assert "encoders.t5.num_gpus" in refused(encoders__t5__num_gpus="many")
-    assert "encoders.t5: min_replicas 3 is more" in refused(encoders__t5__min_replicas=3)
+    message = refused(encoders__t5__min_replicas=3)
+    assert message == "encoders.t5: min_replicas 3 is more than max_replicas 1"
+    assert refused(encoder__compile=True, encoder__shard=True) == "encoder: compile and shard can't be combined"
+    assert "encoders.t5: compile and shard" in refused(yaml(tmp_path, "encoders: {t5: {compile: true, shard: true}}"))
     assert "encoders.t5" in refused(encoders__t5=3)
     assert "TANDEM_ENCODERS: its value is not JSON" in refused(environ={"TANDEM_ENCODERS": "float16"})
     assert "text_models.0.sauce" in refused(text_models="[{sauce: /a}]")
     assert "text_models" in refused(text_models="/a")
+
+
+def test_a_fault_inside_a_list_or_a_table_has_the_origin_of_the_whole(tmp_path: Path) -> None:
+    file = yaml(tmp_path, "text_models: [{sauce: /a}]")
+    assert refused(file) == f"text_models.0.sauce: no such setting (from file {file})"
+    environ = {"TANDEM_TEXT_MODELS": '[{"source": "/a"}, {"source": 3}]'}
+    assert refused(environ=environ).startswith("text_models.1.source: ")
+    assert refused(environ=environ).endswith("(from environment TANDEM_TEXT_MODELS)")
+    assert refused(encoders__t5__dtype="float8").endswith("(from command line)")
+
+
+def test_an_override_that_may_stand_on_another_is_checked_by_itself_alone(tmp_path: Path) -> None:
+    """The registry knows which of them are one encoder's."""
+    encoders = "encoders: {t5-xxl: {max_replicas: 4}, t5-xxl-abc123: {min_replicas: 2}}"
+    settings = load(yaml(tmp_path, encoders), {}).settings
+    whole = settings.encoder_named("t5-xxl", "t5-xxl-abc123")
+    assert (whole.min_replicas, whole.max_replicas) == (2, 4)
+    wrong = yaml(tmp_path, "encoders: {t5-xxl: {max_replicas: 4}, t5-xxl-abc123: {min_replicas: few}}")
+    assert "encoders.t5-xxl-abc123.min_replicas" in refused(wrong)
+    wrong = yaml(tmp_path, "encoders: {t5-xxl: {max_replicas: 4}, t5-xxl-abc123: {minimum: 2}}")
+    assert "encoders.t5-xxl-abc123.minimum: no such setting" in refused(wrong)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list", "just text", "a: b: c"])

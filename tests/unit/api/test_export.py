@@ -1,16 +1,19 @@
 """The safetensors answer: names, shapes and precision, read back as a client reads them."""
 
+import inspect
 import json
 import struct
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load
 
 from serve.domain import Conditioning
-from serve.encoders.export import Dtype, shapes, to_safetensors
+from serve.encoders.export import shapes, to_safetensors
 from serve.errors import InvalidRequest
+from serve.settings import Dtype
 
 TOKENS, WIDTH, POOLED = 5, 8, 4
 
@@ -51,6 +54,20 @@ def test_the_names_and_shapes_of_each_family(
     assert torch.equal(read["prompt_embeds"][0], text.positive)
     if text.negative is not None:
         assert torch.equal(read["negative_prompt_embeds"][0], text.negative)
+
+
+@pytest.mark.parametrize(("family", "has", "expected"), FAMILIES)
+def test_the_names_are_the_stock_pipelines_arguments(family: str, has: dict[str, bool], expected: object) -> None:
+    """All but the ids, which SDXL's and FLUX's make themselves."""
+    pipelines = {
+        "sd": StableDiffusionPipeline,
+        "sdxl": StableDiffusionXLPipeline,
+        "sd3": StableDiffusion3Pipeline,
+        "flux": FluxPipeline,
+    }
+    arguments = inspect.signature(pipelines[family].__call__).parameters
+    foreign = {name for name in shapes(conditioning(**has), family) if name not in arguments}
+    assert foreign == {"sdxl": {"add_time_ids"}, "flux": {"text_ids"}}.get(family, set())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

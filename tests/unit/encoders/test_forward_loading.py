@@ -78,17 +78,38 @@ def test_a_cut_file_is_refused(encoders: Mapping[str, Encoder], tmp_path: Path) 
     encoder = spoiled(encoders["clip"], tmp_path / "part", lambda _: None)
     file = tmp_path / "part" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(OperatorError, match=r"model.source: .*part can't be loaded"):
+    with pytest.raises(OperatorError, match=r"model.source: .*part.model\.safetensors is cut off: \d+ bytes"):
         TextTower.load(encoder, "cpu")
+
+
+@pytest.mark.parametrize("spoil", ["trunk", "projection"])
+def test_the_setting_that_names_the_model_is_said(encoders: Mapping[str, Encoder], tmp_path: Path, spoil: str) -> None:
+    """The projection may come from another model than the trunk."""
+    whole = encoders["clip-projected"]
+    lost = "text_projection.weight" if spoil == "projection" else "final_layer_norm.bias"
+    broken = spoiled(whole, tmp_path / "part", lambda weights: weights.pop(named(weights, lost))).part
+    broken = replace(broken, setting="text_models.2")
+    spare = tuple((name, broken) for name, _ in whole.projections)
+    encoder = replace(whole, part=broken) if spoil == "trunk" else replace(whole, projections=spare)
+    with pytest.raises(OperatorError, match=rf"^text_models.2.source: .*{lost}") as raised:
+        TextTower.load(encoder, "cpu")
+    assert raised.value.param == "text_models.2.source"
+
+
+def test_a_precision_that_is_not_there_is_refused_where_it_is_set(
+    encoders: Mapping[str, Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: False)
+    plain = replace(encoders["t5"], settings=EncoderSettings(dtype="bfloat16"))
+    for encoder, setting in (
+        (plain, "encoder.dtype"),
+        (replace(plain, overrides=(("dtype", "encoders.t5-xxl"),)), "encoders.t5-xxl.dtype"),
+    ):
+        with pytest.raises(OperatorError, match=f"^{setting}: this GPU has no bfloat16") as raised:
+            TextTower.load(encoder, "cuda")
+        assert raised.value.param == setting
 
 
 def test_an_output_that_the_weights_can_not_give_is_refused_at_load(encoders: Mapping[str, Encoder]) -> None:
     with pytest.raises(ValueError, match="pooled"):
         TextTower.load(replace(encoders["t5"], outputs=("pooled",)), "cpu")
-
-
-def test_compiling_a_sharded_encoder_is_refused(encoders: Mapping[str, Encoder]) -> None:
-    wanted = replace(encoders["t5"], settings=EncoderSettings(compile=True, shard=True))
-    with pytest.raises(OperatorError, match=r"encoder.compile: .*encoder.shard") as raised:
-        TextTower.load(wanted, "cpu")
-    assert raised.value.param == "encoder.compile"

@@ -176,6 +176,38 @@ def test_settings_by_the_unique_name(two: tuple[ModelFolder, ModelFolder], data_
     )
     assert registry.named(second.name).settings.max_batch_size == 8
     assert registry.named(second.name).settings.dtype == "float16"
+    assert registry.named(second.name).setting("max_replicas") == f"encoders.{second.name}.max_replicas"
+    assert registry.named(second.name).setting("dtype") == f"encoders.{CLIP}.dtype"
+    assert registry.named(first.name).setting("max_replicas") == "encoder.max_replicas"
+
+
+def test_an_override_stands_on_that_of_its_architecture(two: tuple[ModelFolder, ModelFolder], data_dir: Path) -> None:
+    first, second = registered(data_dir, *two).encoders
+    overrides = {CLIP: {"max_replicas": 4}, second.name: {"min_replicas": 2}}
+    registry = registered(data_dir, *two, encoders=overrides)
+    replicas = {each.name: (each.settings.min_replicas, each.settings.max_replicas) for each in registry.encoders}
+    assert replicas == {first.name: (1, 4), second.name: (2, 4)}
+
+
+def test_the_whole_of_an_override_is_checked_here(families: tuple[ModelFolder, ...], data_dir: Path) -> None:
+    """`clip` stands for nothing; at load it could have been what the other stands on."""
+    message = refusal(data_dir, families[0], param=f"encoders.{CLIP}", encoders={"clip": {}, CLIP: {"min_replicas": 3}})
+    assert message == f"encoders.{CLIP}: min_replicas 3 is more than max_replicas 1"
+
+
+def test_models_that_could_share_an_encoder_and_do_not_are_told(
+    two: tuple[ModelFolder, ModelFolder], data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        registered(data_dir, two[0])
+        assert not caplog.messages
+        registered(data_dir, *two)
+        registered(data_dir, *two, encoder={"dtype": "bfloat16"})
+    assert caplog.messages == [
+        f"{CLIP} is 2 encoders in float32 (models sd; other): their weights differ; "
+        "float16 or bfloat16 may make them one",
+        f"{CLIP} is 2 encoders in bfloat16 (models sd; other): their weights differ",
+    ]
 
 
 def test_overrides_that_fit_nothing(two: tuple[ModelFolder, ModelFolder], data_dir: Path) -> None:
@@ -191,8 +223,17 @@ def test_overrides_that_fit_nothing(two: tuple[ModelFolder, ModelFolder], data_d
         param=param,
         encoders={CLIP: {"min_replicas": 2, "max_replicas": 2}, second.name: {"max_replicas": 1}},
     )
-    assert "min_replicas 2 is more than max_replicas 1" in message
+    reason = f"min_replicas 2 is more than max_replicas 1 (with what encoders.{CLIP} says)"
+    assert message == f"{param}: {reason}"
 
 
 def test_two_models_of_one_name(families: tuple[ModelFolder, ...], data_dir: Path) -> None:
     assert "called sd;" in refusal(data_dir, families[0], families[0], param="text_models")
+
+
+def test_weights_that_break_after_the_check_are_refused_by_the_models_setting(tmp_path: Path) -> None:
+    folder = sd_folder(tmp_path / "sd")
+    found = resolve(ModelSettings(source=str(folder)), tmp_path, text_only=True, setting="text_models.0")
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors is cut off" in refusal(tmp_path, found, param="text_models.0.source")
