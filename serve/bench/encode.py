@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from serve.bench.service import (
     measure_loss,
     measure_service,
 )
-from serve.bench.shapes import EncoderShape
-from serve.bench.throughput import Budget, Throughput, measure_throughput
-from serve.bench.weights import encoder_of, random_encoder, write_sd_model
+from serve.bench.shapes import EncoderShape, model_of
+from serve.bench.throughput import Throughput, measure_throughput
+from serve.bench.weights import encoder_of, random_encoder, write_model
+from serve.bench.windows import Budget
 from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import TextTower
 from serve.models import TextPart
@@ -47,7 +49,8 @@ _REDIS_BYTES = 1024 * MIB
 class Plan:
     """What is measured. `seconds` is the length of one open loop; everything else is a part of it.
 
-    `precise` are the encoders of the precision table, `served` those that are measured through a whole server.
+    `precise` are the encoders of the precision table, `served` those that are measured through a whole server. The
+    first of these loses its Redis.
     """
 
     shapes: tuple[EncoderShape, ...]
@@ -97,9 +100,8 @@ async def measure(plan: Plan, serve: Serve, tell: Callable[[str], None]) -> Repo
         if "hits" in plan.sections:
             await run.hits()
         if plan.sections & {"service", "loss"}:
-            for shape in plan.shapes:
-                if shape.name in plan.served:
-                    await run.served(shape)
+            for number, shape in enumerate(shape for shape in plan.shapes if shape.name in plan.served):
+                await run.served(shape, loses=number == 0 and "loss" in plan.sections)
     return report
 
 
@@ -129,51 +131,56 @@ class _Run:
                 await self._speed(shape, part)
             if precise:
                 self._precision(shape, part)
+            gc.collect()  # an encoder's weights are gigabytes, and may hang in a cycle
 
     async def hits(self) -> None:
         self._tell("cache hits")
         with EmbeddedRedis(self._scratch / "hits", "cache", _REDIS_BYTES) as redis:
             self._report.hits.extend(await measure_hits(redis.url, round(HITS_A_SECOND * self._plan.seconds)))
 
-    async def served(self, shape: EncoderShape) -> None:
-        """A whole server of a model with this encoder."""
-        plan, report = self._plan, self._report
-        self._tell(f"{shape.name}: starting a server")
-        folder = self._scratch / "model"
-        write_sd_model(shape, plan.seed, folder)
+    async def served(self, shape: EncoderShape, *, loses: bool) -> None:
+        """A whole server of a model with this encoder; where it `loses`, with and without its Redis."""
+        plan, report, shapes = self._plan, self._report, model_of(shape)
+        name = " + ".join(each.name for each in shapes)
+        self._tell(f"{name}: starting a server")
+        place = self._scratch / f"served-{shape.name}"
+        write_model(shapes, plan.seed, place / "model")
         task = ServicePlan(
-            encoder=shape.name,
+            encoder=name,
             concurrency=self._concurrency(shape),
             seconds=plan.seconds,
             seed=plan.seed,
             timeout_s=CacheSettings().timeout_s,
         )
-        with EmbeddedRedis(self._scratch / "served", "cache", _REDIS_BYTES) as redis:
-            settings = self._server_settings(redis.url)
-            async with self._serve(folder, settings) as url, Caller(url) as caller:
-                self._tell(f"{shape.name}: load on the server")
+        length = shape.row_tokens if shape.kind == "t5" else None
+        with EmbeddedRedis(place / "redis", "cache", _REDIS_BYTES) as redis:
+            settings = self._server_settings(redis.url, len(shapes))
+            async with self._serve(place / "model", settings) as url, Caller(url, length) as caller:
+                self._tell(f"{name}: load on the server")
                 latencies = await measure_service(caller.encode, task)
                 report.services.append(latencies)
-                for loss in LOSSES if "loss" in plan.sections else ():
-                    self._tell(f"{shape.name}: load on the server, Redis {loss} in the middle")
+                for loss in LOSSES if loses else ():
+                    self._tell(f"{name}: load on the server, Redis {loss} in the middle")
                     report.losses.append(await measure_loss(caller.encode, redis, task, loss, latencies))
-        shutil.rmtree(folder)
+        shutil.rmtree(place / "model")
 
     async def _speed(self, shape: EncoderShape, part: TextPart) -> None:
         plan = self._plan
         encoder = encoder_of(shape, part, self._settings)
         tower = TextTower.load(encoder, plan.device)
+        measured = None
         if "throughput" in plan.sections:
             self._tell(f"{shape.name}: one by one and in batches")
             measured = measure_throughput(tower, shape, plan.dtype, self._peaks, plan.budget, plan.seed)
-            self._report.throughput.append(measured)
             self._best_sizes[shape.name] = measured.best.size
         if "pool" in plan.sections:
             self._tell(f"{shape.name}: load on the pool")
             users = self._concurrency(shape)
-            self._report.pools.append(
-                await measure_pool(tower, encoder, shape, concurrency=users, seconds=plan.seconds, seed=plan.seed)
-            )
+            pool = await measure_pool(tower, encoder, shape, concurrency=users, seconds=plan.seconds, seed=plan.seed)
+            self._report.pools.append(pool)
+            measured = measured and replace(measured, idle_s=pool.miss.p50)
+        if measured is not None:
+            self._report.throughput.append(measured)
 
     def _precision(self, shape: EncoderShape, part: TextPart) -> None:
         self._tell(f"{shape.name}: precisions")
@@ -186,12 +193,13 @@ class _Run:
         """Requests at once that keep the best batches coming: one is computed, one waits."""
         return 2 * self._best_sizes.get(shape.name, _USUAL_BATCH)
 
-    def _server_settings(self, redis_url: str) -> dict[str, dict[str, object]]:
-        """Text alone; without memory, so that Redis is what its loss takes away. Else the defaults."""
-        plan = self._plan
-        encoder = {"dtype": plan.dtype, "device": plan.device, "slow_s": GIVE_UP_S}
+    def _server_settings(self, redis_url: str, encoders: int) -> dict[str, dict[str, object]]:
+        """Text alone; without memory, so that Redis is what its loss takes away; with the threads that this process
+        measured with, where Ray would give a replica one. Else the defaults."""
+        plan, threads = self._plan, self._report.machine.threads
+        place = {"torch_threads": threads} if plan.device == "cpu" else {"num_gpus": 1 / encoders}
         return {
             "diffusion": {"replicas": 0},
             "cache": {"redis_url": redis_url, "memory_bytes": 0},
-            "encoder": encoder if plan.device == "cpu" else encoder | {"num_gpus": 1},
+            "encoder": {"dtype": plan.dtype, "device": plan.device, "slow_s": GIVE_UP_S, **place},
         }

@@ -9,12 +9,15 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Self
 
 import psutil
 import torch
 from torch.nn import functional
 
 _LEAST_RUNS = 3
+_TICKS_S = 0.03
+"""Less than this of other processes' time is lost in what the kernel's clock of 10 ms rounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +57,9 @@ class OtherWork:
         self._theirs = 0.0
         self._all = 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._before = _cpu_seconds()
+        return self
 
     def __exit__(self, *_: object) -> None:
         theirs, whole = (after - before for after, before in zip(_cpu_seconds(), self._before, strict=True))
@@ -65,7 +69,9 @@ class OtherWork:
     @property
     def share(self) -> float | None:
         """None where nothing was measured."""
-        return max(0.0, self._theirs / self._all) if self._all else None
+        if not self._all:
+            return None
+        return self._theirs / self._all if self._theirs > _TICKS_S else 0.0
 
 
 class Peaks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Literal
 
@@ -14,10 +14,11 @@ from serve.bench.machine import Peaks
 from serve.bench.shapes import EncoderShape
 from serve.bench.stats import Spread
 from serve.bench.texts import caption_rows
-from serve.bench.throughput import Budget, TokenRow, rate_windows
 from serve.bench.weights import encoder_of
+from serve.bench.windows import Budget, Series, Spare, TokenRow, in_turns
 from serve.encoders.codec import pack, unpack
 from serve.encoders.forward import Row, TextTower
+from serve.encoders.registry import Encoder
 from serve.errors import TandemError
 from serve.models import TextPart
 from serve.settings import EncoderSettings
@@ -51,7 +52,8 @@ class Closeness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """One encoder in one precision. `bytes` are its weights as loaded, `rows_per_s` is for forwards of `batch` rows.
+    """One encoder in one precision. `bytes` are its weights as loaded, `rows_per_s` is for forwards of `batch` rows,
+    `others` the share of the processors that other processes had meanwhile.
 
     `refused` is why this device can't do it, and then nothing else is known.
     """
@@ -63,6 +65,7 @@ class Precision:
     bytes: int | None = None
     batch: int | None = None
     rows_per_s: Spread | None = None
+    others: float = 0.0
     cosine: Closeness | None = None
 
 
@@ -87,36 +90,46 @@ def measure_precisions(
 ) -> tuple[list[Precision], list[StoredValues]]:
     """A dtype in which the device is very slow gets fewer rows."""
     texts = caption_rows(shape, BATCH)
+    spare = Spare()
     reference: list[torch.Tensor] | None = None
     measured, stored = [], []
     for dtype, quantization in PRECISIONS:
         bearable = int(budget.longest_s * peaks.best(dtype) / _WORST / shape.flop_per_row)
         rows = texts[: max(_FEWEST, min(BATCH, bearable))]
         chosen = settings.model_copy(update={"dtype": dtype, "quantization": quantization})
+        one = Precision(encoder=shape.name, dtype=dtype, quantization=quantization)
         try:
-            tower = TextTower.load(encoder_of(shape, part, chosen), device)
-            embeddings = _contexts(tower, rows)
-            rates = rate_windows(tower, repeat(rows), budget)
+            size, embeddings, series = _run(encoder_of(shape, part, chosen), device, rows, budget, spare)
         except (TandemError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            measured.append(Precision(encoder=shape.name, dtype=dtype, quantization=quantization, refused=reason))
+            measured.append(replace(one, refused=" ".join(str(error).split())[:200]))
             continue
         if reference is None:
             reference = embeddings
         measured.append(
-            Precision(
-                encoder=shape.name,
-                dtype=dtype,
-                quantization=quantization,
-                bytes=tower.nbytes,
+            replace(
+                one,
+                bytes=size,
                 batch=len(rows),
-                rows_per_s=Spread.of(rates),
+                rows_per_s=series.rows_per_s,
+                others=series.others,
                 cosine=closeness(embeddings, reference),
             )
         )
         if quantization == "none":
             stored.append(_stored(shape.name, dtype, embeddings))
+        del series  # it holds the weights, and the next ones come beside them
     return measured, stored
+
+
+def _run(
+    encoder: Encoder, device: str, rows: Sequence[TokenRow], budget: Budget, spare: Spare
+) -> tuple[int, list[torch.Tensor], Series]:
+    """Bytes of the weights, the rows' embeddings, and forwards of all of them."""
+    tower = TextTower.load(encoder, device)
+    embeddings = _contexts(tower, rows)
+    series = Series(tower, repeat(rows), budget, spare)
+    in_turns([series])
+    return tower.nbytes, embeddings, series
 
 
 def closeness(embeddings: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Closeness:

@@ -15,8 +15,10 @@ from serve.bench.encode import Report
 from serve.bench.load import Latency
 from serve.bench.stats import Percentiles, Spread
 from serve.bench.throughput import Throughput
+from serve.bench.windows import DISTURBED
 
 _GB = 1e9
+_OPEN_LOOP = "Open loop, from the time at which a request was due; every text is new. Load: of the capacity."
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "single_share_of_peak": one.share(one.single),
             "best_share_of_peak": one.share(one.best.rows_per_s.median),
             "limit": one.limit,
+            "doubt": one.doubt,
         }
     return told | {"bars": [asdict(bar) for bar in bars(report)]}
 
@@ -66,13 +69,13 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def _throughput(report: Report) -> Table:
-    table = _table("Prompts a second, one encoder", "encoder", "one by one", "batched", "ratio", "rows", "then")
-    table.caption = "Median and range of repeated windows; random weights at the real shapes, every row different."
+    table = _table("Prompts a second, one encoder", "encoder", "one by one", "batched", "ratio", "rows", "")
+    table.caption = "Median and range of repeated windows, all sizes in turns; random weights, every row different."
     for one in report.throughput:
         single, best = one.batches[0].rows_per_s, one.best
-        table.add_row(
-            one.encoder, _spread(single), _spread(best.rows_per_s), f"{one.ratio:.2f}x", str(best.size), one.stopped
-        )
+        ratio, size = f"{one.ratio:.2f}x", str(best.size)
+        then = Text(one.doubt, style="yellow") if one.doubt else one.stopped
+        table.add_row(one.encoder, _spread(single), _spread(best.rows_per_s), ratio, size, then)
     return table
 
 
@@ -93,7 +96,7 @@ def _limit_cells(one: Throughput) -> tuple[str, ...]:
         f"{one.bound:,.1f}",
         f"{one.share(one.single):.0%}",
         f"{one.share(one.best.rows_per_s.median):.0%}",
-        one.limit,
+        "in doubt" if one.doubt else one.limit,
     )
 
 
@@ -108,6 +111,8 @@ def _pools(report: Report) -> Table:
 
 def _services(report: Report) -> Table:
     table = _latency_table("Latency of the service over HTTP, ms", "encoder")
+    threads = "" if report.device != "cpu" else f" Encoders with {report.machine.threads} threads, as in process."
+    table.caption = f"{_OPEN_LOOP}{threads}"
     for one in report.services:
         for load in one.loads:
             table.add_row(*_load_cells(load))
@@ -135,7 +140,7 @@ def _precisions(report: Report) -> Table:
             "" if one.quantization == "none" else one.quantization,
             f"{(one.bytes or 0) / 1e6:,.0f}",
             str(one.batch),
-            _spread(one.rows_per_s),
+            _spread(one.rows_per_s) + (f", disturbed: {one.others:.0%}" if one.others > DISTURBED else ""),
             f"{one.cosine.mean:.6f}",
             f"{one.cosine.least:.6f}",
         )
@@ -185,15 +190,16 @@ def _failures(report: Report) -> Table:
 def _bars(report: Report) -> Table:
     table = Table("bar", "wanted", "measured", "", "limit", title="Bars", box=SIMPLE_HEAD)
     for bar in bars(report):
-        verdict = Text("met", style="green") if bar.met else Text("not met", style="yellow")
-        table.add_row(bar.what, bar.wanted, bar.measured, verdict, bar.limit)
+        verdict = "met" if bar.met else "in doubt" if bar.doubt else "not met"
+        style = "green" if bar.met else "yellow"
+        table.add_row(bar.what, bar.wanted, bar.measured, Text(verdict, style=style), bar.doubt or bar.limit)
     return table
 
 
 def _latency_table(title: str, first: str) -> Table:
     columns = (first, "load", "requests/s", "samples", "P50", "P95", "P99", "worst", "failed")
     table = _table(title, *columns)
-    table.caption = "Open loop, from the time at which a request was due; every text is new. Load: of the capacity."
+    table.caption = _OPEN_LOOP
     return table
 
 

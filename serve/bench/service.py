@@ -34,7 +34,8 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLatency:
-    """`capacity` is in requests a second, of texts that are nowhere cached."""
+    """`encoder` names all of the model's, which every request needs. `capacity` is in requests a second, of texts that
+    are nowhere cached."""
 
     encoder: str
     capacity: float
@@ -76,7 +77,9 @@ Encode = Callable[[str], Awaitable[Mapping[str, int]]]
 class Caller:
     """Posts prompts. Owns: the HTTP connections; use it as an async context manager."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_sequence_length: int | None = None) -> None:
+        """`max_sequence_length` is that of a T5's rows, None for a model without one."""
+        self._options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.AsyncClient(base_url=url, timeout=GIVE_UP_S, limits=limits, trust_env=False)
 
@@ -88,7 +91,7 @@ class Caller:
 
     async def encode(self, text: str) -> Mapping[str, int]:
         """An `Encode`. Raises httpx.HTTPError."""
-        answer = await self._http.post("/v1/embeddings", json={"prompt": text, "output": "report"})
+        answer = await self._http.post("/v1/embeddings", json={"prompt": text, "output": "report", **self._options})
         answer.raise_for_status()
         cache: Mapping[str, int] = answer.json()["cache"]
         return cache

@@ -116,3 +116,11 @@ SHAPES: Mapping[str, EncoderShape] = {
     )
 }
 """CLIP-L as in Stable Diffusion 1.x, OpenCLIP's H/14 (2.x stops one layer earlier) and bigG/14 (SDXL), T5 v1.1."""
+
+
+def model_of(shape: EncoderShape) -> tuple[EncoderShape, ...]:
+    """The text encoders of the model in which a server is given this one, in role order: a CLIP without projection
+    alone, as in Stable Diffusion 1.x, a T5 after CLIP-L, as in FLUX. Of others no such model is made: nothing."""
+    if shape.kind == "t5":
+        return (SHAPES["clip-l"], shape)
+    return (shape,) if shape.projection is None else ()

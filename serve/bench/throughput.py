@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -14,40 +13,34 @@ from serve.bench.machine import Peaks
 from serve.bench.shapes import EncoderShape
 from serve.bench.stats import Spread
 from serve.bench.texts import random_row
-from serve.encoders.forward import Row, TextTower
+from serve.bench.windows import DISTURBED, Budget, Series, Spare, TokenRow, in_turns
+from serve.encoders.forward import TextTower
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 PAYS = 1.03
 """A batch size pays where it is faster than the best smaller one by this factor."""
 BAR = 5.0
 """How many times as fast as one by one the product wants batches to be."""
-_FEW = 3
+_AGREES = 1.3
+"""One by one may take this much longer than a request to the idle pool, which does more: else one of them is wrong."""
 
 Limit = Literal["none", "arithmetic", "overhead"]
-TokenRow = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """`windows` repeated windows of `window_s` each, in forwards of at most about `longest_s`."""
-
-    windows: int
-    window_s: float
-    longest_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows a second in forwards of `size` rows."""
+    """Rows a second in forwards of `size` rows. `others` is the share of the processors that other processes had."""
 
     size: int
     rows_per_s: Spread
+    others: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Throughput:
     """`batches` in order of size, the first of one row. `peak_flops` is the machine's best matrix product in this
-    dtype, in operations a second; `stopped` says why no larger batch was tried."""
+    dtype, in operations a second; `stopped` says why no larger batch was tried; `idle_s` is what a request to the idle
+    pool took (median), None where that was not measured."""
 
     encoder: str
     dtype: str
@@ -56,6 +49,7 @@ class Throughput:
     peak_flops: float
     batches: tuple[Batch, ...]
     stopped: str
+    idle_s: float | None = None
 
     @property
     def single(self) -> float:
@@ -87,39 +81,56 @@ class Throughput:
             return "none"
         return "arithmetic" if self.bound / self.single < BAR else "overhead"
 
+    @property
+    def doubt(self) -> str:
+        """Why the rates and their ratio can't be believed; empty where they can."""
+        others = max(self.batches[0].others, self.best.others)
+        if others > DISTURBED:
+            return f"disturbed: other processes took {others:.0%} of the processors"
+        if self.idle_s is not None and 1 / self.single > _AGREES * self.idle_s:
+            return (
+                f"one by one took {1e3 / self.single:,.0f} ms, a request to the idle pool {1e3 * self.idle_s:,.0f} ms"
+            )
+        return ""
+
 
 def measure_throughput(
     tower: TextTower, shape: EncoderShape, dtype: str, peaks: Peaks, budget: Budget, seed: int
 ) -> Throughput:
     """Batches of 1, 2, 4 ... rows, until two sizes in a row don't pay, a forward takes too long, or the memory does not
-    hold it. No two rows are the same, so that every row is computed."""
+    hold it; then all of these in turns. No two rows are the same, so that every row is computed."""
     peak_before = peaks.look(dtype)
     fresh = (random_row(shape, seed, index) for index in count())
-    batches: list[Batch] = []
-    stopped = f"{SIZES[-1]} rows are the most that is tried"
-    for size in SIZES:
-        best = max((batch.rows_per_s.median for batch in batches), default=0.0)
-        if size > 2 and size / best > budget.longest_s:
-            stopped = f"a forward of {size} rows takes longer than {budget.longest_s:g} s"
-            break
-        try:
-            rates = rate_windows(tower, batched(fresh, size), budget)
-        except torch.OutOfMemoryError:
-            stopped = f"the memory does not hold {size} rows"
-            break
-        batches.append(Batch(size=size, rows_per_s=Spread.of(rates)))
-        if _no_gain(batches):
-            stopped = "larger batches don't pay"
-            break
+    series, stopped = _tried_sizes(tower, fresh, budget)
+    in_turns(list(series.values()))
     return Throughput(
         encoder=shape.name,
         dtype=dtype,
         row_tokens=shape.row_tokens,
         flop_per_row=shape.flop_per_row,
         peak_flops=max(peak_before, peaks.look(dtype)),
-        batches=tuple(batches),
+        batches=tuple(Batch(size=size, rows_per_s=one.rows_per_s, others=one.others) for size, one in series.items()),
         stopped=stopped,
     )
+
+
+def _tried_sizes(tower: TextTower, rows: Iterator[TokenRow], budget: Budget) -> tuple[dict[int, Series], str]:
+    """The sizes that are worth measuring, with one window each, and why there is no larger one."""
+    series: dict[int, Series] = {}
+    spare = Spare()
+    for size in SIZES:
+        rates = [one.rows_per_s.median for one in series.values()]
+        if size > 2 and size / max(rates) > budget.longest_s:
+            return series, f"a forward of {size} rows takes longer than {budget.longest_s:g} s"
+        try:
+            one = Series(tower, batched(rows, size), budget, spare)
+            one.measure()
+        except torch.OutOfMemoryError:
+            return series, f"the memory does not hold {size} rows"
+        series[size] = one
+        if _no_gain([*rates, one.rows_per_s.median]):
+            return series, "larger batches don't pay"
+    return series, f"{SIZES[-1]} rows are the most that is tried"
 
 
 def batched(rows: Iterator[TokenRow], size: int) -> Iterator[list[TokenRow]]:
@@ -128,32 +139,6 @@ def batched(rows: Iterator[TokenRow], size: int) -> Iterator[list[TokenRow]]:
         yield batch
 
 
-def rate_windows(tower: TextTower, batches: Iterator[Sequence[TokenRow]], budget: Budget) -> list[float]:
-    """Rows a second in each window, after one forward to warm up. `batches` gives the rows of each forward.
-
-    Only the encoder's own time counts. A window is at least one forward, and slow ones get fewer windows.
-    """
-    warm_up = _forward_seconds(tower, next(batches))[1]
-    windows = budget.windows if warm_up < budget.window_s else _FEW if warm_up < budget.longest_s else 1
-    rates = []
-    for _ in range(min(windows, budget.windows)):
-        done, seconds = 0, 0.0
-        while seconds < budget.window_s:
-            computed, took = _forward_seconds(tower, next(batches))
-            done, seconds = done + computed, seconds + took
-        rates.append(done / seconds)
-    return rates
-
-
-def _forward_seconds(tower: TextTower, ids: Sequence[TokenRow]) -> tuple[int, float]:
-    """Rows and seconds of one forward. The embeddings come back to the CPU, so that a GPU has finished."""
-    rows = [Row(row) for row in ids]
-    began = time.perf_counter()
-    tower.encode(rows)
-    return len(rows), time.perf_counter() - began
-
-
-def _no_gain(batches: Sequence[Batch]) -> bool:
+def _no_gain(rates: Sequence[float]) -> bool:
     """Whether neither of the two largest sizes is faster than the best before it by `PAYS`."""
-    rates = [batch.rows_per_s.median for batch in batches]
     return len(rates) > 2 and all(rates[at] <= PAYS * max(rates[:at]) for at in (-1, -2))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
+    T5Tokenizer,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +30,8 @@ from serve.settings import EncoderSettings
 
 _ROLE = "text_encoder"
 _PROJECTION = "00000000"
+_SENTINELS = 100
+"""T5's `<extra_id_N>`, the last of its vocabulary."""
 
 
 @contextmanager
@@ -40,18 +44,18 @@ def random_encoder(shape: EncoderShape, seed: int, folder: Path) -> Iterator[Tex
         shutil.rmtree(folder)
 
 
-def write_encoder(shape: EncoderShape, seed: int, folder: Path) -> TextPart:
-    """`folder/text_encoder`: configuration and float32 weights, as transformers initialises them. No tokenizer."""
+def write_encoder(shape: EncoderShape, seed: int, folder: Path, role: str = _ROLE) -> TextPart:
+    """`folder/ROLE`: configuration and float32 weights, as transformers initialises them. No tokenizer."""
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _model(shape).save_pretrained(folder / _ROLE)
+        _model(shape).save_pretrained(folder / role)
     return TextPart(
-        role=_ROLE,
+        role=role,
         kind=shape.kind,
         name=shape.name,
-        weights=folder / _ROLE,
-        tokenizer=folder / "tokenizer",
+        weights=folder / role,
+        tokenizer=folder / role.replace("text_encoder", "tokenizer"),
         width=shape.width,
         layers=shape.layers,
         vocab_size=shape.vocab_size,
@@ -75,15 +79,16 @@ def encoder_of(shape: EncoderShape, part: TextPart, settings: EncoderSettings) -
     )
 
 
-def write_sd_model(shape: EncoderShape, seed: int, folder: Path) -> None:
-    """The text side of a Stable Diffusion 1.x folder with this CLIP: what `tandem up` needs to serve text alone."""
-    write_encoder(shape, seed, folder)
-    _write_tokenizer(shape, folder / "tokenizer")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-    }
+def write_model(shapes: Sequence[EncoderShape], seed: int, folder: Path) -> None:
+    """The text side of a Stable Diffusion 1.x folder (one CLIP) or of a FLUX folder (CLIP and T5): what `tandem up`
+    needs to serve text alone."""
+    index: dict[str, object] = {"_class_name": "StableDiffusionPipeline" if len(shapes) == 1 else "FluxPipeline"}
+    for role, shape in zip((_ROLE, f"{_ROLE}_2"), shapes, strict=False):
+        part = write_encoder(shape, seed, folder, role)
+        t5 = shape.kind == "t5"
+        (_write_t5_tokenizer if t5 else _write_tokenizer)(shape, part.tokenizer)
+        index[role] = ["transformers", "T5EncoderModel" if t5 else "CLIPTextModel"]
+        index[part.tokenizer.name] = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
@@ -98,10 +103,29 @@ def _write_tokenizer(shape: EncoderShape, folder: Path) -> None:
     """The shipped model's tokenizer with its vocabulary filled up to the encoder's by tokens that no text has."""
     shipped = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer", local_files_only=True)
     special = (shipped.bos_token, shipped.eos_token)
-    known = json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    known = _shipped_words()
     tokens = [token for token in known if token not in special]
     tokens += [f"\u25a1{number}" for number in range(shape.vocab_size - 2 - len(tokens))] + [*special]
     lines = (SHIPPED / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [(left, right) for left, right in (line.split() for line in lines[1:])]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.row_tokens).save_pretrained(folder)
+
+
+def _write_t5_tokenizer(shape: EncoderShape, folder: Path) -> None:
+    """A Unigram tokenizer laid out as T5's: the shipped vocabulary's words, letters and marks, filled up to the
+    encoder's vocabulary by tokens that no text has, then the sentinels."""
+    words = [word.removesuffix("</w>") for word in _shipped_words() if word.endswith("</w>")]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
+    pieces += [(letter, -9.0) for letter in string.ascii_lowercase + string.digits + string.punctuation]
+    pieces += [(f"\u2581{word}", -6.0) for word in words if word.isascii() and word.isalpha() and len(word) > 1]
+    room = shape.vocab_size - _SENTINELS
+    pieces = pieces[:room] + [(f"\u25a1{number}", -20.0) for number in range(room - len(pieces))]
+    pieces += [(f"<extra_id_{number}>", 0.0) for number in reversed(range(_SENTINELS))]
+    T5Tokenizer(vocab=pieces, extra_ids=_SENTINELS, model_max_length=shape.row_tokens).save_pretrained(folder)
+
+
+def _shipped_words() -> dict[str, int]:
+    """Token -> id of the shipped model's tokenizer."""
+    words: dict[str, int] = json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    return words

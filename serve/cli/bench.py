@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from serve.cli.child import ChildServer
 from serve.cli.client import Client
 from serve.cli.running import run
 from serve.errors import OperatorError
+from serve.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
     from serve.bench.encode import Plan, Report
@@ -30,11 +32,11 @@ START_S = 300.0
 """Longest wait for a server to be ready."""
 _POLL_S = 0.3
 _FILE_COLUMNS = 120
-_SECONDS, _QUICK_SECONDS = 15.0, 2.0
+_SECONDS, _QUICK_SECONDS = 10.0, 2.0
 _QUICK = ("clip-l",)
 _WITHOUT_SERVER = ("throughput", "pool", "precision", "hits")
 _PRECISE = ("clip-l", "t5-small")
-_SERVED = ("clip-l",)
+_SERVED = ("clip-l", "t5-small")
 """What a run without --full and --encoders measures in these sections."""
 
 
@@ -64,7 +66,7 @@ def encode(
         int | None, typer.Option(min=1, help="CPU threads in process.", show_default="torch's choice")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Length of each open loop.", show_default="15; with --quick 2")
+        float | None, typer.Option(min=0.1, help="Length of each open loop.", show_default="10; with --quick 2")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes weights, texts and arrivals.")] = 0,
     only: Annotated[
@@ -72,7 +74,7 @@ def encode(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute: few samples, and no server.")] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Precisions of all encoders, and a second encoder through a server.")
+        bool, typer.Option("--full", help="Precisions of all encoders, and all that a server can have.")
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON.")] = None,
 ) -> None:
@@ -88,7 +90,7 @@ def encode(
 
         use_threads(threads)
     if json_file is not None:
-        _write("", json_file)  # not after ten minutes that it can't be written
+        check_writable(json_file)
     report = run(_measure(plan))
     _show(report)
     if json_file is not None:
@@ -101,12 +103,16 @@ def encode(
 def _plan(encoders: str | None, only: str | None, quick: bool, full: bool, common: Mapping[str, Any]) -> Plan:
     """`common` are the plan's own fields. Raises OperatorError that names the option."""
     from serve.bench.encode import SECTIONS, Plan
-    from serve.bench.shapes import SHAPES
+    from serve.bench.shapes import SHAPES, model_of
 
     names = _names(encoders, tuple(SHAPES), _QUICK if quick else tuple(SHAPES), "--encoders")
     sections = _names(only, SECTIONS, _WITHOUT_SERVER if quick else SECTIONS, "--only")
-    # A server is given a Stable Diffusion folder, whose one encoder is a CLIP without projection.
-    servable = [name for name in names if SHAPES[name].kind == "clip" and SHAPES[name].projection is None]
+    known = [name for name in SHAPES if model_of(SHAPES[name])]
+    servable = [name for name in names if name in known]
+    if only and not servable and {"service", "loss"}.intersection(sections):
+        raise OperatorError(
+            f"--encoders: a server is measured with {', '.join(known)}, none of which is named", "encoders"
+        )
     return Plan(
         shapes=tuple(SHAPES[name] for name in names),
         sections=frozenset(section for section in SECTIONS if section in sections),
@@ -142,12 +148,16 @@ async def _measure(plan: Plan) -> Report:
             if not status.console.is_terminal:
                 status.console.print(line, markup=False, highlight=False)
 
-        return await measure(plan, _served, tell)
+        return await measure(plan, own_server, tell)
 
 
 @asynccontextmanager
-async def _served(model: Path, settings: Mapping[str, Mapping[str, object]]) -> AsyncIterator[str]:
-    """A `tandem up` of this folder on a free port; everything that it writes lies beside the folder."""
+async def own_server(model: Path, settings: Mapping[str, Mapping[str, object]]) -> AsyncIterator[str]:
+    """A `tandem up` of this folder on a free port; everything that it writes lies beside the folder.
+
+    It must not hear the operator's settings: the environment beats the file, and with it the bench would fill and
+    lose a Redis that is not its own.
+    """
     data_dir = model.with_name("server")
     data_dir.mkdir(exist_ok=True)
     file = data_dir / "settings.yaml"
@@ -157,7 +167,8 @@ async def _served(model: Path, settings: Mapping[str, Mapping[str, object]]) -> 
         port = probe.getsockname()[1]
     options = {"--config": file, "--model": model, "--data-dir": data_dir, "--host": "127.0.0.1", "--port": port}
     arguments = [str(word) for option in options.items() for word in option]
-    with ChildServer(arguments, data_dir / "tandem.log") as server:
+    environ = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
+    with ChildServer(arguments, data_dir / "tandem.log", environ) as server:
         async with Client(url := f"http://127.0.0.1:{port}") as client:
             deadline = time.monotonic() + START_S
             while not ((pools := await client.pools()) and all(pool.ready for pool in pools)):
@@ -178,6 +189,17 @@ def _show(report: Report) -> None:
     for table in tables(report):
         console.print()
         console.print(table)
+
+
+def check_writable(file: Path) -> None:
+    """Not after ten minutes that it can't be written. What is in it stays until there is something to write."""
+    there = file.exists()
+    try:
+        file.open("a").close()
+        if not there:
+            file.unlink()
+    except OSError as error:
+        raise OperatorError(f"--json {file}: {error.strerror}", "json") from None
 
 
 def _write(text: str, file: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,8 +32,10 @@ class ChildServer:
     itself is killed, a watcher does the same.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> None:
+        """`environ` is the server's whole environment; None hands down this process's own."""
         self.log = log
+        self._environ = environ
         self._command = [sys.executable, "-m", "serve.cli", "up", *arguments]
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -45,7 +47,12 @@ class ChildServer:
             raise OperatorError(f"data_dir: {self.log}: {error.strerror}", "data_dir") from None
         with log:
             self._server = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                start_new_session=True,
             )
         self._watcher = subprocess.Popen(["/bin/sh", "-c", _WATCHER], stdin=subprocess.PIPE, start_new_session=True)
         self._tell_watcher(f"{self._server.pid}\n")

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,16 +112,13 @@ def test_a_report_is_tables_and_json(report: Report) -> None:
         assert word in text
 
 
-@pytest.mark.parametrize(
-    ("single", "batched", "limit"), [(10.0, 60.0, "none"), (25.0, 60.0, "arithmetic"), (10.0, 30.0, "overhead")]
-)
-def test_what_keeps_batches_from_the_bar_is_named(single: float, batched: float, limit: str) -> None:
+def throughput(single: float, batched: float, others: float = 0.0, idle_s: float | None = None) -> Throughput:
     """The machine's peak is 100 rows a second."""
 
     def batch(size: int, rate: float) -> Batch:
-        return Batch(size=size, rows_per_s=Spread(median=rate, low=rate, high=rate, count=1))
+        return Batch(size=size, rows_per_s=Spread(median=rate, low=rate, high=rate, count=1), others=others)
 
-    measured = Throughput(
+    return Throughput(
         encoder="x",
         dtype="float32",
         row_tokens=77,
@@ -128,8 +126,40 @@ def test_what_keeps_batches_from_the_bar_is_named(single: float, batched: float,
         peak_flops=1e11,
         batches=(batch(1, single), batch(8, batched)),
         stopped="",
+        idle_s=idle_s,
     )
+
+
+@pytest.mark.parametrize(
+    ("single", "batched", "limit"), [(10.0, 60.0, "none"), (25.0, 60.0, "arithmetic"), (10.0, 30.0, "overhead")]
+)
+def test_what_keeps_batches_from_the_bar_is_named(single: float, batched: float, limit: str, report: Report) -> None:
+    measured = throughput(single, batched)
     assert measured.limit == limit
+    bar = bars(replace(report, throughput=[measured]))[0]
+    assert bar.met == (limit == "none")
+    assert ("25% of" in bar.limit and "batches of 8 60%" in bar.limit) == (limit == "arithmetic")
+    assert ("10% of" in bar.limit and "batches of 8 30%" in bar.limit) == (limit == "overhead")
+
+
+@pytest.mark.parametrize(
+    ("others", "idle_s", "doubt"),
+    [
+        (0.02, 0.11, ""),
+        (0.34, 0.1, "disturbed: other processes took 34% of the processors"),
+        (0.0, 0.02, "one by one took 100 ms, a request to the idle pool 20 ms"),
+    ],
+)
+def test_no_bar_is_met_by_a_ratio_in_doubt(others: float, idle_s: float, doubt: str, report: Report) -> None:
+    measured = throughput(10.0, 60.0, others, idle_s)
+    told = replace(report, throughput=[measured])
+    bar = bars(told)[0]
+    assert bar.doubt == doubt
+    assert bar.met == (not doubt)
+    console = Console(width=160, record=True, file=io.StringIO())
+    for table in tables(told):
+        console.print(table)
+    assert ("in doubt" in console.export_text()) == bool(doubt)
 
 
 @pytest.mark.parametrize("loss", ["killed", "hung"])

@@ -8,10 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from serve.bench.shapes import SHAPES, EncoderShape
+from serve.bench.shapes import SHAPES, EncoderShape, model_of
 from serve.bench.texts import caption_rows, prompt, random_row
-from serve.bench.weights import write_sd_model
+from serve.bench.weights import write_model
 from serve.models import resolve
+from serve.prompts.tokenizers import PromptTokenizer
 from serve.settings import ModelSettings
 
 CLIP = EncoderShape(
@@ -108,6 +109,25 @@ def test_prompts_differ_by_number_and_by_seed() -> None:
 
 
 def test_a_model_folder_is_one_that_the_product_serves_text_of(tmp_path: Path) -> None:
-    write_sd_model(CLIP, 0, tmp_path / "model")
+    write_model([CLIP], 0, tmp_path / "model")
     found = resolve(ModelSettings(source=str(tmp_path / "model")), tmp_path, text_only=True)
     assert [(part.kind, part.width, part.layers) for part in found.text] == [("clip", 64, 3)]
+
+
+def test_a_t5_is_served_in_a_folder_like_flux(tmp_path: Path) -> None:
+    """Planned by the product from that folder: a row of each encoder, and no word that the T5's tokenizer lacks."""
+    write_model([CLIP, T5], 0, tmp_path / "model")
+    found = resolve(ModelSettings(source=str(tmp_path / "model")), tmp_path, text_only=True)
+    assert found.family == "flux"
+    assert [(part.kind, part.width, part.vocab_size) for part in found.text] == [("clip", 64, 1300), ("t5", 64, 1300)]
+    tokenizer = PromptTokenizer(found.text[1])
+    ids = tokenizer.tokenize("a red fox at dawn").ids
+    assert len(set(ids)) > 1
+    assert tokenizer.unknown not in ids
+    assert max(ids) < T5.vocab_size
+
+
+def test_what_a_server_is_measured_with() -> None:
+    assert [shape.name for shape in model_of(SHAPES["clip-l"])] == ["clip-l"]
+    assert [shape.name for shape in model_of(SHAPES["t5-small"])] == ["clip-l", "t5-small"]
+    assert model_of(SHAPES["openclip-bigg"]) == ()
