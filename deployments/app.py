@@ -13,13 +13,16 @@ from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 from deployments.autoscaling import REPORT_S, WINDOW_S
 from deployments.diffusion import Diffusion
 from deployments.ingress import Ingress
-from deployments.text_encoder import TextEncoder
+from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import open_catalog
 from serve.encoders.registry import Encoder
 from serve.settings import EncoderSettings, Settings
 
 POLICY = "deployments.autoscaling:QueuedTokens"
 AFFINITY = "deployments.affinity:UnitAffinity"
+MAX_QUEUED = 500
+"""Requests of one process that may wait for a replica of a text encoder; one more is refused at once. Fewer than the
+requests that an ingress takes (`http.max_connections`): else it would never come to that."""
 HEALTH: dict[str, Any] = {"health_check_period_s": 5.0, "health_check_timeout_s": 10.0}
 
 
@@ -58,7 +61,8 @@ def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:
         TextEncoder,
         name=f"TextEncoder-{encoder.name}",
         **replicas(own),
-        max_ongoing_requests=8 * own.max_batch_size,
+        max_ongoing_requests=max(DOOR, 8 * own.max_batch_size),
+        max_queued_requests=MAX_QUEUED,
         ray_actor_options={"num_cpus": own.num_cpus, "num_gpus": own.num_gpus},
         **HEALTH,
     ).bind(settings, encoder.name)
@@ -71,9 +75,12 @@ def replicas(own: EncoderSettings) -> dict[str, Any]:
         options["request_router_config"] = RequestRouterConfig(request_router_class=AFFINITY)
     if own.min_replicas == own.max_replicas:
         return options | {"num_replicas": own.max_replicas}
+    # A pool that may sleep starts awake: what does not work here is found out at the start, not by the first text.
+    initial = {} if own.min_replicas else {"initial_replicas": 1}
     kwargs = {"target_queue_tokens": own.target_queue_tokens, "idle_s": own.idle_s}
     return options | {
-        "autoscaling_config": {
+        "autoscaling_config": initial
+        | {
             "min_replicas": own.min_replicas,
             "max_replicas": own.max_replicas,
             "metrics_interval_s": REPORT_S,

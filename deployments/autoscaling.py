@@ -91,9 +91,9 @@ class QueuedTokens:
     Owns: its memory of what was wanted.
     """
 
-    def __init__(self, target_queue_tokens: int, idle_s: float) -> None:
+    def __init__(self, target_queue_tokens: int, idle_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._target_queue_tokens = target_queue_tokens
-        self._steady = Steady(idle_s)
+        self._steady = Steady(idle_s, clock)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         current = context.target_num_replicas
@@ -113,4 +113,8 @@ class QueuedTokens:
             max_replicas=context.capacity_adjusted_max_replicas,
             target_queue_tokens=self._target_queue_tokens,
         )
+        if current and not context.running_replicas:
+            wanted = max(
+                wanted, 1
+            )  # it has not been idle: it has not begun, and a T5 takes longer to load than `idle_s`
         return self._steady(wanted, current), {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, ServeStatus
 
 from serve.domain import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
@@ -22,17 +23,44 @@ CALL_S = 10.0
 T = TypeVar("T")
 
 
+class Controller:
+    """What Serve's controller knows of the deployments. It is asked once at a time, by whoever asks: one that hangs
+    holds one thread, however often it is probed.
+
+    Owns: that thread.
+    """
+
+    def __init__(self, ask: Callable[[], ServeStatus] = serve.status) -> None:
+        self._ask = ask
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="controller")
+        self._asked: Future[ServeStatus] | None = None
+
+    async def overview(self, application: str, deployment: str) -> DeploymentStatusOverview | None:
+        """None where there is no controller, or nothing of that name."""
+        if self._asked is None or self._asked.done():
+            self._asked = self._thread.submit(self._ask)
+        try:
+            # Shielded: a probe that gives up must not take the answer from the others.
+            status = await asyncio.shield(asyncio.wrap_future(self._asked))
+            return status.applications[application].deployments[deployment]
+        except (RayError, KeyError):
+            return None
+
+
 class EncoderClient:
     """The pool of one text encoder as a function of units. A replica is told where the caller knows Redis to be away:
     one of them waiting for it is enough."""
 
-    def __init__(self, handle: DeploymentHandle, encoder: Encoder, redis_away: Callable[[], bool]) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, encoder: Encoder, redis_away: Callable[[], bool], controller: Controller
+    ) -> None:
+        self.name = f"text-encoder:{encoder.name}"
         self._handle = handle
         self._redis_away = redis_away
-        self._pool = pool_name(encoder)
+        self._controller = controller
         self._sleeps = encoder.settings.min_replicas == 0
         own = encoder.settings
-        self._patience_s = max(CALL_S, own.stall_s, own.start_s if self._sleeps else 0.0)
+        self._patience_s = max(CALL_S, own.stall_s) + (own.start_s if self._sleeps else 0.0)
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
         """In the order of `units`. Wakes a pool that sleeps."""
@@ -48,15 +76,15 @@ class EncoderClient:
         """What a replica says of itself. A pool that may sleep isn't asked, because that would keep it awake: Serve's
         controller knows as much of it as matters here."""
         if not self._sleeps:
-            return PoolState(True, await _call(self._handle.describe, pool=self._pool))
-        overview = await asyncio.to_thread(_overview, self._handle.app_name, self._handle.deployment_name)
+            return PoolState(True, await _call(self._handle.describe, pool=self.name))
+        overview = await self._controller.overview(self._handle.app_name, self._handle.deployment_name)
         if overview is None or overview.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED):
             return PoolState(False, "its replicas don't start")
         awake = overview.replica_states.get("RUNNING", 0)
         return PoolState(True, f"{awake} awake" if awake else "asleep")
 
     async def _ask(self, method: Any, units: Sequence[EncodeUnit]) -> Any:
-        return await _call(method, list(units), self._redis_away(), pool=self._pool, within_s=self._patience_s)
+        return await _call(method, list(units), self._redis_away(), pool=self.name, within_s=self._patience_s)
 
 
 class EncoderClients:
@@ -69,10 +97,11 @@ class EncoderClients:
         redis_away: Callable[[], bool] = lambda: False,
     ) -> None:
         """`handles` by the fingerprint of the encoder; `redis_away` says what this process knows of the cache Redis."""
+        controller = Controller()
         self._pools = {
-            each.fingerprint: EncoderClient(handles[each.fingerprint], each, redis_away) for each in encoders
+            each.fingerprint: EncoderClient(handles[each.fingerprint], each, redis_away, controller)
+            for each in encoders
         }
-        self._names = {each.fingerprint: pool_name(each) for each in encoders}
 
     async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
         """Embeddings in the order of `units`, the pools asked at the same time.
@@ -88,7 +117,7 @@ class EncoderClients:
     @property
     def probes(self) -> dict[str, Callable[[], Awaitable[PoolState]]]:
         """Each pool's `ready`, by the pool's name."""
-        return {self._names[fingerprint]: pool.ready for fingerprint, pool in self._pools.items()}
+        return {pool.name: pool.ready for pool in self._pools.values()}
 
     async def _ask(
         self, units: Sequence[EncodeUnit], call: Callable[[EncoderClient, Sequence[EncodeUnit]], Awaitable[list[T]]]
@@ -118,18 +147,6 @@ class DiffusionClient:
         return PoolState(True, await _call(self._handle.describe, pool="diffusion"))
 
 
-def pool_name(encoder: Encoder) -> str:
-    return f"text-encoder:{encoder.name}"
-
-
-def _overview(application: str, deployment: str) -> DeploymentStatusOverview | None:
-    """Blocks for a call to the controller; None where there is none, or nothing of that name."""
-    try:
-        return serve.status().applications[application].deployments[deployment]
-    except (RayError, KeyError):
-        return None
-
-
 async def _call(method: Any, *args: Any, pool: str, within_s: float = CALL_S) -> Any:
     """A pool without replicas answers nothing at all: no call waits longer than `within_s`.
 
@@ -147,5 +164,7 @@ async def _call(method: Any, *args: Any, pool: str, within_s: float = CALL_S) ->
         if isinstance(error.cause, TandemError):
             raise error.cause from None
         raise GenerationFailed(f"the {pool} pool failed on this request") from error
-    except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError) as error:
+    except BackPressureError as error:
+        raise BackendUnavailable(f"the {pool} pool has too many requests waiting", None, 1.0) from error
+    except (TimeoutError, RayError, DeploymentUnavailableError) as error:
         raise BackendUnavailable(f"the {pool} pool does not answer", None, 1.0) from error

@@ -17,9 +17,13 @@ from serve.encoders.cache import Fetched
 from serve.encoders.census import CensusTaker
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool, PoolLoad
-from serve.errors import BackendUnavailable
+from serve.errors import BackendUnavailable, DeviceLost
 from serve.settings import Settings
 from serve.telemetry import logs
+
+DOOR = 256
+"""Requests that may come in together, and so the fewest that a replica takes at once: most are answered from memory,
+and must not queue behind a few that wait for a forward."""
 
 
 class Order:
@@ -28,12 +32,13 @@ class Order:
     Owns: the task that has it encoded, once it is through.
     """
 
-    def __init__(self, units: Sequence[EncodeUnit]) -> None:
+    def __init__(self, units: Sequence[EncodeUnit], redis_away: bool) -> None:
         self._units = units
+        self._redis_away = redis_away
         self._task: asyncio.Task[list[Fetched]] | None = None
 
     def start(self, pool: EncoderPool) -> None:
-        self._task = asyncio.create_task(pool.encode(self._units))
+        self._task = asyncio.create_task(pool.encode(self._units, self._redis_away))
 
     async def answer(self) -> list[Fetched]:
         """Of a started order. Whoever is cancelled here cancels the order."""
@@ -45,6 +50,8 @@ class Order:
             if caller is not None and caller.cancelling():
                 raise
             raise BackendUnavailable("this text encoder is stopping", None, 1.0) from None
+        except DeviceLost as error:  # of this replica, not of the request: another may be asked
+            raise BackendUnavailable(f"{error.message}; this replica is being replaced", None, 1.0) from None
 
     def withdraw(self) -> None:
         """Nobody waits for it any more. Nothing happens where it is done."""
@@ -63,7 +70,7 @@ class TextEncoder:
         catalog = await asyncio.to_thread(open_catalog, settings)
         encoder = catalog.registry.named(name)
         own = encoder.settings
-        device = claim_device(own.place, own.num_gpus, "encoder.device")
+        device = claim_device(own.place, own.num_gpus, encoder.setting("device"))
         if device.type == "cpu" and own.torch_threads:
             use_threads(own.torch_threads)
         tower = await asyncio.to_thread(TextTower.load, encoder, device.type)
@@ -79,10 +86,7 @@ class TextEncoder:
 
         `redis_away`: the caller has just found the cache Redis away.
         """
-        self._pool.check(units)
-        if redis_away:
-            self._pool.cache.hear_redis_away()
-        order = Order(units)
+        order = Order(units, redis_away)
         try:
             await self._door(order)
             return await order.answer()
@@ -93,7 +97,7 @@ class TextEncoder:
         """Have the units encoded and kept, without sending them anywhere; where they were."""
         return [got.tier for got in await self.encode(units, redis_away)]
 
-    @serve.batch(max_batch_size=256, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=DOOR, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
     async def _door(self, orders: list[Order]) -> list[None]:
         """What has arrived starts together, so that its misses share a forward.
 
@@ -107,6 +111,8 @@ class TextEncoder:
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
+        if self._pool.lost:
+            raise RuntimeError("the device failed")
         tell_device(self._metrics, "text-encoder")
         if self._pool.busy_s > self._stall_s:
             raise RuntimeError(f"a forward has taken more than {self._stall_s:.0f} s")
@@ -123,7 +129,7 @@ class TextEncoder:
         }
 
     def describe(self) -> str:
-        stats = self._pool.stats()
+        stats = self._pool.cache.stats()
         return f"{stats.entries} units in memory, {stats.bytes / 1e6:.0f} MB"
 
     async def __del__(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from serve.errors import OperatorError
+from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemory, TandemError
 
 
 def claim_device(device: str, num_gpus: float, setting: str) -> torch.device:
@@ -52,6 +55,27 @@ def use_threads(threads: int | None) -> None:
     operation lose more by sharing a core than they win by another.
     """
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
+
+
+@contextmanager
+def device_errors(part: str) -> Iterator[None]:
+    """torch's errors as ours; `part` is who computes, as messages name it.
+
+    Raises OutOfMemory (what was computed is let go of, so that less of it may be tried at once), DeviceLost (every
+    later call fails too), GenerationFailed.
+    """
+    try:
+        yield
+    except TandemError:
+        raise
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the activations, and only free blocks are given back
+        torch.cuda.empty_cache()
+        raise OutOfMemory(f"{part}: the device ran out of memory") from error
+    except torch.AcceleratorError as error:
+        raise DeviceLost(f"{part}: the device failed") from error
+    except RuntimeError as error:
+        raise GenerationFailed(f"{part} failed on this request") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
+import math
 import os
 import pkgutil
 import re
@@ -37,6 +39,10 @@ NAME = "tandem"
 WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
 RAY_END_S = 2.0
+RESOURCES = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
+"""Of Ray, and the settings that reserve them."""
+EPSILON = 1e-6
+"""Sums of fractions of a GPU are off by less."""
 APPLICATION = "deployments.app:build"
 """The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
 
@@ -73,7 +79,7 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     if settings.diffusion.replicas:
         claim_device(settings.diffusion.device, 0.0, "diffusion.device")
     for encoder in encoders:
-        claim_device(encoder.settings.place, 0.0, f"encoders.{encoder.name}.device")
+        claim_device(encoder.settings.place, 0.0, encoder.setting("device"))
     try:
         asyncio.run(open_store(settings.results, data_dir).check())
     except Unavailable:
@@ -141,26 +147,64 @@ def _start(settings: Settings, encoders: Sequence[Encoder], stack: contextlib.Ex
 
 
 def fit(settings: Settings, encoders: Sequence[Encoder], machine: Mapping[str, float]) -> Settings:
-    """The settings on a machine with these Ray resources: its GPUs are shared out among the diffusion replicas.
+    """The settings on a machine with these Ray resources: what the text encoders leave of its GPUs is shared out among
+    the diffusion replicas. A pool that sleeps counts as one replica: one day somebody wakes it.
 
     Raises OperatorError for more than there is: Ray would wait for another machine.
     """
+    for (resource, field), encoder in itertools.product(RESOURCES, encoders):
+        if (wanted := _reserved(encoder, field)) > machine.get(resource, 0.0) + EPSILON:
+            raise _too_much(f"encoders.{encoder.name}.{field}", f"it wants {wanted:g}", resource, machine)
     diffusion = settings.diffusion
-    gpus = machine.get("GPU", 0.0)
-    if gpus and diffusion.replicas and not diffusion.num_gpus and diffusion.device in ("auto", "cuda"):
-        diffusion = diffusion.model_copy(update={"num_gpus": min(1.0, gpus / diffusion.replicas)})
-    for resource, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
-        pools = [encoder.settings for encoder in encoders]
-        wanted = diffusion.replicas * getattr(diffusion, field)
-        wanted += sum(pool.min_replicas * getattr(pool, field) for pool in pools)
-        wanted += settings.http.replicas * getattr(settings.http, field, 0.0)
-        present = machine.get(resource, 0.0)
-        if wanted > present + 1e-6:
-            setting = f"diffusion.{field}"
-            raise OperatorError(
-                f"{setting}: the replicas want {wanted:g} {resource}s, this machine has {present:g}", setting
-            )
+    if machine.get("GPU") and diffusion.replicas and not diffusion.num_gpus and diffusion.device in ("auto", "cuda"):
+        diffusion = diffusion.model_copy(update={"num_gpus": _share(machine, encoders, diffusion.replicas)})
+    for resource, field in RESOURCES:
+        wants = {
+            "http": settings.http.replicas * getattr(settings.http, field, 0.0),
+            "encoder": sum(_reserved(encoder, field) for encoder in encoders),
+            "diffusion": diffusion.replicas * getattr(diffusion, field),
+        }
+        told = f"http wants {wants['http']:g}, the text encoders {wants['encoder']:g}, diffusion {wants['diffusion']:g}"
+        for room, wanted in zip(wants, itertools.accumulate(wants.values()), strict=True):
+            if wanted > machine.get(resource, 0.0) + EPSILON:
+                raise _too_much(f"{room}.{field}", told, resource, machine)
     return settings.model_copy(update={"diffusion": diffusion})
+
+
+def _share(machine: Mapping[str, float], encoders: Sequence[Encoder], replicas: int) -> float:
+    """The largest share of one GPU that so many diffusion replicas can have beside the text encoders.
+
+    Raises OperatorError naming the encoders' setting where they leave none.
+    """
+    setting = "encoder.num_gpus"
+    free = [1.0] * int(machine["GPU"])
+    pieces = [each.settings.num_gpus for each in encoders for _ in range(_least(each))]
+    for piece in sorted(pieces, reverse=True):
+        for part in [1.0] * int(piece) + [piece % 1] * (piece % 1 > 0):
+            fits = [card for card, left in enumerate(free) if left >= part - EPSILON]
+            if not fits:
+                raise _too_much(setting, f"the text encoders want {sum(pieces):g}", "GPU", machine)
+            free[min(fits, key=free.__getitem__)] -= part
+    shares = sorted({left / count for left in free for count in range(1, replicas + 1)}, reverse=True)
+    for share in (math.floor(1e4 * share) / 1e4 for share in shares):  # Ray counts in ten-thousandths
+        if share > 0 and sum(int(left / share + EPSILON) for left in free) >= replicas:
+            return share
+    raise _too_much(setting, "the text encoders leave none to diffusion", "GPU", machine)
+
+
+def _least(encoder: Encoder) -> int:
+    return max(1, encoder.settings.min_replicas)
+
+
+def _reserved(encoder: Encoder, field: str) -> float:
+    """What the fewest replicas that a pool has when it is awake reserve, in `num_gpus` or `num_cpus`."""
+    reserved: float = _least(encoder) * getattr(encoder.settings, field)
+    return reserved
+
+
+def _too_much(setting: str, told: str, resource: str, machine: Mapping[str, float]) -> OperatorError:
+    present = machine.get(resource, 0.0)
+    return OperatorError(f"{setting}: {told}, and this machine has {present:g} {resource}s", setting)
 
 
 def _end_ray(others: Sequence[psutil.Process]) -> None:

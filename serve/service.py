@@ -83,7 +83,7 @@ class ImageService:
         self._results = results
         self._pools = pools
         self._metrics = metrics
-        self._ahead: set[asyncio.Task[None]] = set()
+        self._ahead: dict[str, asyncio.Task[None]] = {}
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What images can be ordered from; empty on a server that only encodes text."""
@@ -111,14 +111,13 @@ class ImageService:
         plan = self._planner.plan(request.text)
         job = await self._jobs.submit(uuid.uuid4().hex, request, truncated=plan.truncated)
         count_prompts(self._metrics, plan)
-        task = asyncio.create_task(self._encode_ahead(job.id, plan.units))
-        self._ahead.add(task)
-        task.add_done_callback(self._ahead.discard)
+        task = self._ahead[job.id] = asyncio.create_task(self._encode_ahead(job.id, plan.units))
+        task.add_done_callback(lambda _: self._ahead.pop(job.id, None))
         return job
 
     async def close(self) -> None:
         """The text of queued jobs is left to the replicas that claim them."""
-        for task in self._ahead:
+        for task in list(self._ahead.values()):
             task.cancel()
 
     async def get(self, job_id: str) -> Job:
@@ -130,7 +129,10 @@ class ImageService:
         return follow(self._jobs, job_id, after)
 
     async def cancel(self, job_id: str) -> Job:
-        return await self._jobs.cancel(job_id)
+        job = await self._jobs.cancel(job_id)
+        if ahead := self._ahead.get(job_id):
+            ahead.cancel()
+        return job
 
     async def image(self, job_id: str, index: int) -> StoredImage:
         job = await self._jobs.get(job_id)

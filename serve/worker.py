@@ -147,7 +147,8 @@ class Worker:
         started = time.monotonic()
         plan = self._planner.plan(claim.request.text)
         fetched = await self._text(pulse, plan)
-        conditioning = compose(plan, {key: got.value for key, got in fetched.items()})
+        # In a thread: a T5's context is megabytes, and this loop keeps the leases of every job in hand.
+        conditioning = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
         text_s = time.monotonic() - started
         self._metrics.observe("tandem_text_wait_seconds", text_s)
         rendered = await self._render(claim, pulse, conditioning)

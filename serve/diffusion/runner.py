@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
-from serve.devices import claim_device, use_threads
+from serve.devices import claim_device, device_errors, use_threads
 from serve.diffusion.families import SdFamily
 from serve.diffusion.scheduler import Row
 from serve.domain import Conditioning, ImageRequest
-from serve.errors import DeviceLost, GenerationFailed, OutOfMemory, TandemError
+from serve.errors import GenerationFailed
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
 
@@ -86,7 +85,7 @@ class Runner:
         row has moved then, and fewer of them may be tried. DeviceLost: no more of anything.
         """
         states = [self._states[row] for row in rows]
-        with _device_errors():
+        with device_errors("the denoiser"):
             predictions = self._predict(states)
         failed: dict[Row, Exception] = {}
         for row, state, prediction in zip(rows, states, predictions, strict=True):
@@ -100,7 +99,7 @@ class Runner:
     def finish(self, row: Row) -> Image.Image:
         """Decode the image and let go of its latents. Raises GenerationFailed rather than give a black picture."""
         state = self._states.pop(row)
-        with _device_errors():
+        with device_errors("the denoiser"):
             pixels = self._family.decode(state.latents)[0]
         if not torch.isfinite(pixels).all():
             raise GenerationFailed("the image came out as not-a-number; try other parameters")
@@ -138,18 +137,3 @@ def open_runner(model: ModelFolder, settings: DiffusionSettings) -> Runner:
     half = "float32" if device.type == "cpu" else "float16"
     dtype = getattr(torch, half if settings.dtype == "auto" else settings.dtype)
     return Runner(SdFamily(model, device, dtype))
-
-
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    try:
-        yield
-    except TandemError:
-        raise
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise OutOfMemory("the device ran out of memory") from error
-    except torch.AcceleratorError as error:  # sticky: every later call on this device fails too
-        raise DeviceLost("the device failed") from error
-    except RuntimeError as error:
-        raise GenerationFailed("the denoiser failed on this request") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,7 +39,10 @@ class Coalescer(Generic[Item, Result]):
     sake of another; it holds at most `max_batch_size` items and `max_batch_tokens` tokens, and a longer item goes
     alone. An item that is queued or running already isn't computed again: its result is shared. An item that all its
     callers have left is dropped before it runs, and `on_dropped` hears of it; one that they left while it ran is handed
-    to `on_unclaimed` with its result. Both are called in the event loop.
+    to `on_unclaimed` with its result. `on_load` hears `queued_tokens` when items came, left or ended. All three are
+    called in the event loop.
+
+    A batch that fails is tried again in halves, unless its error is one of `fatal`: then nothing more can run.
 
     Owns: the queue, and the one thread that `run_batch` runs in.
     """
@@ -52,6 +56,8 @@ class Coalescer(Generic[Item, Result]):
         max_batch_tokens: int,
         on_dropped: Callable[[Item], None] = _ignore,
         on_unclaimed: Callable[[Item, Result], None] = _ignore,
+        on_load: Callable[[int], None] = _ignore,
+        fatal: tuple[type[Exception], ...] = (),
     ) -> None:
         self._run_batch = run_batch
         self._length = length
@@ -59,6 +65,8 @@ class Coalescer(Generic[Item, Result]):
         self._max_batch_tokens = max_batch_tokens
         self._on_dropped = on_dropped
         self._on_unclaimed = on_unclaimed
+        self._on_load = on_load
+        self._fatal = fatal
         self._numbers = itertools.count()
         self._queued: dict[int, dict[Item, _Entry[Item, Result]]] = {}
         self._running: dict[Item, _Entry[Item, Result]] = {}
@@ -71,24 +79,24 @@ class Coalescer(Generic[Item, Result]):
         """Tokens that wait for a batch or are in it."""
         return self._tokens
 
-    async def submit(self, item: Item) -> Result:
-        """The item's result. Raises what `run_batch` raised for it."""
-        return (await self.submit_all([item]))[0]
-
     async def submit_all(self, items: Sequence[Item]) -> list[Result]:
-        """Results in order. Items that are submitted together share a batch where it has room for them."""
+        """Results in order. Items that are submitted together share a batch where it has room for them.
+
+        Raises what `run_batch` raised for one of them.
+        """
         loop = asyncio.get_running_loop()
         joined = [(self._enter(item), loop.create_future()) for item in items]
         for entry, future in joined:
             entry.waiters.add(future)
         if joined and (self._runner is None or self._runner.done()):
             self._runner = loop.create_task(self._run())
+        self._on_load(self._tokens)
         try:
             return list(await asyncio.gather(*(future for _, future in joined)))
         finally:
             for entry, future in joined:
                 entry.waiters.discard(future)
-                self._drop_if_left(entry)
+            self._drop_left([entry for entry, _ in joined])
 
     async def close(self) -> None:
         """Everyone who waits is cancelled; the batch under way ends by itself."""
@@ -118,11 +126,15 @@ class Coalescer(Generic[Item, Result]):
             self._tokens += length
         return entry
 
-    def _drop_if_left(self, entry: _Entry[Item, Result]) -> None:
-        if not entry.waiters and self._queued.get(entry.length, {}).get(entry.item) is entry:
-            self._take(entry)
-            self._tokens -= entry.length
-            self._on_dropped(entry.item)
+    def _drop_left(self, entries: Sequence[_Entry[Item, Result]]) -> None:
+        before = self._tokens
+        for entry in entries:
+            if not entry.waiters and self._queued.get(entry.length, {}).get(entry.item) is entry:
+                self._take(entry)
+                self._tokens -= entry.length
+                self._on_dropped(entry.item)
+        if self._tokens != before:
+            self._on_load(self._tokens)
 
     def _take(self, entry: _Entry[Item, Result]) -> None:
         bucket = self._queued[entry.length]
@@ -151,6 +163,7 @@ class Coalescer(Generic[Item, Result]):
                 for entry in batch:  # left over only where this task is cancelled
                     for future in self._settle(entry):
                         future.cancel()
+                self._on_load(self._tokens)
 
     async def _attempt(self, batch: Sequence[_Entry[Item, Result]]) -> None:
         """Run them. A batch that fails is tried again in halves: one bad item must not fail strangers, and what was
@@ -160,9 +173,10 @@ class Coalescer(Generic[Item, Result]):
         if not isinstance(results, Exception):
             for entry, result in zip(batch, results, strict=True):
                 self._land(entry, result)
-        elif len(batch) == 1:
-            for future in self._settle(batch[0]):
-                future.set_exception(results)
+        elif len(batch) == 1 or isinstance(results, self._fatal):
+            for entry in batch:
+                for future in self._settle(entry):
+                    future.set_exception(results)
         else:
             middle = len(batch) // 2
             await self._again(batch[:middle])
@@ -197,7 +211,17 @@ class Coalescer(Generic[Item, Result]):
             if len(results) != len(items):
                 raise ValueError(f"{len(results)} results for {len(items)} items")
         except BaseException as error:  # noqa: BLE001 -- it belongs to the callers of this batch
+            _let_go(error)
             if isinstance(error, Exception) and not isinstance(error, StopIteration):
                 return error
             return RuntimeError(f"{type(error).__name__} in a batch")
         return results
+
+
+def _let_go(error: BaseException) -> None:
+    """Empty the frames that the error and its causes point to: they hold the failed batch's tensors, and the halves of
+    a batch that did not fit are tried while the error is kept."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__

@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from serve.devices import device_errors
 from serve.domain import EncodeUnit, Tier
-from serve.encoders.cache import CacheStats, EmbeddingCache, Fetched
+from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.coalesce import Coalescer
 from serve.encoders.codec import pack, unpack
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
-from serve.errors import BackendUnavailable
+from serve.errors import BackendUnavailable, DeviceLost, GenerationFailed
 from serve.settings import Settings
 from serve.telemetry.metrics import Metrics
 
@@ -47,7 +48,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What a forward gave for one row: packed embeddings by output."""
+    """What a forward gave for one row: packed embeddings by output. Those that hold no numbers are not there."""
 
     values: Mapping[str, bytes]
     forward: Forward
@@ -68,10 +69,13 @@ class EncoderPool:
     One forward of a row gives every output that the served models read of it: those that nobody asked for yet go to
     the cache, so that SDXL and SD 3 with the same prompt run their common encoder once.
 
+    `lost` says that the device is broken: nothing is encoded here any more.
+
     Owns: the text tower, the cache in front of it (the one that writes to Redis), the queue between the two.
     """
 
     def __init__(self, tower: TextTower, encoder: Encoder, settings: Settings, metrics: Metrics) -> None:
+        self.lost = False
         self._tower = tower
         self._encoder = encoder
         self._exact = settings.cache.values == "exact"
@@ -88,6 +92,8 @@ class EncoderPool:
             max_batch_tokens=encoder.settings.max_batch_tokens,
             on_dropped=self._on_dropped,
             on_unclaimed=lambda ask, encoded: self._cache.adopt(self._named(ask, encoded)),
+            on_load=self._on_load,
+            fatal=(DeviceLost,),
         )
         self._cache = EmbeddingCache(
             settings.cache,
@@ -97,16 +103,22 @@ class EncoderPool:
             write_through=True,
             private=() if encoder.settings.redis else (encoder.fingerprint,),
             leases=encoder.settings.lease_s,
+            by_row=True,
         )
 
     @property
     def cache(self) -> EmbeddingCache:
         return self._cache
 
-    async def encode(self, units: Sequence[EncodeUnit]) -> list[Fetched]:
-        """In the order of `units`. Raises what `check` raises. A caller that is cancelled takes its rows out of the
-        queue, unless another waits for them."""
+    async def encode(self, units: Sequence[EncodeUnit], redis_away: bool = False) -> list[Fetched]:
+        """In the order of `units`. `redis_away`: the caller has just found the cache Redis away. A caller that is
+        cancelled takes its rows out of the queue, unless another waits for them.
+
+        Raises what `check` raises, GenerationFailed (OutOfMemory, DeviceLost) where the forward failed.
+        """
         self.check(units)
+        if redis_away:
+            self._cache.hear_redis_away()
         began = time.perf_counter()
         self._requests += 1
         found = await self._cache.get_many(units)
@@ -127,25 +139,33 @@ class EncoderPool:
                 raise BackendUnavailable("this text encoder serves another model", "model", 1.0)
 
     def encode_batch(self, asks: Sequence[Ask]) -> list[Encoded]:
-        """One forward, no cache; the asks have one length. Blocks; one caller at a time."""
+        """One forward, no cache; the asks have one length. Blocks; one caller at a time. Raises GenerationFailed."""
+        name = self._encoder.name
+        if self.lost:
+            raise DeviceLost(f"text encoder {name}: the device failed")
         began = self._busy_since = time.perf_counter()
         rows = self._tower.rows
-        self._tell_queue()
         try:
-            outputs = self._tower.encode([Row(ask.token_ids, ask.extra) for ask in asks])
-            values = [{name: pack(tensor, self._values) for name, tensor in row.items()} for row in outputs]
+            with device_errors(f"text encoder {name}"):
+                outputs = self._tower.encode([Row(ask.token_ids, ask.extra) for ask in asks])
+            values = [
+                {output: pack(tensor, self._values) for output, tensor in row.items() if tensor.isfinite().all()}
+                for row in outputs
+            ]
+        except DeviceLost:
+            self.lost = True
+            raise
         finally:
             self._busy_since = None
             self._forward_s += time.perf_counter() - began
         forward = Forward(began, time.perf_counter() - began, self._tower.rows - rows)
-        name = self._encoder.name
         self._metrics.inc("tandem_encoder_forwards_total", encoder=name)
         self._metrics.inc("tandem_encoder_forward_rows_total", forward.rows, encoder=name)
         self._metrics.observe("tandem_encoder_batch_rows", forward.rows, encoder=name)
         self._metrics.observe("tandem_encoder_forward_seconds", forward.took_s, encoder=name)
         if not self._exact:
-            for output, tensor in outputs[0].items():  # of one row in each batch: the metric must not cost a forward
-                exact, kept = tensor.double().flatten(), unpack(values[0][output]).double().flatten()
+            for output, value in values[0].items():  # of one row in each batch: the metric must not cost a forward
+                exact, kept = outputs[0][output].double().flatten(), unpack(value).double().flatten()
                 cosine = float(exact @ kept / (exact.norm() * kept.norm()).clamp(min=1e-30))
                 self._metrics.observe("tandem_embedding_similarity", cosine, encoder=name)
         return [Encoded(each, forward) for each in values]
@@ -164,9 +184,6 @@ class EncoderPool:
             requests=self._requests,
         )
 
-    def stats(self) -> CacheStats:
-        return self._cache.stats()
-
     async def close(self) -> None:
         await self._queue.close()
         await self._cache.close()
@@ -175,10 +192,7 @@ class EncoderPool:
         """Through the queue. What the forwards gave beside `units` is adopted by the cache."""
         asks = self._asks(units)
         distinct = list(dict.fromkeys(asks))
-        try:
-            encoded = dict(zip(distinct, await self._queue.submit_all(distinct), strict=True))
-        finally:
-            self._tell_queue()
+        encoded = dict(zip(distinct, await self._queue.submit_all(distinct), strict=True))
         asked = frozenset(units)
         for ask, result in encoded.items():
             named = self._named(ask, result)
@@ -188,7 +202,15 @@ class EncoderPool:
             self._recent[unit] = encoded[ask].forward
         while len(self._recent) > REMEMBERED:
             del self._recent[next(iter(self._recent))]
-        return [Fetched(encoded[ask].values[unit.output], Tier.ENCODED) for unit, ask in zip(units, asks, strict=True)]
+        return [Fetched(self._value(encoded[ask], unit), Tier.ENCODED) for unit, ask in zip(units, asks, strict=True)]
+
+    def _value(self, encoded: Encoded, unit: EncodeUnit) -> bytes:
+        """Raises GenerationFailed rather than keep, for a week and for everybody, what would make a black picture."""
+        if unit.output not in encoded.values:
+            name, dtype = self._encoder.name, self._encoder.settings.dtype
+            advice = "; encoder.dtype bfloat16 or float32 has a wider range" if dtype == "float16" else ""
+            raise GenerationFailed(f"text encoder {name} gave values that are no numbers{advice}")
+        return encoded.values[unit.output]
 
     def _asks(self, units: Sequence[EncodeUnit]) -> list[Ask]:
         """The row that gives each unit: units of the same text share one."""
@@ -204,8 +226,8 @@ class EncoderPool:
     def _on_dropped(self, _: Ask) -> None:
         self._metrics.inc("tandem_encoder_dropped_rows_total", encoder=self._encoder.name)
 
-    def _tell_queue(self) -> None:
-        self._metrics.set("tandem_encoder_queue_tokens", self._queue.queued_tokens, encoder=self._encoder.name)
+    def _on_load(self, queued_tokens: int) -> None:
+        self._metrics.set("tandem_encoder_queue_tokens", queued_tokens, encoder=self._encoder.name)
 
     def _tell_slow(self, encoded: Sequence[EncodeUnit], began: float, took_s: float) -> None:
         """Sizes and times, never text: the log is not the place for what users write."""

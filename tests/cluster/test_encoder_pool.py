@@ -26,12 +26,13 @@ from support.text_models import clip_part, flux_folder, sd_folder
 
 from deployments.app import text_encoder
 from deployments.handles import EncoderClients
-from deployments.text_encoder import TextEncoder
+from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import Catalog, open_catalog
 from serve.domain import EncodeUnit, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
+from serve.errors import BackendUnavailable
 from serve.settings import CacheSettings, DiffusionSettings, EncoderSettings, ModelSettings, Settings
 
 pytestmark = pytest.mark.cluster
@@ -306,11 +307,53 @@ def test_a_pool_sleeps_and_wakes_at_the_first_text(cluster: Cluster, tmp_path: P
     async def states() -> set[str]:
         return {(await probe()).detail for probe in pools.clients.probes.values()}
 
-    assert asyncio.run(states()) == {"asleep"}
+    assert "1 awake" in asyncio.run(states()), "the last one has just started"
+    wait_until(lambda: asyncio.run(states()) == {"asleep"}, 60, "the pools to fall asleep, although they are probed")
     (got,) = asyncio.run(pools.clients.encode([unit]))
     assert got.tier is Tier.ENCODED
     assert asyncio.run(states()) == {"asleep", "1 awake"}, "the pool that was not asked sleeps on"
-    wait_until(lambda: asyncio.run(states()) == {"asleep"}, 60, "the pool to fall asleep, although it is probed")
+    wait_until(lambda: asyncio.run(states()) == {"asleep"}, 60, "the pool to fall asleep again")
+
+
+def test_a_pool_that_sleeps_is_tried_at_the_start(cluster: Cluster, tmp_path: Path) -> None:
+    settings = Settings(
+        data_dir=tmp_path,
+        model=ModelSettings(source=str(sd_folder(tmp_path / "sd"))),
+        diffusion=DiffusionSettings(replicas=0),
+        encoder=EncoderSettings(min_replicas=0, device="mps"),
+    )
+    with pytest.raises(RuntimeError):
+        deploy("wrong", settings)
+    (told,) = (each.message for each in serve.status().applications["wrong-clip-32x3"].deployments.values())
+    assert "OperatorError: encoder.device: there is no mps device here" in told
+    serve.delete("wrong-clip-32x3")
+
+
+def test_overload_is_refused_at_once(
+    cluster: Cluster, deep_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a replica takes at once is encoded; few may wait for it, and the others are told so."""
+    monkeypatch.setattr("deployments.app.MAX_QUEUED", 20)
+    pools = deploy("crowd", deep_settings)
+
+    async def one() -> tuple[str, float]:
+        began = time.perf_counter()
+        try:
+            await pools.clients.encode([unseen(pools)])
+        except BackendUnavailable as error:
+            return error.message, time.perf_counter() - began
+        return "", 0.0
+
+    async def main() -> list[tuple[str, float]]:
+        await one()
+        return await asyncio.gather(*(one() for _ in range(DOOR + 200)))
+
+    outcomes = asyncio.run(main())
+    serve.delete(f"crowd-{pools.encoder.name}")
+    refused = [(message, took_s) for message, took_s in outcomes if message]
+    assert 100 <= len(refused) < len(outcomes)
+    assert all(message.endswith("pool has too many requests waiting") for message, _ in refused)
+    assert max(took_s for _, took_s in refused) < 5
 
 
 @pytest.mark.slow
@@ -325,14 +368,15 @@ def test_affinity_saves_forwards_where_replicas_share_nothing(
             url = stack.enter_context(EmbeddedRedis(tmp_path / router, "cache")).url if redis else None
             settings = deep_settings.model_copy(
                 update={
-                    "cache": CacheSettings(redis_url=SecretStr(url) if url else None),
+                    # A busy machine must not make Redis time out: each replica would go on by itself.
+                    "cache": CacheSettings(redis_url=SecretStr(url) if url else None, timeout_s=5.0),
                     "encoder": EncoderSettings(min_replicas=2, max_replicas=2, torch_threads=1),
                 }
             )
             forwards[router] = asyncio.run(zipf(router, settings))
         with capsys.disabled():
             print(f"\nrows encoded {'with' if redis else 'without'} Redis: {forwards}")
-    assert forwards["product"] <= forwards["serve"] * (1.05 if redis else 0.9)
+    assert forwards["product"] <= forwards["serve"] * (1.1 if redis else 0.9)
 
 
 async def zipf(router: str, settings: Settings) -> int:

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from serve.diffusion.engine import Engine
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import EncodeUnit, ImageRequest, Job, JobState, Sign
+from serve.domain import EncodeUnit, ImageRequest, Job, JobState, Sign, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
@@ -22,10 +22,12 @@ from serve.jobs.events import follow
 from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.models import ModelFolder, resolve
+from serve.orders import NewImage
 from serve.prompts.plan import Planner
 from serve.results.png import read_parameters
 from serve.results.store import open_store
-from serve.settings import DiffusionSettings, JobSettings, ModelSettings, ResultSettings, Settings
+from serve.service import ImageService
+from serve.settings import DiffusionSettings, JobSettings, LimitSettings, ModelSettings, ResultSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.worker import Worker
 
@@ -161,6 +163,43 @@ async def test_cancel_reaches_a_running_job(house: House) -> None:
     assert job.state is JobState.CANCELLED
     assert job.step < LONG
     assert not (house.folder / "images" / "a").exists()
+
+
+async def test_text_that_another_version_had_encoded_ahead_is_not_counted(house: House) -> None:
+    """During a rollout, the ingress may have an encoder whose units are not this replica's."""
+    await house.submit("a")
+    await house.jobs.note_ahead("a", {"a unit of another encoder": Tier.REDIS})
+    async with house.worker():
+        job = await house.ended("a")
+    assert job.state is JobState.SUCCEEDED
+    assert [house.metrics.value("tandem_text_units_total", tier=tier) for tier in ("encoded", "redis")] == [2, 0]
+
+
+async def test_a_cancelled_job_s_text_is_not_encoded_ahead(house: House) -> None:
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def prepare(units: Sequence[EncodeUnit]) -> Sequence[Tier]:
+        asked.set()
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            left.set()
+
+    service = ImageService(
+        model=house.model,
+        limits=LimitSettings(),
+        jobs=house.jobs,
+        planner=house.planner,
+        prepare=prepare,
+        results=open_store(ResultSettings(), house.folder),
+        pools={},
+        metrics=house.metrics,
+    )
+    job = await service.submit(NewImage(prompt="a red circle"))
+    await asked.wait()
+    assert (await service.cancel(job.id)).state is JobState.CANCELLED
+    await asyncio.wait_for(left.wait(), 10)
+    await service.close()
 
 
 async def test_a_job_waits_for_an_encoder_that_is_away(house: House) -> None:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
+from deployments.app import replicas
 from deployments.autoscaling import REQUEST_TOKENS, QueuedTokens, ReplicaLoad, Steady, desired_replicas
+from serve.settings import EncoderSettings
 
 
 def desire(loads: list[ReplicaLoad], current: int, **changes: float) -> int:
@@ -140,6 +142,9 @@ def test_a_steady_load_gets_enough_replicas_and_no_flapping(arriving: float) -> 
     assert sum(earlier != later for earlier, later in itertools.pairwise(late)) == 0
 
 
+ONE, TWO = (ReplicaID(unique_id=name, deployment_id=DeploymentID(name="x")) for name in ("one", "two"))
+
+
 def context(target: int, running: list[ReplicaID], metrics: dict, queued: float = 0.0) -> AutoscalingContext:
     return AutoscalingContext(
         deployment_id=DeploymentID(name="TextEncoder-t5-xxl", app_name="tandem"),
@@ -170,8 +175,21 @@ def test_it_reads_what_serve_tells_and_travels_as_serve_sends_it() -> None:
         )
     ).policy
     policy = described.get_policy()(**described.policy_kwargs)
-    replicas = [ReplicaID(unique_id=name, deployment_id=DeploymentID(name="x")) for name in ("one", "two")]
-    tokens = {replicas[0]: 1700.0, replicas[1]: 800.0}
-    assert policy(context(2, replicas, {"queued_tokens": tokens, "busy": dict.fromkeys(replicas, 1.0)})) == (3, {})
+    tokens = {ONE: 1700.0, TWO: 800.0}
+    assert policy(context(2, [ONE, TWO], {"queued_tokens": tokens, "busy": dict.fromkeys([ONE, TWO], 1.0)})) == (3, {})
     assert policy(context(0, [], {}, queued=1.0)) == (1, {})
-    assert QueuedTokens(1000, 60.0)(context(1, replicas[:1], {})) == (1, {}), "it has not reported yet"
+    assert QueuedTokens(1000, 60.0)(context(1, [ONE], {})) == (1, {}), "it has not reported yet"
+
+
+def test_a_pool_that_may_sleep_starts_awake_and_sleeps_when_it_has_been_idle() -> None:
+    """Whatever the start takes: only then is it known that the encoder works here."""
+    assert replicas(EncoderSettings(min_replicas=0))["autoscaling_config"]["initial_replicas"] == 1
+    assert "initial_replicas" not in replicas(EncoderSettings(max_replicas=3))["autoscaling_config"]
+    clock = Clock()
+    policy = QueuedTokens(1000, 60.0, clock)
+    decisions = []
+    for second in range(400):
+        clock.now = second
+        running = [ONE] if second >= 300 else []
+        decisions.append(policy(context(1, running, {}))[0])
+    assert decisions.index(0) == 360, "loaded for 300 s, idle for 60 s"

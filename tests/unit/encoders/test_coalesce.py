@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -35,6 +36,10 @@ class Heard:
 
     dropped: list[int] = field(default_factory=list)
     unclaimed: list[tuple[int, int]] = field(default_factory=list)
+    load: int = -1
+
+    def hear_load(self, tokens: int) -> None:
+        self.load = tokens
 
 
 def length_of(item: int) -> int:
@@ -53,6 +58,7 @@ def make(
         max_batch_tokens=max_batch_tokens,
         on_dropped=heard.dropped.append,
         on_unclaimed=lambda item, result: heard.unclaimed.append((item, result)),
+        on_load=heard.hear_load,
     )
     return coalescer, heard
 
@@ -67,6 +73,11 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def submit(coalescer: Coalescer[int, int], item: int) -> int:
+    (result,) = await coalescer.submit_all([item])
+    return result
+
+
 async def until_empty(coalescer: Coalescer[int, int]) -> None:
     while coalescer.queued_tokens:  # noqa: ASYNC110  the batch ends in a thread
         await asyncio.sleep(0)
@@ -77,7 +88,7 @@ def test_what_is_submitted_together_runs_together() -> None:
         machine = Machine()
         coalescer, _ = make(machine)
         assert await coalescer.submit_all([1, 2, 3]) == [10, 20, 30]
-        assert await asyncio.gather(*(coalescer.submit(item) for item in range(4))) == [0, 10, 20, 30]
+        assert await asyncio.gather(*(submit(coalescer, item) for item in range(4))) == [0, 10, 20, 30]
         assert machine.batches == [[1, 2, 3], [0, 1, 2, 3]]
         assert await coalescer.submit_all([]) == []
         await coalescer.close()
@@ -92,7 +103,7 @@ def test_an_idle_one_waits_for_nobody() -> None:
         machine = Machine()
         coalescer, _ = make(machine)
         for item in range(3):
-            assert await coalescer.submit(item) == item * 10
+            assert await submit(coalescer, item) == item * 10
         assert machine.batches == [[0], [1], [2]]
         await coalescer.close()
 
@@ -103,9 +114,9 @@ def test_a_batch_grows_while_another_runs_up_to_the_limit() -> None:
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, _ = make(machine, 4)
-        first = asyncio.create_task(coalescer.submit(0))
+        first = asyncio.create_task(submit(coalescer, 0))
         await until_started(machine)
-        rest = [asyncio.create_task(coalescer.submit(item)) for item in range(1, 7)]
+        rest = [asyncio.create_task(submit(coalescer, item)) for item in range(1, 7)]
         await settle()
         assert coalescer.queued_tokens == 7
         machine.let.release(10)
@@ -121,9 +132,9 @@ def test_batches_have_one_length_few_enough_tokens_and_the_oldest_item() -> None
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, _ = make(machine, 4, max_batch_tokens=8, length=length_of)
-        first = asyncio.create_task(coalescer.submit(0))
+        first = asyncio.create_task(submit(coalescer, 0))
         await until_started(machine)
-        rest = [asyncio.create_task(coalescer.submit(item)) for item in (2, 1, 3, 4, 6, 7, 9, 12, 15, 5)]
+        rest = [asyncio.create_task(submit(coalescer, item)) for item in (2, 1, 3, 4, 6, 7, 9, 12, 15, 5)]
         await settle()
         machine.let.release(20)
         await asyncio.gather(first, *rest)
@@ -146,7 +157,7 @@ def test_the_same_item_runs_once_for_all_who_ask_while_it_waits_or_runs() -> Non
         assert await running == [10, 10]
         assert await asyncio.gather(*joins) == [[10, 20]] * 50
         assert machine.batches == [[1], [2]]
-        assert await coalescer.submit(1) == 10
+        assert await submit(coalescer, 1) == 10
         assert machine.batches == [[1], [2], [1]], "it is a queue and no cache"
         await coalescer.close()
 
@@ -157,10 +168,10 @@ def test_cancelled_callers_are_dropped_before_the_batch_and_counted() -> None:
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, heard = make(machine, 4)
-        first = asyncio.create_task(coalescer.submit(0))
+        first = asyncio.create_task(submit(coalescer, 0))
         await until_started(machine)
-        leavers = [asyncio.create_task(coalescer.submit(item)) for item in (1, 2, 2)]
-        stayer = asyncio.create_task(coalescer.submit(2))
+        leavers = [asyncio.create_task(submit(coalescer, item)) for item in (1, 2, 2)]
+        stayer = asyncio.create_task(submit(coalescer, 2))
         await settle()
         for leaver in leavers:
             leaver.cancel()
@@ -179,14 +190,14 @@ def test_a_caller_cancelled_during_its_batch_harms_nobody() -> None:
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, heard = make(machine, 4)
-        leaver, stayer = (asyncio.create_task(coalescer.submit(item)) for item in (1, 2))
+        leaver, stayer = (asyncio.create_task(submit(coalescer, item)) for item in (1, 2))
         await until_started(machine)
         leaver.cancel()
         await settle()
         machine.let.release(10)
         assert await stayer == 20
         assert heard.unclaimed == [(1, 10)], "what was computed for nobody is not lost"
-        assert await coalescer.submit(3) == 30
+        assert await submit(coalescer, 3) == 30
         await coalescer.close()
 
     asyncio.run(main())
@@ -196,9 +207,9 @@ def test_an_exception_belongs_to_the_item_that_raised_it() -> None:
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, _ = make(machine)
-        first = asyncio.create_task(coalescer.submit(0))
+        first = asyncio.create_task(submit(coalescer, 0))
         await until_started(machine)
-        callers = [asyncio.create_task(coalescer.submit(item)) for item in (1, 2, BAD, 3, 4)]
+        callers = [asyncio.create_task(submit(coalescer, item)) for item in (1, 2, BAD, 3, 4)]
         both = asyncio.create_task(coalescer.submit_all([1, BAD]))
         await settle()
         machine.let.release(100)
@@ -206,7 +217,7 @@ def test_an_exception_belongs_to_the_item_that_raised_it() -> None:
         assert [type(result) for result in results] == [int, int, int, ArithmeticError, int, int]
         with pytest.raises(ArithmeticError):
             await both
-        assert await coalescer.submit(6) == 60
+        assert await submit(coalescer, 6) == 60
         coalescer.check_integrity()
         await coalescer.close()
 
@@ -217,7 +228,7 @@ def test_who_left_while_a_batch_failed_is_not_tried_again() -> None:
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, heard = make(machine)
-        bad, leaver = (asyncio.create_task(coalescer.submit(item)) for item in (BAD, 1))
+        bad, leaver = (asyncio.create_task(submit(coalescer, item)) for item in (BAD, 1))
         await until_started(machine)
         leaver.cancel()
         await settle()
@@ -227,6 +238,76 @@ def test_who_left_while_a_batch_failed_is_not_tried_again() -> None:
         await until_empty(coalescer)
         assert machine.batches == [[BAD, 1], [BAD]]
         assert heard.dropped == [1]
+        await coalescer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("bad", [BAD, 1])
+def test_the_load_is_told_when_the_last_caller_left_its_batch(bad: int) -> None:
+    async def main() -> None:
+        machine = Machine(free=False)
+        coalescer, heard = make(machine)
+        leaver = asyncio.create_task(submit(coalescer, bad))
+        await until_started(machine)
+        assert heard.load == 1
+        leaver.cancel()
+        await settle()
+        machine.let.release(10)
+        await until_empty(coalescer)
+        await settle()
+        assert heard.load == 0
+        await coalescer.close()
+
+    asyncio.run(main())
+
+
+def test_a_fatal_error_belongs_to_the_whole_batch() -> None:
+    async def main() -> None:
+        machine = Machine(free=False)
+        coalescer = Coalescer(
+            machine.run, length=lambda item: 1, max_batch_size=8, max_batch_tokens=8, fatal=(ArithmeticError,)
+        )
+        callers = [asyncio.create_task(submit(coalescer, item)) for item in (1, BAD, 2)]
+        await until_started(machine)
+        machine.let.release(10)
+        results = await asyncio.gather(*callers, return_exceptions=True)
+        assert [type(result) for result in results] == [ArithmeticError] * 3
+        assert machine.batches == [[1, BAD, 2]]
+        assert await submit(coalescer, 3) == 30
+        coalescer.check_integrity()
+        await coalescer.close()
+
+    asyncio.run(main())
+
+
+class Activations(list[int]):
+    """Something large that a weak reference can watch."""
+
+
+def test_the_halves_of_a_batch_run_without_what_it_held() -> None:
+    """The error of a batch that did not fit, and the one that caused it, point to the frames that held its tensors."""
+    held: list[weakref.ref[Activations]] = []
+    alive = []
+
+    def forward(items: list[int]) -> list[int]:
+        activations = Activations(items)
+        held.append(weakref.ref(activations))
+        raise MemoryError(len(activations))
+
+    def run(items: list[int]) -> list[int]:
+        alive.append(sum(reference() is not None for reference in held))
+        if len(items) == 1:
+            return items
+        try:
+            return forward(items)
+        except MemoryError as error:
+            raise ArithmeticError("too much") from error
+
+    async def main() -> None:
+        coalescer = Coalescer(run, length=lambda item: 1, max_batch_size=8, max_batch_tokens=8)
+        assert await coalescer.submit_all([1, 2, 3, 4]) == [1, 2, 3, 4]
+        assert alive == [0] * 7
         await coalescer.close()
 
     asyncio.run(main())
@@ -245,7 +326,7 @@ def test_no_exception_wedges_it(error: BaseException) -> None:
 
     async def main() -> None:
         coalescer = Coalescer(run, length=lambda item: 1, max_batch_size=1, max_batch_tokens=1)
-        first, second = (asyncio.create_task(coalescer.submit(item)) for item in (1, 2))
+        first, second = (asyncio.create_task(submit(coalescer, item)) for item in (1, 2))
         with pytest.raises(RuntimeError, match=type(error).__name__):
             await first
         assert await second == 2
@@ -258,7 +339,7 @@ def test_a_wrong_number_of_results_is_an_error() -> None:
     async def main() -> None:
         coalescer = Coalescer(lambda items: items[1:], length=lambda item: 1, max_batch_size=8, max_batch_tokens=8)
         with pytest.raises(ValueError, match="0 results for 1 items"):
-            await coalescer.submit(1)
+            await submit(coalescer, 1)
         await coalescer.close()
 
     asyncio.run(main())
@@ -268,7 +349,7 @@ def test_close_cancels_who_waits() -> None:
     async def main() -> None:
         machine = Machine(free=False)
         coalescer, _ = make(machine, 1)
-        waiting = [asyncio.create_task(coalescer.submit(item)) for item in range(3)]
+        waiting = [asyncio.create_task(submit(coalescer, item)) for item in range(3)]
         await until_started(machine)
         await coalescer.close()
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -338,6 +419,7 @@ class Story:
             self.running = batch
             self.queued = [item for item in self.queued if item not in batch]
         self.coalescer.check_integrity()
+        assert self.heard.load in (self.coalescer.queued_tokens, -1), "who listens knows the load"
         assert self.coalescer.queued_tokens == sum(map(length_of, [*self.queued, *self.running]))
 
 

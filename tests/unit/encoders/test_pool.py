@@ -10,12 +10,13 @@ import pytest
 import torch
 from support.text_models import sd3_folder, sdxl_folder
 
+from deployments.text_encoder import Order
 from serve.domain import EncodeUnit, TextRequest, Tier
 from serve.encoders.codec import unpack
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.pool import Ask, EncoderPool
 from serve.encoders.registry import Encoder, Registry, register
-from serve.errors import BackendUnavailable
+from serve.errors import BackendUnavailable, DeviceLost, GenerationFailed, OutOfMemory
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
 from serve.settings import CacheSettings, EncoderSettings, ModelSettings, Settings
@@ -79,6 +80,45 @@ class Gate:
         self.started.release()
         assert self.let.acquire(timeout=10)
         return self._tower.encode(rows)
+
+
+class Faulty:
+    """A tower on a device that has its limits: `fault` is asked before each forward."""
+
+    def __init__(self, tower: TextTower, fault: Callable[[Sequence[Row]], Exception | None]) -> None:
+        self._tower = tower
+        self._fault = fault
+        self.batches: list[int] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tower, name)
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
+        self.batches.append(len(rows))
+        if error := self._fault(rows):
+            raise error
+        return self._tower.encode(rows)
+
+
+class Spoilt:
+    """A tower that gives no numbers for one row, in some of its outputs."""
+
+    def __init__(self, tower: TextTower, row: tuple[int, ...], outputs: Sequence[str], value: float) -> None:
+        self._tower = tower
+        self._row = row
+        self._outputs = outputs
+        self._value = value
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tower, name)
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
+        encoded = self._tower.encode(rows)
+        for row, outputs in zip(rows, encoded, strict=True):
+            for name in self._outputs if row.token_ids == self._row else ():
+                outputs[name] = outputs[name].clone()
+                outputs[name].view(-1)[-1] = self._value
+        return encoded
 
 
 async def until_started(gate: Gate) -> None:
@@ -257,6 +297,14 @@ def test_what_was_computed_for_nobody_is_kept(tower: TextTower, encoder: Encoder
         (again,) = await pool.encode(text("a red circle"))
         assert again.tier is Tier.MEMORY
         assert metrics.value(FORWARDS) == 2
+        leaver = asyncio.create_task(pool.encode(text("a green circle")))
+        await asyncio.to_thread(gate.started.acquire)  # of the blue one
+        await until_started(gate)
+        leaver.cancel()
+        while pool.load.queued_tokens:  # noqa: ASYNC110  the forward ends in a thread
+            await asyncio.sleep(0)
+        await settle()
+        assert metrics.value("tandem_encoder_queue_tokens", encoder=encoder.name) == 0
         await pool.close()
 
     asyncio.run(main())
@@ -290,6 +338,100 @@ def test_a_row_that_fails_fails_alone(tower: TextTower, encoder: Encoder, text: 
         assert isinstance(results[1], Exception)
         assert results[0][0].tier is Tier.ENCODED
         assert len(await pool.encode(text("a blue circle"))) == 1
+        await pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("values", ["exact", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_fails_its_own_row_and_is_kept_nowhere(
+    tower: TextTower, encoder: Encoder, text: Text, value: float, values: str
+) -> None:
+    async def main() -> None:
+        (bad,), (good,) = text("a black circle"), text("a red circle")
+        pool, metrics = make(
+            Spoilt(tower, bad.token_ids, tower.outputs, value), encoder, CacheSettings(values=values), dtype="float16"
+        )
+        for _ in range(2):
+            results = await asyncio.gather(pool.encode([bad]), pool.encode([good]), return_exceptions=True)
+            assert isinstance(results[0], GenerationFailed)
+            assert str(results[0]).startswith(f"text encoder {encoder.name} gave values that are no numbers; encoder.")
+            (got,) = results[1]
+            assert unpack(got.value).isfinite().all()
+        assert metrics.value(FORWARDS) == 2, "the batch was not tried again, and the failure was not kept"
+        assert pool.cache.stats().entries == len(tower.outputs)
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_an_output_that_is_no_number_spoils_no_other(tower: TextTower, encoder: Encoder, text: Text) -> None:
+    """A late layer may overflow where the one that a model reads did not."""
+
+    async def main() -> None:
+        units = text("a red circle", model="sd3")
+        projected = next(unit for unit in units if unit.output.startswith("projected:"))
+        pool, _ = make(Spoilt(tower, units[0].token_ids, [projected.output], float("nan")), encoder)
+        (got,) = await pool.encode(text("a red circle", model="sdxl"))
+        assert got.tier is Tier.ENCODED
+        with pytest.raises(GenerationFailed):
+            await pool.encode([projected])
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_batch_too_large_for_the_device_runs_in_parts(tower: TextTower, encoder: Encoder, text: Text) -> None:
+    async def main() -> None:
+        def fault(rows: Sequence[Row]) -> Exception | None:
+            return torch.OutOfMemoryError("CUDA out of memory") if len(rows) > most else None
+
+        most = 2
+        machine = Faulty(tower, fault)
+        pool, _ = make(machine, encoder)
+        results = await pool.encode([unit for number in range(5) for unit in text(f"{number} circles")])
+        assert [got.tier for got in results] == [Tier.ENCODED] * 5
+        assert machine.batches == [5, 2, 3, 1, 2]
+        most = 0
+        with pytest.raises(OutOfMemory, match="the device ran out of memory") as raised:
+            await pool.encode(text("a red circle"))
+        assert "CUDA" not in raised.value.message
+        assert not pool.lost
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_nothing_is_tried_on_a_device_that_is_lost(tower: TextTower, encoder: Encoder, text: Text) -> None:
+    """A CUDA error sticks to the process: whatever it does next fails as well."""
+
+    async def main() -> None:
+        machine = Faulty(tower, lambda rows: torch.AcceleratorError("an illegal memory access"))
+        pool, _ = make(machine, encoder)
+        texts = [text(f"{number} circles") for number in range(4)]
+        results = await asyncio.gather(*map(pool.encode, texts), return_exceptions=True)
+        assert [type(result) for result in results] == [DeviceLost] * 4
+        assert pool.lost
+        with pytest.raises(DeviceLost):
+            await pool.encode(text("a red circle"))
+        order = Order(text("a red circle"), redis_away=False)
+        order.start(pool)
+        with pytest.raises(BackendUnavailable, match="being replaced") as refused:
+            await order.answer()
+        assert refused.value.retry_after_s, "the text is not to blame"
+        assert machine.batches == [4]
+        assert (pool.busy_s, pool.load.queued_tokens) == (0.0, 0)
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_what_torch_says_stays_in_the_log(tower: TextTower, encoder: Encoder, text: Text) -> None:
+    async def main() -> None:
+        pool, _ = make(Faulty(tower, lambda rows: RuntimeError("cuBLAS at 0x7f")), encoder)
+        with pytest.raises(GenerationFailed, match=f"text encoder {encoder.name} failed on this request"):
+            await pool.encode(text("a red circle"))
         await pool.close()
 
     asyncio.run(main())

@@ -1,0 +1,96 @@
+"""What fits on a machine, and which setting is at fault where it does not."""
+
+from pathlib import Path
+
+import pytest
+
+from serve.encoders.registry import Encoder
+from serve.errors import OperatorError
+from serve.local import fit
+from serve.models.text_parts import TextPart
+from serve.settings import DiffusionSettings, EncoderSettings, HttpSettings, Settings
+
+
+def encoder(name: str, **options: object) -> Encoder:
+    part = TextPart(
+        role="text_encoder",
+        kind="clip",
+        name=name,
+        weights=Path(),
+        tokenizer=Path(),
+        width=768,
+        layers=12,
+        vocab_size=49408,
+        projection=None,
+        row_tokens=77,
+    )
+    return Encoder(
+        name=name,
+        fingerprint=name,
+        part=part,
+        projections=(),
+        outputs=("hidden",),
+        settings=EncoderSettings(**options),
+        models=("a",),
+    )
+
+
+def share(gpus: int, *encoders: Encoder, **options: object) -> float:
+    settings = Settings(diffusion=DiffusionSettings(**options))
+    return fit(settings, encoders, {"CPU": 16.0, "GPU": float(gpus)}).diffusion.num_gpus
+
+
+def at_fault(settings: Settings, *encoders: Encoder, cpus: float = 16.0, gpus: float = 0.0) -> str:
+    machine = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    with pytest.raises(OperatorError) as raised:
+        fit(settings, encoders, machine)
+    assert raised.value.message.startswith(f"{raised.value.param}: ")
+    assert raised.value.param is not None
+    return raised.value.param
+
+
+def test_diffusion_gets_what_the_text_encoders_leave() -> None:
+    clip, greedy = encoder("clip-l", num_gpus=0.2), encoder("t5-xxl", num_gpus=1.0)
+    assert share(1) == 1.0
+    assert share(1, clip) == pytest.approx(0.8, abs=1e-3)
+    assert share(2, clip, greedy) == pytest.approx(0.8, abs=1e-3)
+    assert share(2, greedy) == 1.0
+    assert share(1, clip, replicas=2) == pytest.approx(0.4, abs=1e-3)
+    assert share(1, replicas=3) == pytest.approx(1 / 3, abs=1e-3)
+    assert share(1, encoder("clip-l", num_gpus=0.2, min_replicas=2, max_replicas=3)) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_no_share_spans_two_cards() -> None:
+    """0.9 each for two replicas on two GPUs would leave 0.1 and 0.1, and no place for 0.2."""
+    assert share(2, encoder("clip-l", num_gpus=0.2), replicas=2) == pytest.approx(0.8, abs=1e-3)
+    assert share(2, replicas=3) == 0.5
+
+
+def test_what_is_said_is_left_as_it_is() -> None:
+    assert share(1, num_gpus=0.5) == 0.5
+    assert share(0) == 0.0
+    assert share(1, device="cpu") == 0.0
+    assert share(1, encoder("clip-l", num_gpus=1.0), replicas=0) == 0.0
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_an_encoder_that_takes_the_only_gpu_leaves_none_to_diffusion(least: int) -> None:
+    """Asleep too: the first text would wake a replica that can be placed nowhere."""
+    t5 = encoder("t5-xxl", num_gpus=1.0, min_replicas=least)
+    assert at_fault(Settings(), t5, gpus=1.0) == "encoder.num_gpus"
+    assert at_fault(Settings(diffusion=DiffusionSettings(num_gpus=0.5)), t5, gpus=1.0) == "diffusion.num_gpus"
+    fit(Settings(diffusion=DiffusionSettings(device="cpu")), [t5], {"CPU": 16.0, "GPU": 1.0})
+
+
+def test_the_setting_at_fault_is_named() -> None:
+    only_text = Settings(diffusion=DiffusionSettings(replicas=0))
+    one, other = encoder("clip-l", num_gpus=0.6), encoder("t5-xxl", num_gpus=0.6)
+    assert at_fault(only_text, encoder("clip-l", num_gpus=1.0)) == "encoders.clip-l.num_gpus"
+    assert at_fault(only_text, one, other, gpus=1.0) == "encoder.num_gpus"
+    assert at_fault(Settings(), one, other, gpus=1.0) == "encoder.num_gpus"
+    assert at_fault(only_text, encoder("clip-l", num_cpus=20.0)) == "encoders.clip-l.num_cpus"
+    assert at_fault(only_text, encoder("a", num_cpus=1.5), encoder("b", num_cpus=1.5), cpus=2.0) == "encoder.num_cpus"
+    assert at_fault(Settings(diffusion=DiffusionSettings(num_gpus=1.0)), one, gpus=1.0) == "diffusion.num_gpus"
+    assert at_fault(Settings(diffusion=DiffusionSettings(num_gpus=1.0))) == "diffusion.num_gpus"
+    assert at_fault(Settings(diffusion=DiffusionSettings(num_cpus=2.0)), encoder("a"), cpus=2.0) == "diffusion.num_cpus"
+    assert at_fault(Settings(http=HttpSettings(num_cpus=3.0)), cpus=2.0) == "http.num_cpus"
