@@ -14,7 +14,7 @@ from serve.bench.hits import HitLatency, measure_hits
 from serve.bench.load import GIVE_UP_S
 from serve.bench.machine import Machine, OtherWork, Peaks, this_machine
 from serve.bench.pool_load import PoolLatency, measure_pool
-from serve.bench.precision import Dtype, Precision, StoredValues, measure_precisions
+from serve.bench.precision import Precision, StoredValues, measure_precisions
 from serve.bench.service import (
     Caller,
     Loss,
@@ -32,7 +32,7 @@ from serve.bench.windows import Budget
 from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import TextTower
 from serve.models import TextPart
-from serve.settings import MIB, CacheSettings, EncoderSettings
+from serve.settings import MIB, CacheSettings, Dtype, EncoderSettings
 
 Section = Literal["throughput", "pool", "precision", "hits", "service", "loss"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
@@ -49,8 +49,8 @@ _REDIS_BYTES = 1024 * MIB
 class Plan:
     """What is measured. `seconds` is the length of one open loop; everything else is a part of it.
 
-    `precise` are the encoders of the precision table, `served` those that are measured through a whole server. The
-    first of these loses its Redis.
+    `precise` are the encoders of the precision table, with `compiled` layers too; `served` those that are measured
+    through a whole server. The first of these loses its Redis.
     """
 
     shapes: tuple[EncoderShape, ...]
@@ -61,6 +61,7 @@ class Plan:
     sections: frozenset[Section]
     precise: frozenset[str]
     served: frozenset[str]
+    compiled: bool = True
 
     @property
     def budget(self) -> Budget:
@@ -185,7 +186,10 @@ class _Run:
     def _precision(self, shape: EncoderShape, part: TextPart) -> None:
         self._tell(f"{shape.name}: precisions")
         budget = replace(self._plan.budget, windows=_PRECISION_WINDOWS)
-        measured, stored = measure_precisions(shape, part, self._settings, self._plan.device, budget, self._peaks)
+        plan, settings = self._plan, self._settings
+        measured, stored = measure_precisions(
+            shape, part, settings, plan.device, budget, self._peaks, compiled=plan.compiled
+        )
         self._report.precisions.extend(measured)
         self._report.stored.extend(stored)
 

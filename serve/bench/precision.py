@@ -1,4 +1,4 @@
-"""What fewer bits cost: size, speed and the angle to float32, for the weights and for the cached values."""
+"""What fewer bits cost and compiling gains: size, speed and the angle to float32, for weights and for cached values."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 from serve.errors import TandemError
 from serve.models import TextPart
-from serve.settings import EncoderSettings
+from serve.settings import Dtype, EncoderSettings
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-Quantization = Literal["none", "int8", "int4"]
+Form = Literal["plain", "compiled", "int8", "int4"]
 
 BATCH = 8
-PRECISIONS: tuple[tuple[Dtype, Quantization], ...] = (
-    ("float32", "none"),
-    ("float16", "none"),
-    ("bfloat16", "none"),
+PRECISIONS: tuple[tuple[Dtype, Form], ...] = (
+    ("float32", "plain"),
+    ("float16", "plain"),
+    ("bfloat16", "plain"),
+    ("float32", "compiled"),
+    ("bfloat16", "compiled"),
     ("float32", "int8"),
     ("bfloat16", "int8"),
     ("float32", "int4"),
@@ -52,15 +53,15 @@ class Closeness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """One encoder in one precision. `bytes` are its weights as loaded, `rows_per_s` is for forwards of `batch` rows,
-    `others` the share of the processors that other processes had meanwhile.
+    """One encoder in one precision and form of its layers. `bytes` are its weights as loaded, `rows_per_s` is for
+    forwards of `batch` rows, `others` the share of the processors that other processes had meanwhile.
 
     `refused` is why this device can't do it, and then nothing else is known.
     """
 
     encoder: str
     dtype: Dtype
-    quantization: Quantization
+    form: Form
     refused: str | None = None
     bytes: int | None = None
     batch: int | None = None
@@ -87,17 +88,23 @@ def measure_precisions(
     device: str,
     budget: Budget,
     peaks: Peaks,
+    *,
+    compiled: bool = True,
 ) -> tuple[list[Precision], list[StoredValues]]:
-    """A dtype in which the device is very slow gets fewer rows."""
+    """A dtype in which the device is very slow gets fewer rows. `compiled`: those forms too, which take a while."""
     texts = caption_rows(shape, BATCH)
     spare = Spare()
     reference: list[torch.Tensor] | None = None
     measured, stored = [], []
-    for dtype, quantization in PRECISIONS:
+    for dtype, form in PRECISIONS:
+        if form == "compiled" and not compiled:
+            continue
         bearable = int(budget.longest_s * peaks.best(dtype) / _WORST / shape.flop_per_row)
         rows = texts[: max(_FEWEST, min(BATCH, bearable))]
-        chosen = settings.model_copy(update={"dtype": dtype, "quantization": quantization})
-        one = Precision(encoder=shape.name, dtype=dtype, quantization=quantization)
+        quantization = form if form in ("int8", "int4") else "none"
+        change = {"dtype": dtype, "quantization": quantization, "compile": form == "compiled"}
+        chosen = settings.model_copy(update=change)
+        one = Precision(encoder=shape.name, dtype=dtype, form=form)
         try:
             size, embeddings, series = _run(encoder_of(shape, part, chosen), device, rows, budget, spare)
         except (TandemError, RuntimeError) as error:
@@ -115,7 +122,7 @@ def measure_precisions(
                 cosine=closeness(embeddings, reference),
             )
         )
-        if quantization == "none":
+        if form == "plain":
             stored.append(_stored(shape.name, dtype, embeddings))
         del series  # it holds the weights, and the next ones come beside them
     return measured, stored

@@ -128,16 +128,16 @@ def _hits(report: Report) -> Table:
 
 def _precisions(report: Report) -> Table:
     columns = ("encoder", "dtype", "weights", "MB", "rows", "rows/s", "cosine, mean", "cosine, least")
-    table = _table("Precision of the weights", *columns)
+    table = _table("Precision and form of the weights", *columns)
     table.caption = "Cosine to float32, token by token. Of random weights: real ones have outliers that these lack."
     for one in report.precisions:
         if one.refused is not None or one.rows_per_s is None or one.cosine is None:
-            table.add_row(one.encoder, one.dtype, one.quantization, "", "", Text(one.refused or "", style="dim"))
+            table.add_row(one.encoder, one.dtype, one.form, "", "", Text(one.refused or "", style="dim"))
             continue
         table.add_row(
             one.encoder,
             one.dtype,
-            "" if one.quantization == "none" else one.quantization,
+            "" if one.form == "plain" else one.form,
             f"{(one.bytes or 0) / 1e6:,.0f}",
             str(one.batch),
             _spread(one.rows_per_s) + (f", disturbed: {one.others:.0%}" if one.others > DISTURBED else ""),

@@ -92,11 +92,11 @@ def encode(
     if json_file is not None:
         check_writable(json_file)
     report = run(_measure(plan))
-    _show(report)
     if json_file is not None:
         from serve.bench.report import as_json
 
         _write(json.dumps(as_json(report), indent=2) + "\n", json_file)
+    _show(report)
     raise typer.Exit(1 if _any_failed(report) else 0)
 
 

@@ -51,6 +51,7 @@ def report() -> Report:
         sections=frozenset({"throughput", "pool", "precision", "hits"}),
         precise=frozenset({CLIP.name, T5.name}),
         served=frozenset(),
+        compiled=False,
     )
     return asyncio.run(measure(plan, no_server, lambda _: None))
 
@@ -83,10 +84,10 @@ def test_hits_are_of_both_tiers_and_carry_the_real_bytes(report: Report) -> None
 
 
 def test_precisions_are_held_against_float32(report: Report) -> None:
-    measured = {(one.encoder, one.dtype, one.quantization): one for one in report.precisions}
+    measured = {(one.encoder, one.dtype, one.form): one for one in report.precisions}
     assert len(measured) == 14
     for name in (CLIP.name, T5.name):
-        exact, half = measured[name, "float32", "none"], measured[name, "bfloat16", "none"]
+        exact, half = measured[name, "float32", "plain"], measured[name, "bfloat16", "plain"]
         assert exact.cosine is not None
         assert half.cosine is not None
         assert exact.cosine.least == pytest.approx(1, abs=1e-12)
