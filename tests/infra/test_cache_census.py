@@ -163,6 +163,8 @@ def test_a_server_without_redis_has_no_census() -> None:
         node = Node(None)
         idle = CensusTaker(node.cache, None, "alone")
         idle.start()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert node.cache.stats().redis == "off"
         await idle.close()
         await node.cache.close()
 
