@@ -5,6 +5,7 @@ name it. Its `args` are the settings tree. No `from __future__ import annotation
 `settings` to validate `args`, and a string would make it pass an unvalidated dict.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -16,6 +17,7 @@ from deployments.ingress import Ingress
 from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import open_catalog
 from serve.encoders.registry import Encoder
+from serve.placements import GPU_CLASS_LABEL, Placement, plan_placements
 from serve.settings import EncoderSettings, Settings
 
 POLICY = "deployments.autoscaling:QueuedTokens"
@@ -28,19 +30,10 @@ HEALTH: dict[str, Any] = {"health_check_period_s": 5.0, "health_check_timeout_s"
 
 def build(settings: Settings) -> serve.Application:
     """The application for a settings tree whose Redis URLs are filled in. Raises OperatorError naming a setting."""
-    registry = open_catalog(settings).registry
-    encoders = {encoder.fingerprint: text_encoder(encoder, settings) for encoder in registry.encoders}
-
-    diffusion = None
-    if settings.diffusion.replicas:
-        diffusion = serve.deployment(
-            Diffusion,
-            num_replicas=settings.diffusion.replicas,
-            ray_actor_options={"num_cpus": settings.diffusion.num_cpus, "num_gpus": settings.diffusion.num_gpus},
-            graceful_shutdown_timeout_s=settings.diffusion.drain_s,
-            graceful_shutdown_wait_loop_s=0.5,
-            **HEALTH,
-        ).bind(settings, encoders)
+    catalog = open_catalog(settings)
+    encoders = {encoder.fingerprint: text_encoder(encoder, settings) for encoder in catalog.registry.encoders}
+    placements = plan_placements(settings, catalog.drawn)
+    diffusion = {placement.name: denoiser(placement, settings, encoders) for placement in placements}
 
     return serve.deployment(
         serve.ingress()(Ingress),
@@ -52,6 +45,24 @@ def build(settings: Settings) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
     ).bind(settings, encoders, diffusion)
+
+
+def denoiser(placement: Placement, settings: Settings, encoders: Mapping[str, serve.Application]) -> serve.Application:
+    """One model on one GPU class: replicas that run on nodes with the class's label, and anywhere where it has none."""
+    own = placement.settings
+    actor: dict[str, Any] = {"num_cpus": own.num_cpus, "num_gpus": own.num_gpus}
+    if placement.gpu_class is not None:
+        label = settings.gpu_classes[placement.gpu_class].label or placement.gpu_class
+        actor["label_selector"] = {GPU_CLASS_LABEL: label}
+    return serve.deployment(
+        Diffusion,
+        name=f"Diffusion-{placement.name}",
+        num_replicas=own.replicas,
+        ray_actor_options=actor,
+        graceful_shutdown_timeout_s=own.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        **HEALTH,
+    ).bind(settings, placement.name, encoders)
 
 
 def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:

@@ -1,20 +1,27 @@
-"""The diffusion replicas. They take no requests: a Worker pulls jobs from the store."""
+"""The diffusion replicas of one placement. They take no orders: a Worker pulls jobs from the store."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import platform
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+import ray
 from ray.serve.handle import DeploymentHandle
 
 from deployments.metrics import tell_device
-from deployments.parts import open_parts, open_text
+from deployments.parts import Parts, open_parts, open_text
+from serve.devices import check_memory
 from serve.diffusion.engine import Engine
-from serve.diffusion.runner import open_runner
+from serve.diffusion.profile import Profile, open_profile
+from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
+from serve.placements import Placement, plan_placements, setting_of
 from serve.prompts.plan import Planner
 from serve.settings import Settings
 from serve.worker import Worker
@@ -27,22 +34,25 @@ class Diffusion:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, encoders: Mapping[str, DeploymentHandle]
+        self, settings: Settings, placement: str, encoders: Mapping[str, DeploymentHandle]
     ) -> None:
+        """`placement` by its name; `encoders` by fingerprint."""
         parts = await open_parts(settings)
-        model = parts.catalog.drawn
-        runner = await asyncio.to_thread(open_runner, model, settings.diffusion)
-        max_rows = settings.diffusion.max_batch_size
-        name = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._stall_s = settings.diffusion.stall_s
+        place = next(each for each in plan_placements(settings, parts.catalog.drawn) if each.name == placement)
+        model = parts.catalog.drawn[place.model]
+        runner, self._profile = await asyncio.to_thread(_load, settings, place, parts)
+        # The node first: which of them holds what is seen in the jobs' records.
+        node = ray.get_runtime_context().get_node_id()
+        name = f"{node}:{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._factor = runner.family.vae.scale_factor
+        self._stall_s = place.settings.stall_s
         self._metrics = parts.metrics
         self._jobs = parts.jobs
         self._text = open_text(settings, parts, encoders, "diffusion", name)
-        self._engine = Engine(runner, StepScheduler(max_rows), parts.metrics)
+        self._engine = Engine(runner, StepScheduler(self._profile), self._profile, parts.metrics)
         self._worker = Worker(
             name=name,
-            model=model.name,
-            max_rows=max_rows,
+            placement=place,
             settings=settings.jobs,
             jobs=parts.jobs,
             planner=Planner(model, parts.catalog.registry.sources(model.name)),
@@ -54,6 +64,16 @@ class Diffusion:
 
     def describe(self) -> str:
         return f"{self._worker.rows} images in hand"
+
+    async def benchmark(self, width: int, height: int, steps: int) -> dict[int, list[float]]:
+        """Seconds of synthetic steps by batch entries: 1, 2, 4, ... up to the most that step together at this size.
+
+        They run between the steps of the jobs in hand, which they slow down for as long. Raises OutOfMemory.
+        """
+        shape = (height // self._factor, width // self._factor)
+        most = self._profile.lanes(shape)
+        sizes = sorted({1 << power for power in range(most.bit_length())} | {most})
+        return {lanes: await asyncio.wrap_future(self._engine.measure(shape, lanes, steps)) for lanes in sizes}
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -72,3 +92,26 @@ class Diffusion:
     @property
     def _stalled(self) -> bool:
         return self._engine.busy_s > self._stall_s
+
+
+def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Runner, Profile]:
+    """The model on its device, and what is known of its steps there. Raises OperatorError naming the setting."""
+    gpu = settings.gpu_classes[place.gpu_class] if place.gpu_class is not None else None
+    if gpu is not None:
+        check_memory(place.settings.device, gpu.memory_gb, setting_of(settings, place.name, "gpu_class"))
+    model = parts.catalog.drawn[place.model]
+    own = place.settings.model_copy(update={"max_pixels": place.max_pixels})
+    runner = open_runner(model, own, gpu.dtypes if gpu else ())
+    device = "cpu" if runner.family.device.type == "cpu" else f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    with _alone(settings.data_dir / "profiles" / f"{platform.node()}-{device}.lock"):
+        return runner, open_profile(runner, model, own, settings.data_dir)
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """One replica after another measures its steps on a device: what they take while others measure is kept too."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without a folder to write to, they keep nothing
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(place.open("w")), fcntl.LOCK_EX)
+        yield

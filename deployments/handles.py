@@ -17,9 +17,11 @@ from serve.domain import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
 from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable, GenerationFailed, TandemError
+from serve.placements import Fleet
 from serve.service import PoolState
 
 CALL_S = 10.0
+BENCHMARK_S = 300.0
 T = TypeVar("T")
 
 
@@ -138,13 +140,52 @@ class EncoderClients:
 
 
 class DiffusionClient:
-    """The diffusion pool, as far as the ingress speaks with it: jobs reach it through the store."""
+    """The replicas of one placement, as far as the ingress speaks with them: jobs reach them through the store."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, name: str) -> None:
+        """`name` is the pool's, in messages."""
+        self.name = name
         self._handle = handle
 
     async def ready(self) -> PoolState:
-        return PoolState(True, await _call(self._handle.describe, pool="diffusion"))
+        return PoolState(True, await _call(self._handle.describe, pool=self.name))
+
+    async def benchmark(self, width: int, height: int, steps: int) -> dict[int, list[float]]:
+        """Of one replica: batch entries -> seconds of each of `steps` synthetic steps."""
+        found: dict[int, list[float]] = await _call(
+            self._handle.benchmark, width, height, steps, pool=self.name, within_s=BENCHMARK_S
+        )
+        return found
+
+
+class DiffusionClients:
+    """All placements' replicas."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle], fleet: Fleet) -> None:
+        """`handles` by the placement's name. Alone, a placement's pool is called `diffusion`."""
+        alone = len(handles) == 1
+        self._fleet = fleet
+        self._pools = {
+            name: DiffusionClient(handle, "diffusion" if alone else f"diffusion:{name}")
+            for name, handle in handles.items()
+        }
+
+    @property
+    def probes(self) -> dict[str, Callable[[], Awaitable[PoolState]]]:
+        """Each pool's `ready`, by the pool's name."""
+        return {pool.name: pool.ready for pool in self._pools.values()}
+
+    async def benchmark(self, model: str, width: int, height: int, steps: int) -> dict[str, dict[int, list[float]]]:
+        """By placement, of those that hold such an image of the model: batch entries -> seconds of each step.
+
+        One after the other: on one machine they would take each other's time. Raises BackendUnavailable,
+        GenerationFailed.
+        """
+        return {
+            each.name: await self._pools[each.name].benchmark(width, height, steps)
+            for each in self._fleet.for_model(model)
+            if width * height <= each.max_pixels
+        }
 
 
 async def _call(method: Any, *args: Any, pool: str, within_s: float = CALL_S) -> Any:

@@ -12,10 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.handles import DiffusionClient
+from deployments.handles import DiffusionClients
 from deployments.parts import cache_url, open_parts, open_text
 from serve.api.app import create_app
 from serve.jobs.sweeper import sweep
+from serve.placements import Fleet, plan_placements
 from serve.service import ImageService, PoolState
 from serve.settings import Settings
 from serve.text import TextService
@@ -29,12 +30,14 @@ class Ingress:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, encoders: Mapping[str, DeploymentHandle], diffusion: DeploymentHandle | None
+        self, settings: Settings, encoders: Mapping[str, DeploymentHandle], diffusion: Mapping[str, DeploymentHandle]
     ) -> None:
-        """`encoders` by fingerprint; `diffusion` is None on a server that only encodes text."""
+        """`encoders` by fingerprint; `diffusion` by placement, none on a server that only encodes text."""
         parts = await open_parts(settings)
         catalog = parts.catalog
         planners = await asyncio.to_thread(catalog.planners)
+        fleet = Fleet(plan_placements(settings, catalog.drawn))
+        clients = DiffusionClients(diffusion, fleet)
 
         async def queue_state() -> PoolState:
             return PoolState(True, f"{await parts.jobs.queue_depth()} waiting")
@@ -48,16 +51,16 @@ class Ingress:
         self._sweeping = asyncio.create_task(sweep(parts.jobs, settings.jobs.lease_s))
         self._text = open_text(settings, parts, encoders, "ingress", f"{platform.node()}:{os.getpid()}")
         self._service = ImageService(
-            model=catalog.drawn,
+            models=catalog.drawn,
+            fleet=fleet,
             limits=settings.limits,
             jobs=parts.jobs,
-            planner=planners[catalog.drawn.name],
+            planners=planners,
             prepare=self._text.clients.prepare,
             results=parts.results,
-            pools={"jobs": queue_state, "results": result_state}
-            | self._text.clients.probes
-            | ({"diffusion": DiffusionClient(diffusion).ready} if diffusion else {}),
+            pools={"jobs": queue_state, "results": result_state} | self._text.clients.probes | clients.probes,
             metrics=parts.metrics,
+            benchmark=clients.benchmark if diffusion and settings.http.offers_benchmark else None,
         )
         self._texts = TextService(
             models=catalog.models,

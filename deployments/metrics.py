@@ -31,7 +31,8 @@ class RayMetrics:
 
     def inc(self, name: str, value: float = 1, **labels: str) -> None:
         declared(name, Kind.COUNTER, tuple(labels))
-        self._counters[name].inc(value, labels)
+        if value:  # Ray's own refuses a zero, which elsewhere is nothing to count
+            self._counters[name].inc(value, labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         declared(name, Kind.HISTOGRAM, tuple(labels))

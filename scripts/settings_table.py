@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
@@ -30,7 +30,10 @@ COLUMNS = "| setting | environment | default | what it does |\n|---|---|---|---|
 
 
 def rooms(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
-    """(room's dotted name, its own fields), depth first in the order of the source; the root's name is empty."""
+    """(room's dotted name, its own fields), depth first in the order of the source; the root's name is empty.
+
+    What a table has groups of is a room too, called `table.NAME`.
+    """
     inner: list[tuple[str, type[BaseModel]]] = []
     fields: list[tuple[str, FieldInfo]] = []
     for name, field in model.model_fields.items():
@@ -39,6 +42,8 @@ def rooms(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[
             inner.append((f"{prefix}{name}", kind))
         else:
             fields.append((f"{prefix}{name}", field))
+            if get_origin(kind) is dict and issubclass(group := get_args(kind)[1], BaseModel):
+                inner.append((f"{prefix}{name}.NAME", group))
     yield prefix.rstrip("."), fields
     for name, kind in inner:
         yield from rooms(kind, f"{name}.")
@@ -55,12 +60,22 @@ def page() -> str:
         for name, field in fields:
             if not field.description:
                 raise SystemExit(f"serve/settings.py: {name} has no description")
-            variable = ENV_PREFIX + name.replace(".", ENV_DELIMITER).upper()
-            parts.append(f"| `{name}` | `{variable}` | {default(field)} | {' '.join(field.description.split())} |\n")
+            parts.append(
+                f"| `{name}` | {variable(name)} | {default(field)} | {' '.join(field.description.split())} |\n"
+            )
     return "".join(parts)
 
 
+def variable(name: str) -> str:
+    """A table has one variable for everything in it."""
+    table, inside, _ = name.partition(".NAME")
+    spelled = f"`{ENV_PREFIX}{table.replace('.', ENV_DELIMITER).upper()}`"
+    return f"in {spelled}" if inside else spelled
+
+
 def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
     value: Any = field.get_default(call_default_factory=True)
     return "" if value is None or isinstance(value, SecretStr) else f"`{value}`"
 

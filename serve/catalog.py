@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from serve.encoders.registry import Registry, register
+from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
+from serve.placements import draws
 from serve.prompts.plan import Planner
-from serve.settings import Settings
+from serve.settings import ModelSettings, Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """`models` by name; the first is the one that images are drawn with, where this server draws any."""
+    """`models` by name, those that are drawn first, in the order of the settings."""
 
     models: dict[str, ModelFolder]
     registry: Registry
 
     @property
-    def drawn(self) -> ModelFolder:
-        return next(iter(self.models.values()))
+    def drawn(self) -> Mapping[str, ModelFolder]:
+        """The models that images are drawn with; the first is the one of an order that names none."""
+        return {name: model for name, model in self.models.items() if model.denoiser is not None}
 
     def planners(self) -> dict[str, Planner]:
         """One for each model, by its name. Loads the tokenizers."""
@@ -32,8 +36,20 @@ def open_catalog(settings: Settings) -> Catalog:
     Fetches what is not here yet, checks it, and reads the encoders' weights where no note of their fingerprints is
     left. Raises OperatorError naming the setting.
     """
-    data_dir = settings.data_dir
-    models = [resolve(settings.model, data_dir, text_only=settings.diffusion.replicas == 0)]
-    for index, each in enumerate(settings.text_models):
-        models.append(resolve(each, data_dir, text_only=True, setting=f"text_models.{index}"))
-    return Catalog({model.name: model for model in models}, register(models, settings))
+    models: dict[str, ModelFolder] = {}
+    for setting, each, text_only in _wanted(settings):
+        model = resolve(each, settings.data_dir, text_only=text_only, setting=setting)
+        if model.name in models:
+            raise OperatorError(
+                f"{setting}.name: another model is called {model.name} too; give one of them a name", f"{setting}.name"
+            )
+        models[model.name] = model
+    return Catalog(models, register(list(models.values()), settings))
+
+
+def _wanted(settings: Settings) -> list[tuple[str, ModelSettings, bool]]:
+    """(group of settings, what it says, whether only its text is wanted)."""
+    text_only = not draws(settings)
+    wanted = [("model", settings.model, text_only)]
+    wanted += [(f"models.{index}", each, text_only) for index, each in enumerate(settings.models)]
+    return wanted + [(f"text_models.{index}", each, True) for index, each in enumerate(settings.text_models)]

@@ -12,6 +12,9 @@ import torch
 
 from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemory, TandemError
 
+CLASS_SLACK = 0.95
+"""Of a class's memory, the least that a card of it shows."""
+
 
 def claim_device(device: str, num_gpus: float, setting: str) -> torch.device:
     """The device of that name, or for `auto` the best one here: cuda, then mps, then cpu.
@@ -26,6 +29,18 @@ def claim_device(device: str, num_gpus: float, setting: str) -> torch.device:
     if name == "cuda" and 0 < num_gpus < 1:
         torch.cuda.set_per_process_memory_fraction(num_gpus)
     return torch.device(name)
+
+
+def check_memory(device: str, memory_gb: float, setting: str) -> None:
+    """OperatorError naming `setting` where the GPU here has clearly less memory than its class is said to have.
+
+    A card keeps some of what is printed on its box for itself. Nothing is said of a replica that runs on no GPU.
+    """
+    if (device if device != "auto" else best_device()) != "cuda":
+        return
+    present_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if present_gb < CLASS_SLACK * memory_gb:
+        raise OperatorError(f"{setting}: it has {memory_gb:g} GB, the GPU here {present_gb:.1f} GB", setting)
 
 
 def best_device() -> str:

@@ -35,12 +35,30 @@ class Tier(enum.StrEnum):
     ENCODED = "encoded"
 
 
+class Task(enum.StrEnum):
+    """What an image is made from: the text alone, an image too, or an image and a mask."""
+
+    TXT2IMG = "txt2img"
+    IMG2IMG = "img2img"
+    INPAINT = "inpaint"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """What the client asked for, complete: every default is filled in, so that a retry repeats it exactly.
 
     `width` and `height` are pixels. Image i of `num_images` uses the seed `seed + i`. `guidance_scale` is the w of
     classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); at or below 1 there is none.
+    FLUX reads it as a number that it was distilled on instead; its classifier-free guidance is `true_cfg_scale`, which
+    is None for every other family.
+
+    `scheduler` is a name of `serve.models.samplers`, None the model's own sampler. `image` and `mask` are keys of the
+    result store: PNG files of exactly `width` x `height`, RGB and L (white is repainted). `strength`, in (0, 1], is the
+    share of the steps that an image to start from goes through; None without one. `use_t5` False leaves the T5 of
+    SD 3 unread.
+
+    `preview_every` asks for a preview after every so many steps, 0 for none. `step_cache` above 0 and `tiny_vae` trade
+    exactness for time: the image is then labelled approximate.
     """
 
     model: str
@@ -50,14 +68,39 @@ class ImageRequest:
     height: int
     num_inference_steps: int
     guidance_scale: float
+    true_cfg_scale: float | None = None
     seed: int
     num_images: int = 1
+    scheduler: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
     clip_skip: int | None = None
+    use_t5: bool = True
+    preview_every: int = 0
+    step_cache: float = 0.0
+    tiny_vae: bool = False
     salt: str = ""
 
     @property
+    def cfg_scale(self) -> float:
+        """The w of classifier-free guidance."""
+        return self.guidance_scale if self.true_cfg_scale is None else self.true_cfg_scale
+
+    @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1.0
+        return self.cfg_scale > 1.0
+
+    @property
+    def task(self) -> Task:
+        if self.mask is not None:
+            return Task.INPAINT
+        return Task.TXT2IMG if self.image is None else Task.IMG2IMG
+
+    @property
+    def pixels(self) -> int:
+        """Of one image: what decides which GPU class can hold the job."""
+        return self.width * self.height
 
     @property
     def text(self) -> TextRequest:
@@ -69,6 +112,7 @@ class ImageRequest:
             width=self.width,
             height=self.height,
             clip_skip=self.clip_skip,
+            use_t5=self.use_t5,
             salt=self.salt,
         )
 
@@ -190,7 +234,8 @@ class JobError:
 class Job:
     """A copy of a job's record at one moment. Times are Unix seconds on the job store's clock.
 
-    `position` is 1 for the job that is claimed next, None once it is claimed.
+    `position` is 1 for the job that is claimed next, None once it is claimed. `approximate` names what kept the images
+    from being exact: `step_cache`, `tiny_vae`.
     """
 
     id: str
@@ -207,17 +252,23 @@ class Job:
     cache: CacheReport | None = None
     timings: Timings = field(default_factory=Timings)
     images: tuple[ImageRef, ...] = ()
+    approximate: tuple[str, ...] = ()
     error: JobError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """One entry of a job's event stream. `id` orders the stream and resumes it; `step` counts denoising steps done."""
+    """One entry of a job's event stream. `id` orders the stream and resumes it; `step` counts denoising steps done.
+
+    `preview`, where the entry is one, is a JPEG file: image `index` of the job as it looks after that step.
+    """
 
     id: str
     state: JobState
     step: int
     steps: int
+    index: int | None = None
+    preview: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +281,23 @@ class StepEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """A JPEG file of image `index` of a run as it looks after `step` of `steps` forward passes: one pixel a latent."""
+
+    run_id: str
+    index: int
+    step: int
+    steps: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioning:
-    """The text side of one image, ready for the denoiser: float32 tensors on the CPU.
+    """The text side of one image at one step, ready for the denoiser: float32 tensors on the CPU.
 
     `positive` and `negative` are (tokens, width), the pooled ones (width,), where the family has them. `negative` is
-    None when the request has no guidance. `time_ids` are SDXL's six: original size, crop, target size (height first).
+    None when the request has no guidance. `time_ids` are SDXL's six: original size, crop, target size (height first);
+    its refiner has five, the last an aesthetic score, and others for the negative side.
     """
 
     positive: torch.Tensor
@@ -242,3 +305,21 @@ class Conditioning:
     pooled: torch.Tensor | None = None
     negative_pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
+    negative_time_ids: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The conditioning of every step: (first step, conditioning) in rising order, the first from step 0.
+
+    Steps are those that the client asked for. All phases are guided or none is.
+    """
+
+    phases: tuple[tuple[int, Conditioning], ...]
+
+    @classmethod
+    def constant(cls, conditioning: Conditioning) -> Schedule:
+        return cls(((0, conditioning),))
+
+    def at(self, step: int) -> Conditioning:
+        return next(conditioning for first, conditioning in reversed(self.phases) if first <= step)

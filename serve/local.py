@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import logging
-import math
 import os
 import pkgutil
 import re
@@ -16,21 +14,22 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import psutil
 from pydantic import SecretStr
 
-from serve.catalog import open_catalog
+from serve.catalog import Catalog, open_catalog
 from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
-from serve.encoders.registry import Encoder
 from serve.errors import OperatorError, Unavailable
 from serve.origins import Loaded
+from serve.placements import GPU_CLASS_LABEL, plan_placements, setting_of
 from serve.results.store import open_store
 from serve.settings import Settings
+from serve.shares import fit
 from serve.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -39,10 +38,8 @@ NAME = "tandem"
 WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
 RAY_END_S = 2.0
-RESOURCES = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
-"""Of Ray, and the settings that reserve them."""
-EPSILON = 1e-6
-"""Sums of fractions of a GPU are off by less."""
+HERE = "this-machine"
+"""The GPU class of the one node: every placement is to run on it, whichever classes there are."""
 APPLICATION = "deployments.app:build"
 """The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
 
@@ -53,8 +50,8 @@ def run(loaded: Loaded) -> None:
     with contextlib.ExitStack() as stack:
         try:
             _interrupt_on_signals()
-            settings, encoders, servers = prepare(loaded.settings, stack)
-            _start(settings, encoders, stack)
+            settings, catalog, servers = prepare(loaded.settings, stack)
+            _start(settings, catalog, stack)
             _interrupt_on_signals()  # ray.init replaced the handler
             log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
             _watch(servers)
@@ -62,11 +59,11 @@ def run(loaded: Loaded) -> None:
             log.info("stopping; running jobs finish first, a second Ctrl-C leaves them to the next start")
 
 
-def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, Sequence[Encoder], list[EmbeddedRedis]]:
+def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, Catalog, list[EmbeddedRedis]]:
     """Check what can be checked before the slow start, and start the Redis servers that are not given.
 
-    Returns the settings with every path absolute and every URL filled in, the text encoders, and the servers. Raises
-    OperatorError naming the setting.
+    Returns the settings with every path absolute, every URL filled in and every GPU class on this machine, what is
+    served, and the servers. Raises OperatorError naming the setting.
     """
     _check_port(settings.http.host, settings.http.port)
     data_dir = settings.data_dir.absolute()
@@ -75,10 +72,10 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     except OSError as error:
         raise OperatorError(f"data_dir: {data_dir}: {error.strerror}", "data_dir") from None
     settings = settings.model_copy(update={"data_dir": data_dir})
-    encoders = open_catalog(settings).registry.encoders
-    if settings.diffusion.replicas:
-        claim_device(settings.diffusion.device, 0.0, "diffusion.device")
-    for encoder in encoders:
+    catalog = open_catalog(settings)
+    for placement in plan_placements(settings, catalog.drawn):
+        claim_device(placement.settings.device, 0.0, setting_of(settings, placement.name, "device"))
+    for encoder in catalog.registry.encoders:
         claim_device(encoder.settings.place, 0.0, encoder.setting("device"))
     try:
         asyncio.run(open_store(settings.results, data_dir).check())
@@ -100,8 +97,9 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     filled = {
         "jobs": settings.jobs.model_copy(update={"redis_url": jobs_url}),
         "cache": settings.cache.model_copy(update={"redis_url": cache_url}),
+        "gpu_classes": {name: each.model_copy(update={"label": HERE}) for name, each in settings.gpu_classes.items()},
     }
-    return settings.model_copy(update=filled), encoders, servers
+    return settings.model_copy(update=filled), catalog, servers
 
 
 def _watch(servers: Sequence[EmbeddedRedis]) -> None:
@@ -114,7 +112,7 @@ def _watch(servers: Sequence[EmbeddedRedis]) -> None:
         time.sleep(WATCH_S)
 
 
-def _start(settings: Settings, encoders: Sequence[Encoder], stack: contextlib.ExitStack) -> None:
+def _start(settings: Settings, catalog: Catalog, stack: contextlib.ExitStack) -> None:
     import ray
     from ray import serve
 
@@ -124,18 +122,20 @@ def _start(settings: Settings, encoders: Sequence[Encoder], stack: contextlib.Ex
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, 2),
+        labels={GPU_CLASS_LABEL: HERE},
         include_dashboard=False,
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
         _temp_dir=str(temp_dir),
         _metrics_export_port=settings.metrics.port,
     )
-    settings = fit(settings, encoders, ray.cluster_resources())
+    placements = plan_placements(settings, catalog.drawn)
+    settings = fit(settings, catalog.registry.encoders, placements, ray.cluster_resources())
     serve_logs = {"log_level": "DEBUG" if settings.log.level == "debug" else "WARNING"}
     serve.start(http_options={"host": settings.http.host, "port": settings.http.port}, logging_config=serve_logs)
     stack.callback(serve.shutdown)
     application = pkgutil.resolve_name(APPLICATION)(settings)
-    stack.callback(_drain, settings.diffusion.drain_s)
+    stack.callback(_drain, max((each.settings.drain_s for each in placements), default=0.0))
     try:
         serve.run(application, name=NAME, route_prefix="/", logging_config=serve_logs)
     except RuntimeError:
@@ -144,67 +144,6 @@ def _start(settings: Settings, encoders: Sequence[Encoder], stack: contextlib.Ex
         raise OperatorError(
             told[1] if told else "the application does not start; the log above has the reason"
         ) from None
-
-
-def fit(settings: Settings, encoders: Sequence[Encoder], machine: Mapping[str, float]) -> Settings:
-    """The settings on a machine with these Ray resources: what the text encoders leave of its GPUs is shared out among
-    the diffusion replicas. A pool that sleeps counts as one replica: one day somebody wakes it.
-
-    Raises OperatorError for more than there is: Ray would wait for another machine.
-    """
-    for (resource, field), encoder in itertools.product(RESOURCES, encoders):
-        if (wanted := _reserved(encoder, field)) > machine.get(resource, 0.0) + EPSILON:
-            raise _too_much(f"encoders.{encoder.name}.{field}", f"it wants {wanted:g}", resource, machine)
-    diffusion = settings.diffusion
-    if machine.get("GPU") and diffusion.replicas and not diffusion.num_gpus and diffusion.device in ("auto", "cuda"):
-        diffusion = diffusion.model_copy(update={"num_gpus": _share(machine, encoders, diffusion.replicas)})
-    for resource, field in RESOURCES:
-        wants = {
-            "http": settings.http.replicas * getattr(settings.http, field, 0.0),
-            "encoder": sum(_reserved(encoder, field) for encoder in encoders),
-            "diffusion": diffusion.replicas * getattr(diffusion, field),
-        }
-        told = f"http wants {wants['http']:g}, the text encoders {wants['encoder']:g}, diffusion {wants['diffusion']:g}"
-        for room, wanted in zip(wants, itertools.accumulate(wants.values()), strict=True):
-            if wanted > machine.get(resource, 0.0) + EPSILON:
-                raise _too_much(f"{room}.{field}", told, resource, machine)
-    return settings.model_copy(update={"diffusion": diffusion})
-
-
-def _share(machine: Mapping[str, float], encoders: Sequence[Encoder], replicas: int) -> float:
-    """The largest share of one GPU that so many diffusion replicas can have beside the text encoders.
-
-    Raises OperatorError naming the encoders' setting where they leave none.
-    """
-    setting = "encoder.num_gpus"
-    free = [1.0] * int(machine["GPU"])
-    pieces = [each.settings.num_gpus for each in encoders for _ in range(_least(each))]
-    for piece in sorted(pieces, reverse=True):
-        for part in [1.0] * int(piece) + [piece % 1] * (piece % 1 > 0):
-            fits = [card for card, left in enumerate(free) if left >= part - EPSILON]
-            if not fits:
-                raise _too_much(setting, f"the text encoders want {sum(pieces):g}", "GPU", machine)
-            free[min(fits, key=free.__getitem__)] -= part
-    shares = sorted({left / count for left in free for count in range(1, replicas + 1)}, reverse=True)
-    for share in (math.floor(1e4 * share) / 1e4 for share in shares):  # Ray counts in ten-thousandths
-        if share > 0 and sum(int(left / share + EPSILON) for left in free) >= replicas:
-            return share
-    raise _too_much(setting, "the text encoders leave none to diffusion", "GPU", machine)
-
-
-def _least(encoder: Encoder) -> int:
-    return max(1, encoder.settings.min_replicas)
-
-
-def _reserved(encoder: Encoder, field: str) -> float:
-    """What the fewest replicas that a pool has when it is awake reserve, in `num_gpus` or `num_cpus`."""
-    reserved: float = _least(encoder) * getattr(encoder.settings, field)
-    return reserved
-
-
-def _too_much(setting: str, told: str, resource: str, machine: Mapping[str, float]) -> OperatorError:
-    present = machine.get(resource, 0.0)
-    return OperatorError(f"{setting}: {told}, and this machine has {present:g} {resource}s", setting)
 
 
 def _end_ray(others: Sequence[psutil.Process]) -> None:

@@ -3,64 +3,117 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from serve.domain import ImageRequest
+from serve.domain import ImageRequest, Task
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.models import Denoiser, ModelFolder
+from serve.models.presets import AUTO, auto, presets
+from serve.models.samplers import SAMPLERS, sampler_names
+from serve.placements import Fleet
 from serve.prompts.grammar import parse
 from serve.settings import LimitSettings
 
 MAX_SEED = 2**32 - 1
 """Seeds fit into 32 bits, so that every client language can hold them."""
+_NEEDS = {Task.TXT2IMG: "text alone", Task.IMG2IMG: "an image", Task.INPAINT: "an image and a mask"}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewImage:
-    """An image order as a client writes it; None takes the model's or the server's default (a random seed)."""
+    """An image order as a client writes it; None takes the model's or the server's default (a random seed).
+
+    `image` and `mask` are files as text (`serve.images`), or name a picture that this server keeps. A size off the
+    model's grid is refused unless `round_size`.
+    """
 
     prompt: str
     negative_prompt: str = ""
     model: str | None = None
     width: int | None = None
     height: int | None = None
+    aspect_ratio: str | None = None
+    round_size: bool = False
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
     seed: int | None = None
     num_images: int = 1
+    scheduler: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
     clip_skip: int | None = None
+    use_t5: bool = True
+    preview_every: int = 0
+    step_cache: float = 0.0
+    tiny_vae: bool = False
     salt: str = ""
 
 
-def complete(new: NewImage, model: ModelFolder, limits: LimitSettings) -> ImageRequest:
-    """Every default filled in, every limit checked, the seed fixed. Raises InvalidRequest or ModelNotFound."""
-    if new.model is not None and new.model != model.name:
-        raise ModelNotFound(f"model {new.model!r} is not served here; this server draws with {model.name!r}", "model")
-    if model.denoiser is None:
-        raise ModelNotFound("this server only encodes text (diffusion.replicas is 0); see POST /v1/embeddings", "model")
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an order's `image` or `mask` stands for: the result key that its pixels will have, and its own size."""
+
+    key: str
+    width: int
+    height: int
+
+
+def complete(
+    new: NewImage,
+    models: Mapping[str, ModelFolder],
+    fleet: Fleet,
+    limits: LimitSettings,
+    given: Mapping[str, Given] | None = None,
+) -> ImageRequest:
+    """Every default filled in, every limit checked, the seed fixed. Raises InvalidRequest or ModelNotFound.
+
+    `models` are those that are drawn, the first is the default; `given` has `image` and `mask` where the order has
+    them. What the text encoders make of the order (`clip_skip`, `use_t5`) is the planner's to check.
+    """
+    model, denoiser = drawn(new.model, models)
+    given = given or {}
     check_prompts(new.prompt, new.negative_prompt, limits)
     parse(new.negative_prompt, "negative_prompt")  # also where, without guidance, nobody will read it
-    steps = _default(new.num_inference_steps, limits.default_num_inference_steps)
-    guidance = _default(new.guidance_scale, limits.default_guidance_scale)
+    steps = _default(new.num_inference_steps, denoiser.default_num_inference_steps)
+    guidance = _default(new.guidance_scale, denoiser.default_guidance_scale)
     seed = secrets.randbelow(MAX_SEED + 1) if new.seed is None else new.seed
     within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
     within("guidance_scale", guidance, 0.0, limits.max_guidance_scale)
     within("num_images", new.num_images, 1, limits.max_num_images)
     within("seed", seed, 0, MAX_SEED)
+    within("preview_every", new.preview_every, 0, steps)
+    if new.scheduler is not None and new.scheduler not in sampler_names(denoiser.process):
+        raise InvalidRequest(f"scheduler: {model.name} has {', '.join(sampler_names(denoiser.process))}", "scheduler")
+    if new.scheduler is not None and steps > (most := SAMPLERS[new.scheduler].most_steps or steps):
+        raise InvalidRequest(f"num_inference_steps: {new.scheduler} makes at most {most}", "num_inference_steps")
+    task = _task(new, model.name, denoiser, given)
+    width, height = size_of(new, model, denoiser, fleet, limits, given.get("image"))
     return ImageRequest(
         model=model.name,
         prompt=new.prompt,
         negative_prompt=new.negative_prompt,
-        width=_side("width", _default(new.width, model.denoiser.default_width), model.denoiser, limits),
-        height=_side("height", _default(new.height, model.denoiser.default_height), model.denoiser, limits),
+        width=width,
+        height=height,
         num_inference_steps=steps,
         guidance_scale=float(guidance),
+        true_cfg_scale=_true_cfg_scale(new, model, denoiser, limits),
         seed=seed,
         num_images=new.num_images,
+        scheduler=new.scheduler,
+        image=given["image"].key if new.image is not None else None,
+        mask=given["mask"].key if new.mask is not None else None,
+        strength=_strength(new, task, denoiser, steps),
         clip_skip=new.clip_skip,
+        use_t5=new.use_t5,
+        preview_every=new.preview_every,
+        step_cache=_step_cache(new, model, fleet),
+        tiny_vae=_tiny_vae(new, model, fleet),
         salt=new.salt,
     )
 
@@ -80,15 +133,158 @@ def within(field: str, value: float, least: float, most: float) -> None:
         raise InvalidRequest(f"{field} must be between {least} and {most}", field)
 
 
-def _side(field: str, pixels: int, denoiser: Denoiser, limits: LimitSettings) -> int:
-    grid = denoiser.size_multiple
-    within(field, pixels, grid, limits.max_side)
-    if pixels % grid:
-        below = pixels - pixels % grid
-        raise InvalidRequest(
-            f"{field} {pixels} is not a multiple of {grid}; the nearest are {below} and {below + grid}", field
+def longest_side(denoiser: Denoiser, limits: LimitSettings) -> int:
+    """Of an image, in pixels, on the model's grid."""
+    longest = min(limits.max_side, denoiser.largest_side or limits.max_side)
+    return longest - longest % denoiser.size_multiple
+
+
+def drawn(name: str | None, models: Mapping[str, ModelFolder]) -> tuple[ModelFolder, Denoiser]:
+    """The model of that name, by default the first. Raises ModelNotFound."""
+    if not models:
+        raise ModelNotFound("this server only encodes text (diffusion.replicas is 0); see POST /v1/embeddings", "model")
+    model = next(iter(models.values())) if name is None else models.get(name)
+    if model is None:
+        served = ", ".join(map(repr, models))
+        raise ModelNotFound(f"model {name!r} is not served here; this server draws with {served}", "model")
+    assert model.denoiser is not None  # it is drawn with
+    return model, model.denoiser
+
+
+def _task(new: NewImage, name: str, denoiser: Denoiser, given: Mapping[str, Given]) -> Task:
+    """What is asked for, if the model can do it."""
+    if new.mask is not None and new.image is None:
+        raise InvalidRequest("mask: there is no image that it is for", "mask")
+    if new.mask is not None and _shape(given["mask"]) != _shape(given["image"]):
+        raise InvalidRequest(f"mask is {_shape(given['mask'])}, the image {_shape(given['image'])}", "mask")
+    task = Task.TXT2IMG if new.image is None else Task.IMG2IMG if new.mask is None else Task.INPAINT
+    if task not in denoiser.tasks:
+        wants_mask = task is Task.IMG2IMG and Task.INPAINT in denoiser.tasks
+        no_mask = task is Task.INPAINT and Task.IMG2IMG in denoiser.tasks
+        field = "mask" if wants_mask or no_mask else "image"
+        able = " or ".join(words for kind, words in _NEEDS.items() if kind in denoiser.tasks)
+        raise InvalidRequest(f"{field}: {name} draws from {able}", field)
+    return task
+
+
+def size_of(
+    new: NewImage,
+    model: ModelFolder,
+    denoiser: Denoiser,
+    fleet: Fleet,
+    limits: LimitSettings,
+    image: Given | None = None,
+) -> tuple[int, int]:
+    """Width and height in pixels: as the order says, else as its image is, else as the model is made for. Raises
+    InvalidRequest."""
+    if new.aspect_ratio is not None:
+        field, size = "aspect_ratio", _preset(new, model, denoiser, limits, image)
+    elif image is not None and None in (new.width, new.height):
+        field, size = "image", _image_size(new, denoiser, limits, image)
+    else:
+        field, size = "width", _written_size(new, denoiser, limits, (denoiser.default_width, denoiser.default_height))
+    try:
+        fleet.check(model.name, *size)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, field) from None
+    return size
+
+
+def _preset(
+    new: NewImage, model: ModelFolder, denoiser: Denoiser, limits: LimitSettings, image: Given | None
+) -> tuple[int, int]:
+    if new.width is not None or new.height is not None:
+        raise InvalidRequest("aspect_ratio stands in place of width and height; send one or the other", "aspect_ratio")
+    if new.aspect_ratio == AUTO:
+        if image is None:
+            return denoiser.default_width, denoiser.default_height
+        return auto(denoiser, model.family, image.width, image.height, max_side=limits.max_side)
+    known = presets(denoiser, model.family, max_side=limits.max_side)
+    if new.aspect_ratio is None or new.aspect_ratio not in known:
+        raise InvalidRequest(f"aspect_ratio: there are {', '.join(known)} and {AUTO}", "aspect_ratio")
+    return known[new.aspect_ratio]
+
+
+def _image_size(new: NewImage, denoiser: Denoiser, limits: LimitSettings, image: Given) -> tuple[int, int]:
+    """The image's own size, rounded down to the grid, where the order names none."""
+    grid, most = denoiser.size_multiple, longest_side(denoiser, limits)
+    own = image.width - image.width % grid, image.height - image.height % grid
+    for written, side in zip((new.width, new.height), own, strict=True):
+        if written is None and not grid <= side <= most:
+            raise InvalidRequest(
+                f"image is {_shape(image)}; sides of {grid} to {most} are drawn, so say width and height", "image"
+            )
+    return _written_size(new, denoiser, limits, own)
+
+
+def _written_size(
+    new: NewImage, denoiser: Denoiser, limits: LimitSettings, default: tuple[int, int]
+) -> tuple[int, int]:
+    grid, most = denoiser.size_multiple, longest_side(denoiser, limits)
+    sides = {"width": _default(new.width, default[0]), "height": _default(new.height, default[1])}
+    for field, pixels in sides.items():
+        within(field, pixels, 1 if new.round_size else grid, most)
+    if new.round_size:
+        width, height = (_nearest(pixels, grid, most)[0] for pixels in sides.values())
+        return width, height
+    off = {field: sorted(_nearest(pixels, grid, most)) for field, pixels in sides.items() if pixels % grid}
+    if off:
+        told = (
+            f"{field} {sides[field]} is not a multiple of {grid}; the nearest are {' and '.join(map(str, good))}"
+            for field, good in off.items()
         )
-    return pixels
+        raise InvalidRequest(f"{', '.join(told)} (round_size: true takes the nearest)", next(iter(off)))
+    return sides["width"], sides["height"]
+
+
+def _nearest(pixels: int, grid: int, most: int) -> tuple[int, ...]:
+    """The sizes on the grid around `pixels`, the nearest first; of two as near, the smaller."""
+    below = pixels - pixels % grid
+    around = [side for side in (below, below + grid) if grid <= side <= most]
+    return tuple(sorted(around, key=lambda side: abs(side - pixels)))
+
+
+def _strength(new: NewImage, task: Task, denoiser: Denoiser, steps: int) -> float | None:
+    if new.image is None:
+        if new.strength is not None:
+            raise InvalidRequest("strength: there is no image to start from", "strength")
+        return None
+    strength = _default(new.strength, 1.0 if task is Task.INPAINT else denoiser.default_strength)
+    if not 0 < strength <= 1:
+        raise InvalidRequest("strength must be above 0 and at most 1", "strength")
+    if int(steps * strength) < 1:  # as the stock pipelines count them
+        raise InvalidRequest(f"strength {strength:g} of {steps} steps leaves none; ask for more of either", "strength")
+    return float(strength)
+
+
+def _true_cfg_scale(new: NewImage, model: ModelFolder, denoiser: Denoiser, limits: LimitSettings) -> float | None:
+    """Models that were distilled on a guidance scale have the classifier-free kind beside it, off by default."""
+    if denoiser.guidance == "classifier_free":
+        if new.true_cfg_scale is not None:
+            raise InvalidRequest(f"true_cfg_scale: {model.name} has guidance_scale alone", "true_cfg_scale")
+        return None
+    scale = _default(new.true_cfg_scale, 1.0)
+    within("true_cfg_scale", scale, 0.0, limits.max_guidance_scale)
+    if scale > 1 and model.family != "flux":
+        raise InvalidRequest(f"true_cfg_scale: {model.name} is drawn without it", "true_cfg_scale")
+    return float(scale)
+
+
+def _step_cache(new: NewImage, model: ModelFolder, fleet: Fleet) -> float:
+    within("step_cache", new.step_cache, 0.0, 1.0)
+    if new.step_cache and not fleet.step_cache(model.name):
+        raise InvalidRequest(f"step_cache: {model.name} is drawn exactly here (diffusion.step_cache)", "step_cache")
+    return float(new.step_cache)
+
+
+def _tiny_vae(new: NewImage, model: ModelFolder, fleet: Fleet) -> bool:
+    if new.tiny_vae and not fleet.tiny_vae(model.name):
+        raise InvalidRequest(f"tiny_vae: {model.name} has none here (diffusion.tiny_vae)", "tiny_vae")
+    return new.tiny_vae
+
+
+def _shape(given: Given) -> str:
+    return f"{given.width} x {given.height}"
 
 
 def _default(value: T | None, default: T) -> T:

@@ -22,7 +22,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 from serve.errors import OperatorError
 from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
 
-TABLES = ("encoders", "text_models")
+TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements")
 """Fields of the tree that hold a table or a list."""
 
 
@@ -123,7 +123,7 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:  # an empty one is a value: `placements: {small: {}}`
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.domain import EncodeUnit, Job, JobEvent, Tier
-from serve.errors import JobNotFound, TandemError
+from serve.errors import ClientError, TandemError, Unavailable
+from serve.inputs import PNG, Inputs, given
 from serve.jobs.events import follow
 from serve.jobs.store import JobStore
 from serve.models import ModelFolder
-from serve.orders import NewImage, complete
+from serve.offers import ModelInfo, SelfTest, model_info, step_times
+from serve.orders import NewImage, complete, drawn, size_of, within
+from serve.placements import Fleet
 from serve.prompts.plan import Planner
 from serve.results.store import ResultStore
 from serve.settings import LimitSettings
@@ -22,21 +26,24 @@ from serve.text import count_prompts
 
 log = logging.getLogger(__name__)
 
+MAX_MEASURED_STEPS = 50
+
 Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
 """Has units encoded and kept where the replica that claims the job will find them; where each came from."""
+Benchmark = Callable[[str, int, int, int], Awaitable[Mapping[str, Mapping[int, Sequence[float]]]]]
+"""(model, width, height, steps) -> by placement, the seconds of each of so many synthetic steps by batch entries."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """A model that is drawn with, and the defaults of an order. Sizes are pixels, multiples of `size_multiple`."""
+class NotOffered(ClientError):
+    """The operator has not switched this on."""
 
-    id: str
-    family: str
-    default_width: int
-    default_height: int
-    size_multiple: int
-    default_num_inference_steps: int
-    default_guidance_scale: float
+    code = "not_offered"
+
+
+class Busy(Unavailable):
+    """One at a time, and it is being done."""
+
+    code = "busy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,50 +73,49 @@ class ImageService:
     def __init__(
         self,
         *,
-        model: ModelFolder,
+        models: Mapping[str, ModelFolder],
+        fleet: Fleet,
         limits: LimitSettings,
         jobs: JobStore,
-        planner: Planner,
+        planners: Mapping[str, Planner],
         prepare: Prepare,
         results: ResultStore,
         pools: Mapping[str, Probe],
         metrics: Metrics,
+        benchmark: Benchmark | None = None,
     ) -> None:
-        self._model = model
+        """`models` are those that are drawn, by name; the first is the default. `benchmark` is None where the operator
+        does not offer it."""
+        self._models = models
+        self._fleet = fleet
         self._limits = limits
         self._jobs = jobs
-        self._planner = planner
+        self._planners = planners
         self._prepare = prepare
         self._results = results
         self._pools = pools
         self._metrics = metrics
+        self._benchmark = benchmark
+        self._measuring = asyncio.Lock()
+        self._inputs = Inputs(jobs, results, limits)
         self._ahead: dict[str, asyncio.Task[None]] = {}
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What images can be ordered from; empty on a server that only encodes text."""
-        denoiser = self._model.denoiser
-        if denoiser is None:
-            return ()
-        return (
-            ModelInfo(
-                id=self._model.name,
-                family=self._model.family,
-                default_width=denoiser.default_width,
-                default_height=denoiser.default_height,
-                size_multiple=denoiser.size_multiple,
-                default_num_inference_steps=self._limits.default_num_inference_steps,
-                default_guidance_scale=self._limits.default_guidance_scale,
-            ),
-        )
+        return tuple(model_info(*drawn(name, self._models), self._fleet, self._limits) for name in self._models)
 
     async def submit(self, new: NewImage) -> Job:
-        """Log the job durably and return it.
+        """Log the job durably and return it; what it starts from is stored before.
 
-        Raises InvalidRequest or ModelNotFound (nothing was queued), QueueFull, BackendUnavailable.
+        Raises InvalidRequest, ModelNotFound, or JobNotFound where a picture that the order names is gone (nothing was
+        queued or kept); QueueFull, BackendUnavailable.
         """
-        request = complete(new, self._model, self._limits)
-        plan = self._planner.plan(request.text)
-        job = await self._jobs.submit(uuid.uuid4().hex, request, truncated=plan.truncated)
+        job_id = uuid.uuid4().hex
+        uploads = await self._inputs.read(new)
+        request = complete(new, self._models, self._fleet, self._limits, given(job_id, uploads))
+        plan = self._planners[request.model].plan(request.text)
+        async with self._inputs.kept(job_id, uploads, request.width, request.height):
+            job = await self._jobs.submit(job_id, request, truncated=plan.truncated)
         count_prompts(self._metrics, plan)
         task = self._ahead[job.id] = asyncio.create_task(self._encode_ahead(job.id, plan.units))
         task.add_done_callback(lambda _: self._ahead.pop(job.id, None))
@@ -123,6 +129,13 @@ class ImageService:
     async def get(self, job_id: str) -> Job:
         return await self._jobs.get(job_id)
 
+    async def wait(self, job_id: str) -> Job:
+        """The job when it has ended. Raises JobNotFound or BackendUnavailable; the job goes on."""
+        async with contextlib.aclosing(follow(self._jobs, job_id)) as events:
+            async for _ in events:
+                pass
+        return await self._jobs.get(job_id)
+
     async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[JobEvent, None]:
         """The job's transitions and steps, from the first or after event id `after`, until it has ended."""
         await self._jobs.get(job_id)
@@ -134,14 +147,31 @@ class ImageService:
             ahead.cancel()
         return job
 
-    async def image(self, job_id: str, index: int) -> StoredImage:
-        job = await self._jobs.get(job_id)
-        for ref in job.images:
-            if ref.index == index:
-                url = self._results.url(ref.key)
-                data = None if url else await self._results.get(ref.key)
-                return StoredImage(content_type=ref.content_type, url=url, data=data)
-        raise JobNotFound(f"job {job_id} is {job.state} and has no image {index}", "index")
+    async def image(self, job_id: str, name: str) -> StoredImage:
+        """`name` is the index of an image that was drawn, or `image` or `mask`: what the job starts from."""
+        key = await self._inputs.key(job_id, name)
+        url = self._results.url(key)
+        return StoredImage(content_type=PNG, url=url, data=None if url else await self._results.get(key))
+
+    async def benchmark(
+        self, model: str | None = None, width: int | None = None, height: int | None = None, steps: int = 5
+    ) -> SelfTest:
+        """Time synthetic steps of a model on one replica of each placement, between the steps of its jobs.
+
+        Raises NotOffered, Busy, InvalidRequest, ModelNotFound, BackendUnavailable, GenerationFailed.
+        """
+        if self._benchmark is None:
+            raise NotOffered("this server does not offer its benchmark (http.benchmark)")
+        folder, denoiser = drawn(model, self._models)
+        within("num_inference_steps", steps, 1, MAX_MEASURED_STEPS)
+        size = NewImage(prompt="", width=width, height=height)
+        width, height = size_of(size, folder, denoiser, self._fleet, self._limits)
+        if self._measuring.locked():
+            raise Busy("a benchmark is running", retry_after_s=10.0)
+        async with self._measuring:
+            found = await self._benchmark(folder.name, width, height, steps)
+        tables = {name: tuple(step_times(denoiser, measured)) for name, measured in found.items()}
+        return SelfTest(model=folder.name, width=width, height=height, steps=steps, placements=tables)
 
     async def readiness(self) -> dict[str, PoolState]:
         """What each part says of itself; a part that fails to answer is not ready."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ENV_PREFIX = "TANDEM_"
 ENV_DELIMITER = "__"
 MIB = 1024 * 1024
+
+_PLACEMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -29,14 +32,20 @@ class HttpSettings(Room):
     """Address that the HTTP ingress listens on."""
     port: int = Field(8000, ge=1, le=65535)
     """Port that the HTTP ingress listens on."""
-    max_body_bytes: int = Field(256 * 1024, ge=1024)
-    """Largest request body that is read; more is refused with 413."""
+    max_body_bytes: int = Field(32 * MIB, ge=1024)
+    """Largest request body that is read, images in it included; more is refused with 413."""
     replicas: int = Field(1, ge=1)
     """Number of ingress replicas."""
     max_connections: int = Field(1000, ge=1)
     """Requests, open event streams among them, that one ingress replica serves at once."""
     num_cpus: float = Field(0.2, ge=0)
     """CPUs that one ingress replica reserves in Ray."""
+    benchmark: bool | None = None
+    """Answer `POST /v1/benchmark`, which takes the diffusion replicas' time; by default only on a loopback `host`."""
+
+    @property
+    def offers_benchmark(self) -> bool:
+        return self.host in ("127.0.0.1", "::1", "localhost") if self.benchmark is None else self.benchmark
 
 
 class ModelSettings(Room):
@@ -47,7 +56,12 @@ class ModelSettings(Room):
     name: str | None = None
     """Name that requests use in `model`; by default the last part of the source."""
     config: str | None = None
-    """For a single-file checkpoint: a diffusers folder or hub id whose configuration and tokenizer describe it."""
+    """For a single-file checkpoint: a diffusers folder or hub id whose configuration and tokenizer describe it, and
+    which has the parts that the file lacks (of SD 3 and FLUX usually all but the transformer)."""
+    num_inference_steps: int | None = Field(None, ge=1)
+    """Steps of a request that names none; by default what the model is made for."""
+    guidance_scale: float | None = Field(None, ge=0)
+    """Guidance scale of a request that names none; by default what the model is made for."""
 
 
 class LimitSettings(Room):
@@ -61,10 +75,10 @@ class LimitSettings(Room):
     """Largest width or height, in pixels."""
     max_guidance_scale: float = Field(50.0, ge=1)
     """Largest guidance scale."""
-    default_num_inference_steps: int = Field(20, ge=1)
-    """Steps of a request that names none."""
-    default_guidance_scale: float = Field(5.0, ge=0)
-    """Guidance scale of a request that names none."""
+    max_image_bytes: int = Field(16 * MIB, ge=1024)
+    """Largest file of an image or mask to start from."""
+    max_image_pixels: int = Field(4096 * 4096, ge=4096)
+    """Most pixels of an image or mask to start from; it is refused before it is decoded."""
 
 
 class JobSettings(Room):
@@ -164,13 +178,38 @@ class EncoderSettings(Room):
         return "cpu" if self.device == "auto" and not self.num_gpus else self.device
 
 
+class GpuClassSettings(Room):
+    memory_gb: float = Field(gt=0)
+    """Memory of one such GPU, in GB (10^9 bytes)."""
+    label: str | None = None
+    """Value of the node label `tandem.dev/gpu-class`; by default the class's name."""
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+    """What it computes in at full speed; `dtype: auto` takes the model's own among them, or else the first. Turing has
+    no bfloat16."""
+
+    @model_validator(mode="after")
+    def _computes(self) -> Self:
+        if not self.dtypes:
+            raise ValueError("dtypes is empty")
+        return self
+
+
 class DiffusionSettings(Room):
+    model: str | None = None
+    """Name of the model that is drawn here; by default the first. `placements` say which model is drawn where."""
+    gpu_class: str | None = None
+    """One of `gpu_classes`: the replicas run on nodes with its label, and hold what its memory holds."""
     device: Device = "auto"
     """Device of the denoiser; `auto` takes cuda, then mps, then cpu."""
     dtype: Literal["auto", Dtype] = "auto"
-    """Precision of denoiser and VAE; `auto` takes float16 on a GPU and float32 elsewhere."""
+    """Precision of denoiser and VAE; `auto` takes float32 on a CPU, on a GPU float16 for Stable Diffusion 1.x, 2.x and
+    XL and bfloat16 for the others, as far as the card (its class's `dtypes`) has them."""
     max_batch_size: int = Field(8, ge=1)
-    """Most images that step together in one forward pass."""
+    """Most images that step together in one forward pass; the profile taken at start may set fewer."""
+    max_rows: int = Field(32, ge=1)
+    """Most images in hand: beyond a full batch they take turns, so that a short job need not wait for long ones."""
+    max_pixels: int | None = Field(None, ge=64)
+    """Largest image (width x height) that is drawn here; by default what the GPU class's memory holds."""
     replicas: int = Field(1, ge=0)
     """Number of diffusion replicas; with 0 this server only encodes text."""
     num_cpus: float = Field(0.5, ge=0)
@@ -179,6 +218,18 @@ class DiffusionSettings(Room):
     """GPUs (fractions allowed) that one replica reserves in Ray."""
     torch_threads: int | None = Field(None, ge=1)
     """CPU threads of the denoiser, where it runs on a CPU; by default all cores but one."""
+    channels_last: bool | None = None
+    """Keep convolutions' weights and activations channels-last; by default for U-Nets and VAEs, which have them."""
+    compile: bool = False
+    """Compile the denoiser with `torch.compile` at start, for batches padded to 1, 2, 4, 8, ... entries; the first step
+    of a new size waits for it."""
+    tiny_vae: str | None = None
+    """Folder of a small VAE (TAESD, `AutoencoderTiny`) that requests may choose with `tiny_vae`."""
+    step_cache: bool = True
+    """Let requests choose `step_cache`, which reuses predictions between steps that hardly differ."""
+    profile_s: float = Field(20.0, ge=0)
+    """Seconds that a replica may take at its first start to find the batch that pays for each size, kept under
+    `data_dir`; 0 measures nothing, and a step takes `max_batch_size` images."""
     stall_s: float = Field(120.0, gt=0)
     """Seconds that one step or one decoding may take before the replica counts as hung and is replaced."""
     drain_s: float = Field(120.0, gt=0)
@@ -239,6 +290,8 @@ class Settings(BaseSettings):
     """Folder for everything that the local server keeps: images, Redis files, logs."""
     http: HttpSettings = HttpSettings()
     model: ModelSettings = ModelSettings()
+    models: tuple[ModelSettings, ...] = ()
+    """Further models that images are drawn with; a list of groups like `model`."""
     text_models: tuple[ModelSettings, ...] = ()
     """Further models whose text is encoded here, for diffusion that runs elsewhere; a list of groups like `model`."""
     limits: LimitSettings = LimitSettings()
@@ -247,7 +300,12 @@ class Settings(BaseSettings):
     encoder: EncoderSettings = EncoderSettings()
     encoders: dict[str, dict[str, Any]] = {}
     """What differs from `encoder` for one of the encoders, by its name: `{t5-xxl: {num_gpus: 1, min_replicas: 0}}`."""
+    gpu_classes: dict[str, GpuClassSettings] = {}
+    """Kinds of GPU, by name: `{4gb: {memory_gb: 4, dtypes: [float16]}}`."""
     diffusion: DiffusionSettings = DiffusionSettings()
+    placements: dict[str, dict[str, Any]] = {}
+    """Which model is drawn on which GPU class, by a name of its own; what differs from `diffusion`:
+    `{sd-small: {model: sd15, gpu_class: 4gb}}`. Without any, each model has one placement with `diffusion` as it is."""
     results: ResultSettings = ResultSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
@@ -265,6 +323,30 @@ class Settings(BaseSettings):
                     raise _relocated(error.title, faults, ("encoders", name)) from None
         return self
 
+    @model_validator(mode="after")
+    def _placements_fit(self) -> Self:
+        """Names, types and GPU classes; which models there are is not known before they are looked at."""
+        for name in self.placements:
+            if not _PLACEMENT.fullmatch(name):
+                raise _misplaced(("placements", name), "a placement's name has letters, digits, '.', '_' and '-' alone")
+            try:
+                gpu_class = self.placement_named(name).gpu_class
+            except ValidationError as error:
+                raise _relocated(error.title, error.errors(include_url=False), ("placements", name)) from None
+            if "gpu_class" in self.placements[name]:
+                self._check_class(gpu_class, ("placements", name, "gpu_class"))
+        self._check_class(self.diffusion.gpu_class, ("diffusion", "gpu_class"))
+        return self
+
+    def _check_class(self, name: str | None, place: tuple[str, ...]) -> None:
+        if name is not None and name not in self.gpu_classes:
+            known = ", ".join(self.gpu_classes) or "none"
+            raise _misplaced(place, f"there is no GPU class {name}; gpu_classes has {known}")
+
+    def placement_named(self, name: str) -> DiffusionSettings:
+        """The settings of one placement: `diffusion`, over it what `placements` says. Raises ValidationError."""
+        return DiffusionSettings.model_validate(self.diffusion.model_dump() | self.placements.get(name, {}))
+
     def encoder_named(self, *names: str) -> EncoderSettings:
         """The settings of one encoder: `encoder`, over it what `encoders` says of each of these names in order. Raises
         ValidationError."""
@@ -279,6 +361,12 @@ class Settings(BaseSettings):
     ) -> tuple[Any, ...]:
         # `load` merges the origins itself, so that it can say where each value came from.
         return (init_settings,)
+
+
+def _misplaced(place: tuple[str, ...], reason: str) -> ValidationError:
+    """A complaint about one field, however deep it lies."""
+    told = PydanticCustomError("value_error", "{reason}", {"reason": reason})
+    return ValidationError.from_exception_data("Settings", [InitErrorDetails(type=told, loc=place, input=None)])
 
 
 def _relocated(title: str, faults: Sequence[ErrorDetails], place: tuple[str, ...]) -> ValidationError:

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from serve import errors
+from serve import errors, service
 from serve.telemetry.logs import escape
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ STATUS: Mapping[type[errors.TandemError], int] = {
     errors.PayloadTooLarge: 413,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
+    service.NotOffered: 404,
+    service.Busy: 429,
     errors.Unavailable: 503,
     errors.GenerationFailed: 500,
 }
@@ -64,7 +66,8 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def detail(status: int, message: str, code: str, param: str | None = None) -> ErrorDetail:
     """`param` may be a key that the client invented: it is escaped and cut."""
-    kind = "invalid_request_error" if status < 500 else "unavailable_error" if status == 503 else "server_error"
+    later = "unavailable_error" if status in (429, 503) else None
+    kind = later or ("invalid_request_error" if status < 500 else "server_error")
     return ErrorDetail(message=message, type=kind, code=code, param=param and escape(param)[:_MAX_PARAM])
 
 
@@ -100,7 +103,7 @@ def public(error: errors.TandemError) -> tuple[int, ErrorDetail]:
 def respond_to(error: errors.TandemError) -> JSONResponse:
     status, body = public(error)
     headers = {}
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
     if isinstance(error, errors.QueueFull):
         # Clients that retry at once would triple the load of a server that has just said that it is full.

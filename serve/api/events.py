@@ -10,7 +10,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from serve.api.errors import ErrorBody, public
 from serve.api.parts import JobId, Service
-from serve.api.schemas import EventView
+from serve.api.schemas import EventView, PreviewView
 from serve.domain import JobEvent, JobState
 from serve.errors import TandemError
 
@@ -40,9 +40,13 @@ OpenEvents = Annotated[Events, Depends(_open)]
 
 
 async def stream(events: Events) -> AsyncIterator[ServerSentEvent]:
-    """Events `step` and `state`, each with an id to resume from; `error` when they can't go on."""
+    """Events `step`, `preview` and `state`, each with an id to resume from; `error` when they can't go on."""
     try:
         async for event in events:
+            if event.index is not None:
+                if event.preview is not None:  # else a later one has taken its place
+                    yield ServerSentEvent(id=event.id, event="preview", data=PreviewView.of(event))
+                continue
             stepped = event.state is JobState.RUNNING and event.step > 0
             yield ServerSentEvent(id=event.id, event="step" if stepped else "state", data=EventView.of(event))
     except TandemError as error:

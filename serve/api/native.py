@@ -7,23 +7,48 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from fastapi.sse import ServerSentEvent
 
 from serve.api.errors import documented
 from serve.api.events import EventStream, OpenEvents, stream
-from serve.api.parts import ImageIndex, JobId, Root, Service, Tenant, Text
-from serve.api.schemas import JobOrder, JobView, ModelList, ModelView
+from serve.api.model_schemas import BenchmarkOrder, BenchmarkReport, ModelList, ModelView
+from serve.api.parts import ImageName, JobId, Root, Service, Tenant, Text
+from serve.api.schemas import JobOrder, JobView
+from serve.api.waiting import ended
 from serve.orders import NewImage
 
 router = APIRouter(prefix="/v1", tags=["native"], responses=documented(503))
 
+Wait = Annotated[bool, Query(description="Answer when the job has ended.")]
 
-@router.post("/jobs", status_code=202, responses=documented(400, 404, 413, 415, 422))
-async def create_job(order: JobOrder, service: Service, root: Root, tenant: Tenant, response: Response) -> JobView:
-    """Queue a job. Once this answers, the job survives a restart of any part of the server."""
-    job = await service.submit(NewImage(**order.model_dump(), salt=tenant))
+
+@router.post(
+    "/jobs",
+    status_code=202,
+    responses=documented(400, 404, 413, 415, 422)
+    | {200: {"model": JobView, "description": "With `wait`: the job has ended, as its `state` says"}},
+)
+async def create_job(
+    order: JobOrder,
+    service: Service,
+    root: Root,
+    tenant: Tenant,
+    request: Request,
+    response: Response,
+    wait: Wait = False,
+) -> JobView:
+    """Queue a job. Once this answers, the job survives a restart of any part of the server.
+
+    With `?wait=true` it answers when the job has ended; whoever hangs up before cancels it.
+    """
+    new = NewImage(**order.model_dump(), salt=tenant)
+    if wait:
+        job = await ended(request, service, new)
+        response.status_code = 200
+    else:
+        job = await service.submit(new)
     response.headers["Location"] = f"{root}/v1/jobs/{job.id}"
     return JobView.of(job, root)
 
@@ -36,7 +61,8 @@ async def get_job(job_id: JobId, service: Service, root: Root) -> JobView:
 
 @router.get("/jobs/{id}/events", response_class=EventStream, responses=documented(404, 422))
 async def follow_job(events: OpenEvents) -> AsyncIterator[ServerSentEvent]:
-    """Server-Sent Events: `state` and `step` with JSON `{state, step, steps}`, from the job's first to its last.
+    """Server-Sent Events: `state` and `step` with JSON `{state, step, steps}`, from the job's first to its last. Where
+    the order has `preview_every`, `preview` with `{state, step, steps, index, image}`, a small JPEG as a data URL.
 
     `Last-Event-ID` resumes after that event. The stream ends after the terminal state; `error` says why it ended early.
     """
@@ -61,10 +87,10 @@ async def cancel_job(job_id: JobId, service: Service, root: Root) -> JobView:
     },
 )
 async def get_image(
-    job_id: JobId, index: ImageIndex, service: Service, if_none_match: Annotated[str, Header()] = ""
+    job_id: JobId, name: ImageName, service: Service, if_none_match: Annotated[str, Header()] = ""
 ) -> Response:
-    """One image of a finished job."""
-    image = await service.image(job_id, index)
+    """One image of a finished job by its index; `image` and `mask` are what the job starts from."""
+    image = await service.image(job_id, name)
     if image.url is not None:
         return RedirectResponse(image.url, headers={"Cache-Control": "no-store"})
     data = image.data or b""
@@ -82,3 +108,10 @@ async def list_models(service: Service, texts: Text) -> ModelList:
     drawn = {info.id: ModelView(images=True, **asdict(info)) for info in service.models()}
     others = {name: ModelView(id=name, family=family, images=False) for name, family in texts.models().items()}
     return ModelList(data=tuple((others | drawn)[name] for name in {**drawn, **others}))
+
+
+@router.post("/benchmark", responses=documented(400, 404, 413, 415, 422, 429))
+async def benchmark(order: BenchmarkOrder, service: Service) -> BenchmarkReport:
+    """Time synthetic steps, one at a time. Jobs go on meanwhile, slower. Only where `http.benchmark` offers it."""
+    found = await service.benchmark(order.model, order.width, order.height, order.num_inference_steps)
+    return BenchmarkReport(**{name: getattr(found, name) for name in BenchmarkReport.model_fields})

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import unicodedata
+import base64
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from serve.api.errors import ErrorDetail
-from serve.domain import CacheReport, Job, JobError, JobEvent, JobState, Timings, Truncation
+from serve.domain import CacheReport, ImageRequest, Job, JobError, JobEvent, JobState, Timings, Truncation
+from serve.results.keys import reference
+
+# Control characters, and halves of surrogate pairs, which JSON can spell (\ud800) and no encoding can write.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _printable(text: str) -> str:
-    # Cs: half of a surrogate pair, which JSON can spell (\ud800) and no encoding can write.
-    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r" for character in text):
+    if _UNPRINTABLE.search(text):
         raise PydanticCustomError("control_character", "must not hold control characters or lone surrogates")
     return text
 
 
 Text = Annotated[str, AfterValidator(_printable)]
+Name = Annotated[Text, Field(max_length=256)]
 FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -38,26 +43,50 @@ class JobOrder(Schema):
     """What the picture shows. A1111 weights: `(red:1.3)`, `(red)`, `[red]`."""
     negative_prompt: Text = ""
     """What it must not show."""
-    model: Annotated[Text, Field(max_length=256)] | None = None
-    """One of `GET /v1/models`; by default the one that is served."""
+    model: Name | None = None
+    """One of `GET /v1/models`; by default the first that draws."""
     width: int | None = None
-    """Pixels; by default the model's own size."""
+    """Pixels; by default the image's own size, rounded down to the model's grid, or the model's."""
     height: int | None = None
-    """Pixels; by default the model's own size."""
+    """Pixels; by default the image's own size, rounded down to the model's grid, or the model's."""
+    aspect_ratio: Name | None = None
+    """In place of `width` and `height`: one of the model's `aspect_ratios`, such as `16:9`, or `Auto`: the image's."""
+    round_size: bool = False
+    """Take the nearest good size where `width` or `height` is off the model's grid, instead of refusing."""
     num_inference_steps: int | None = None
-    """Denoising steps."""
+    """Denoising steps; by default what the model is made for."""
     guidance_scale: FiniteNumber | None = None
-    """Weight of the prompt (classifier-free guidance); at or below 1 there is none, and no negative prompt."""
+    """Weight of the prompt (classifier-free guidance); at or below 1 there is none, and no negative prompt. FLUX.1 dev
+    reads it as an input. By default what the model is made for."""
+    true_cfg_scale: FiniteNumber | None = None
+    """Classifier-free guidance of a model that reads `guidance_scale` as an input (FLUX); by default 1, none."""
     seed: int | None = None
     """Fixes the picture; by default random. Image i uses `seed + i`."""
     num_images: int = 1
     """How many pictures to draw."""
+    scheduler: Name | None = None
+    """Sampler, one of the model's `schedulers`; by default the model's own."""
+    image: str | None = None
+    """What to start from: a PNG, JPEG or WebP file as a data URL or in base64, or a picture of another job as
+    `<job id>/0` (`<job id>/image`: what that one started from)."""
+    mask: str | None = None
+    """What to repaint of the image: white is drawn anew, black stays. As large as the image; written like it."""
+    strength: FiniteNumber | None = None
+    """Share of the steps that the image goes through, above 0 and at most 1: at 1 little of it is left."""
     clip_skip: int | None = None
     """Layers of CLIP to leave out at its end, as in diffusers: 1 is what A1111 calls 2."""
+    use_t5: bool = True
+    """False leaves out the T5 of a model that can do without it (SD 3)."""
+    preview_every: int = 0
+    """Send a small preview among the job's events after every so many steps; 0 for none."""
+    step_cache: FiniteNumber = 0.0
+    """Above 0, up to 1: reuse predictions between steps that hardly differ. The image is labelled approximate."""
+    tiny_vae: bool = False
+    """Decode with the placement's small VAE, faster and less exactly. The image is labelled approximate."""
 
 
 class CompleteOrder(Schema):
-    """An order with every default filled in."""
+    """An order with every default filled in. What it starts from is named as a reference."""
 
     prompt: str
     negative_prompt: str
@@ -66,9 +95,24 @@ class CompleteOrder(Schema):
     height: int
     num_inference_steps: int
     guidance_scale: float
+    true_cfg_scale: float | None
     seed: int
     num_images: int
+    scheduler: str | None
+    image: str | None
+    mask: str | None
+    strength: float | None
     clip_skip: int | None
+    use_t5: bool
+    preview_every: int
+    step_cache: float
+    tiny_vae: bool
+
+    @classmethod
+    def of(cls, request: ImageRequest) -> CompleteOrder:
+        same = {name: getattr(request, name) for name in cls.model_fields if name not in ("image", "mask")}
+        keys = {"image": request.image, "mask": request.mask}
+        return cls(**same, **{field: key and reference(key) for field, key in keys.items()})
 
 
 class ImageView(Schema):
@@ -104,6 +148,8 @@ class JobView(Schema):
     """Where the text's embeddings came from; null until that is known."""
     timings: Timings
     images: tuple[ImageView, ...]
+    approximate: tuple[str, ...]
+    """What kept the images from being exact: `step_cache`, `tiny_vae`."""
     error: JobError | None
     created_at: float
     started_at: float | None
@@ -124,9 +170,8 @@ class JobView(Schema):
             )
             for ref in job.images
         )
-        request = CompleteOrder(**{name: getattr(job.request, name) for name in CompleteOrder.model_fields})
         same = {name: getattr(job, name) for name in cls.model_fields if name not in ("images", "request")}
-        return cls(**same, images=images, request=request)
+        return cls(**same, images=images, request=CompleteOrder.of(job.request))
 
 
 class EventView(Schema):
@@ -141,27 +186,20 @@ class EventView(Schema):
         return cls(state=event.state, step=event.step, steps=event.steps)
 
 
-class ModelView(Schema):
-    """A served model, and what an order to it gets by default. Sizes are pixels, multiples of `size_multiple`.
+class PreviewView(Schema):
+    """The data of an event `preview`: image `index` of the job after `step` of `steps`."""
 
-    The defaults are null for a model whose text alone is served (`POST /v1/embeddings`).
-    """
+    state: JobState
+    step: int
+    steps: int
+    index: int
+    image: str
+    """A small JPEG as a data URL."""
 
-    id: str
-    object: Literal["model"] = "model"
-    family: str
-    images: bool
-    """Whether jobs may name it."""
-    default_width: int | None = None
-    default_height: int | None = None
-    size_multiple: int | None = None
-    default_num_inference_steps: int | None = None
-    default_guidance_scale: float | None = None
-
-
-class ModelList(Schema):
-    object: Literal["list"] = "list"
-    data: tuple[ModelView, ...]
+    @classmethod
+    def of(cls, event: JobEvent) -> PreviewView:
+        image = "data:image/jpeg;base64," + base64.b64encode(event.preview or b"").decode()
+        return cls(state=event.state, step=event.step, steps=event.steps, index=event.index or 0, image=image)
 
 
 class PoolView(Schema):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
-from serve.api.schemas import Schema, Text
+from serve.api.schemas import Name, Schema, Text
 from serve.domain import CacheReport, Tier, Truncation
 from serve.encoders.cache import RedisState
 from serve.encoders.census import ProcessReport, RedisCensus
@@ -26,7 +26,7 @@ class EmbeddingOrder(Schema):
     negative_prompt: Text | None = None
     """The other side of the guidance. Without it the answer has no negative tensors; `""` is what the stock pipelines
     take where guidance is on and no negative prompt was given."""
-    model: Annotated[Text, Field(max_length=256)] | None = None
+    model: Name | None = None
     """A model whose text this server encodes; by default the first."""
     width: int | None = None
     """Pixels; enters SDXL's `add_time_ids` and nothing else. By default the model's own size."""

@@ -13,6 +13,7 @@ from rich.text import Text
 from serve.bench.bars import bars
 from serve.bench.encode import Report
 from serve.bench.load import Latency
+from serve.bench.machine import Machine
 from serve.bench.stats import Percentiles, Spread
 from serve.bench.throughput import Throughput
 from serve.bench.windows import DISTURBED
@@ -41,13 +42,17 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def headline(report: Report) -> str:
     """The machine and the run in one line."""
-    machine = report.machine
-    where = machine.gpu if report.device == "cuda" else f"{machine.cpu}, {machine.cores} cores"
-    others = "" if report.other_work is None else f"; other processes took {report.other_work:.0%} of the processors"
+    what = f"{report.device}, {report.dtype}, seed {report.seed}"
+    return machine_line(report.machine, report.device, what, report.other_work)
+
+
+def machine_line(machine: Machine, device: str, what: str, other_work: float | None) -> str:
+    """`what` was measured on this machine, in one line."""
+    where = machine.gpu if device == "cuda" else f"{machine.cpu}, {machine.cores} cores"
+    others = "" if other_work is None else f"; other processes took {other_work:.0%} of the processors"
     return (
         f"{where}; {machine.memory_bytes / _GB:.0f} GB; {machine.system}; Python {machine.python}, "
-        f"torch {machine.torch} with {machine.threads} threads; {report.device}, {report.dtype}, seed {report.seed}"
-        f"{others}"
+        f"torch {machine.torch} with {machine.threads} threads; {what}{others}"
     )
 
 
@@ -69,19 +74,19 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def _throughput(report: Report) -> Table:
-    table = _table("Prompts a second, one encoder", "encoder", "one by one", "batched", "ratio", "rows", "")
+    table = plain_table("Prompts a second, one encoder", "encoder", "one by one", "batched", "ratio", "rows", "")
     table.caption = "Median and range of repeated windows, all sizes in turns; random weights, every row different."
     for one in report.throughput:
         single, best = one.batches[0].rows_per_s, one.best
         ratio, size = f"{one.ratio:.2f}x", str(best.size)
         then = Text(one.doubt, style="yellow") if one.doubt else one.stopped
-        table.add_row(one.encoder, _spread(single), _spread(best.rows_per_s), ratio, size, then)
+        table.add_row(one.encoder, spread_text(single), spread_text(best.rows_per_s), ratio, size, then)
     return table
 
 
 def _limits(report: Report) -> Table:
     columns = ("encoder", "GFLOP a row", "peak GFLOP/s", "bound rows/s", "one by one", "batched", "limit")
-    table = _table("What the machine allows", *columns)
+    table = plain_table("What the machine allows", *columns)
     table.caption = "Bound: the machine's best matrix product over the encoder's own operations. Then shares of it."
     for one in report.throughput:
         table.add_row(*_limit_cells(one))
@@ -103,7 +108,7 @@ def _limit_cells(one: Throughput) -> tuple[str, ...]:
 def _pools(report: Report) -> Table:
     table = _latency_table("Latency of one pool in process, ms", "pool")
     for one in report.pools:
-        table.add_row(one.encoder, "idle", "", *_percentiles(one.miss), "0")
+        table.add_row(one.encoder, "idle", "", *percentile_cells(one.miss), "0")
         for load in one.loads:
             table.add_row(*_load_cells(load))
     return table
@@ -120,15 +125,15 @@ def _services(report: Report) -> Table:
 
 
 def _hits(report: Report) -> Table:
-    table = _table("A cache hit, ms", "tier", "request", "kB", "samples", "P50", "P95", "P99", "worst")
+    table = plain_table("A cache hit, ms", "tier", "request", "kB", "samples", "P50", "P95", "P99", "worst")
     for one in report.hits:
-        table.add_row(one.tier, one.request, f"{one.bytes / 1e3:,.0f}", *_percentiles(one.seconds, 3))
+        table.add_row(one.tier, one.request, f"{one.bytes / 1e3:,.0f}", *percentile_cells(one.seconds, 3))
     return table
 
 
 def _precisions(report: Report) -> Table:
     columns = ("encoder", "dtype", "weights", "MB", "rows", "rows/s", "cosine, mean", "cosine, least")
-    table = _table("Precision and form of the weights", *columns)
+    table = plain_table("Precision and form of the weights", *columns)
     table.caption = "Cosine to float32, token by token. Of random weights: real ones have outliers that these lack."
     for one in report.precisions:
         if one.refused is not None or one.rows_per_s is None or one.cosine is None:
@@ -140,7 +145,7 @@ def _precisions(report: Report) -> Table:
             "" if one.form == "plain" else one.form,
             f"{(one.bytes or 0) / 1e6:,.0f}",
             str(one.batch),
-            _spread(one.rows_per_s) + (f", disturbed: {one.others:.0%}" if one.others > DISTURBED else ""),
+            spread_text(one.rows_per_s) + (f", disturbed: {one.others:.0%}" if one.others > DISTURBED else ""),
             f"{one.cosine.mean:.6f}",
             f"{one.cosine.least:.6f}",
         )
@@ -148,7 +153,7 @@ def _precisions(report: Report) -> Table:
 
 
 def _stored(report: Report) -> Table:
-    table = _table("Cached values", "encoder", "dtype", "exact kB", "int8 kB", "cosine, mean", "cosine, least")
+    table = plain_table("Cached values", "encoder", "dtype", "exact kB", "int8 kB", "cosine, mean", "cosine, least")
     for one in report.stored:
         table.add_row(
             one.encoder,
@@ -163,7 +168,7 @@ def _stored(report: Report) -> Table:
 
 def _losses(report: Report) -> Table:
     columns = ("Redis", "requests", "hits", "failed", "P50 before", "P99 before", "P50 after", "P99 after", "bound")
-    table = _table("Redis lost in mid-load, ms", *columns)
+    table = plain_table("Redis lost in mid-load, ms", *columns)
     table.caption = "Bound: the cache's timeout and the P99 of the same load without a cache."
     for one in report.losses:
         sides = [
@@ -177,7 +182,7 @@ def _losses(report: Report) -> Table:
 
 
 def _failures(report: Report) -> Table:
-    table = _table("Failed requests", "in", "reason", "requests")
+    table = plain_table("Failed requests", "in", "reason", "requests")
     named = [(load.what, load.failed) for pool in report.pools for load in pool.loads]
     named += [(f"{load.what} over HTTP", load.failed) for service in report.services for load in service.loads]
     named += [(f"Redis {loss.loss}", loss.failed) for loss in report.losses]
@@ -198,21 +203,21 @@ def _bars(report: Report) -> Table:
 
 def _latency_table(title: str, first: str) -> Table:
     columns = (first, "load", "requests/s", "samples", "P50", "P95", "P99", "worst", "failed")
-    table = _table(title, *columns)
+    table = plain_table(title, *columns)
     table.caption = _OPEN_LOOP
     return table
 
 
 def _load_cells(one: Latency) -> tuple[str, ...]:
-    cells = ("0", "", "", "", "") if one.seconds is None else _percentiles(one.seconds)
+    cells = ("0", "", "", "", "") if one.seconds is None else percentile_cells(one.seconds)
     return (one.what, f"{one.load:.0%}", f"{one.rate:.2f}", *cells, str(sum(one.failed.values())))
 
 
-def _percentiles(of: Percentiles, digits: int = 1) -> tuple[str, ...]:
+def percentile_cells(of: Percentiles, digits: int = 1) -> tuple[str, ...]:
     return (str(of.count), *(_ms(value, digits) for value in (of.p50, of.p95, of.p99, of.worst)))
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """The first column is a name; figures stand to the right."""
     table = Table(title=title, box=SIMPLE_HEAD, caption_justify="left", title_justify="left")
     for number, column in enumerate(columns):
@@ -220,7 +225,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _spread(spread: Spread) -> str:
+def spread_text(spread: Spread) -> str:
     digits = 0 if spread.median >= 1000 else 1 if spread.median >= 10 else 2
     return f"{spread.median:,.{digits}f} ({spread.low:,.{digits}f}-{spread.high:,.{digits}f})"
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from serve.cli.bench import bench
+from serve.cli.bench_engine import engine
 from serve.cli.client import local_url
 from serve.cli.running import run
 from serve.errors import OperatorError, TandemError
@@ -36,6 +37,7 @@ config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(config, name="config")
 cache = typer.Typer(help="Look after the server's embeddings.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+bench.command()(engine)
 app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings (docs/settings.md).")]
@@ -90,6 +92,14 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    aspect: Annotated[str | None, typer.Option(help="In place of width and height: 16:9, ..., or Auto.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Sampler, by the name that GET /v1/models lists.")] = None,
+    image: Annotated[str | None, typer.Option(help="What to start from: a file, or a picture's JOB/INDEX.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="What to repaint of the image, in white: a file, or JOB/mask.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the steps that the image goes through.")] = None,
+    true_cfg: Annotated[float | None, typer.Option(help="Classifier-free guidance of FLUX; by default none.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of a served model.")] = None,
     url: Url = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job and the files as JSON.")] = False,
@@ -104,6 +114,12 @@ def generate(
         "guidance_scale": guidance,
         "width": width,
         "height": height,
+        "aspect_ratio": aspect,
+        "scheduler": scheduler,
+        "image": image,
+        "mask": mask,
+        "strength": strength,
+        "true_cfg_scale": true_cfg,
         "model": model,
     }
     from serve.cli.generate import generate as story

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from serve.cli.child import ChildServer
@@ -92,11 +93,11 @@ def encode(
     if json_file is not None:
         check_writable(json_file)
     report = run(_measure(plan))
-    if json_file is not None:
-        from serve.bench.report import as_json
+    from serve.bench.report import as_json, headline, tables
 
-        _write(json.dumps(as_json(report), indent=2) + "\n", json_file)
-    _show(report)
+    if json_file is not None:
+        write(json.dumps(as_json(report), indent=2) + "\n", json_file)
+    show(headline(report), tables(report))
     raise typer.Exit(1 if _any_failed(report) else 0)
 
 
@@ -105,8 +106,8 @@ def _plan(encoders: str | None, only: str | None, quick: bool, full: bool, commo
     from serve.bench.encode import SECTIONS, Plan
     from serve.bench.shapes import SHAPES, model_of
 
-    names = _names(encoders, tuple(SHAPES), _QUICK if quick else tuple(SHAPES), "--encoders")
-    sections = _names(only, SECTIONS, _WITHOUT_SERVER if quick else SECTIONS, "--only")
+    names = named(encoders, tuple(SHAPES), _QUICK if quick else tuple(SHAPES), "--encoders")
+    sections = named(only, SECTIONS, _WITHOUT_SERVER if quick else SECTIONS, "--only")
     known = [name for name in SHAPES if model_of(SHAPES[name])]
     servable = [name for name in names if name in known]
     if only and not servable and {"service", "loss"}.intersection(sections):
@@ -129,7 +130,7 @@ def _place(device: BenchDevice | None, dtype: BenchDtype | None) -> dict[str, st
     return {"device": place, "dtype": dtype or ("float32" if place == "cpu" else "float16")}
 
 
-def _names(written: str | None, known: Sequence[str], default: Sequence[str], option: str) -> tuple[str, ...]:
+def named(written: str | None, known: Sequence[str], default: Sequence[str], option: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in written.split(",")) if written is not None else tuple(default)
     if unknown := [name for name in names if name not in known]:
         raise OperatorError(f"{option}: {unknown[0] or 'nothing'} is not one of {', '.join(known)}", option)
@@ -179,14 +180,12 @@ async def own_server(model: Path, settings: Mapping[str, Mapping[str, object]]) 
         yield url
 
 
-def _show(report: Report) -> None:
-    from serve.bench.report import headline, tables
-
+def show(headline: str, tables: Iterable[Table]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_COLUMNS
-    console.print(Text(headline(report)), soft_wrap=True)
-    for table in tables(report):
+    console.print(Text(headline), soft_wrap=True)
+    for table in tables:
         console.print()
         console.print(table)
 
@@ -202,7 +201,7 @@ def check_writable(file: Path) -> None:
         raise OperatorError(f"--json {file}: {error.strerror}", "json") from None
 
 
-def _write(text: str, file: Path) -> None:
+def write(text: str, file: Path) -> None:
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,16 @@ from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
 from serve.domain import JobState
 from serve.errors import OperatorError
 
+_REFERENCE = re.compile(r"[0-9a-f]{32}/([0-9]{1,4}|image|mask)")
+
 
 async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:
-    """Exit code 0, or 1 when the job did not succeed. Bars go to stderr, the report to stdout."""
+    """Exit code 0, or 1 when the job did not succeed. Bars go to stderr, the report to stdout.
+
+    `image` and `mask` of the order are files here, or pictures that the server keeps (`<job id>/0`).
+    """
+    pictures = {field: _picture(field, order.get(field)) for field in ("image", "mask")}
+    order = {**order, **pictures}
     _make_folder(out.parent if _is_file(out) else out)
     async with Client(url) as client:
         with job_bars(Console(stderr=True)) as bars:
@@ -38,9 +47,21 @@ def _report(job: RemoteJob, files: list[Path]) -> None:
         console.print(f"{path}  (seed {job.seed + index})")
     if job.state is not JobState.SUCCEEDED:
         console.print(f"{job.state}: {job.error or 'no picture'}", style="red")
+    if approximate := job.raw.get("approximate"):
+        console.print(f"approximate: {', '.join(approximate)}", style="yellow")
     for line in (*cut_lines(job), cache_line(job)):
         if line:
             console.print(line)
+
+
+def _picture(field: str, name: str | None) -> str | None:
+    """As the API takes it. The server decides what it reads."""
+    if name is None or _REFERENCE.fullmatch(name):
+        return name
+    try:
+        return base64.b64encode(Path(name).read_bytes()).decode()
+    except OSError as error:
+        raise OperatorError(f"--{field} {name}: {error.strerror}", field) from None
 
 
 def _paths(out: Path, job: RemoteJob) -> list[Path]:

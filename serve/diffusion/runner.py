@@ -2,138 +2,237 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 
 from serve.devices import claim_device, device_errors, use_threads
-from serve.diffusion.families import SdFamily
-from serve.diffusion.scheduler import Row
-from serve.domain import Conditioning, ImageRequest
-from serve.errors import GenerationFailed
+from serve.diffusion.families import open_family
+from serve.diffusion.families.base import Family
+from serve.diffusion.families.speed import choose_dtype
+from serve.diffusion.preview import PreviewMap
+from serve.diffusion.run import Work
+from serve.diffusion.samplers import Track
+from serve.diffusion.scheduler import Group, Row
+from serve.diffusion.state import ImageState, Phases, Source, Start, start_from_image, start_from_noise
+from serve.diffusion.synthetic import synthetic_lanes
+from serve.domain import Schedule, Task
+from serve.errors import DeviceLost, GenerationFailed
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
 
+__all__ = ["Latents", "Runner", "Source", "open_runner"]
 
-@dataclass(slots=True)
-class _ImageState:
-    """One image in the making. `latents` is (1, C, H, W); the generator and the scheduler are this image's alone."""
 
-    latents: torch.Tensor
-    scheduler: Any
-    generator: torch.Generator
-    positive: torch.Tensor
-    negative: torch.Tensor | None
-    guidance_scale: float
-    step: int = 0
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Latents on their way to another thread: nobody writes to `tensor` any more. `ready` is when the device has
+    computed them, None on a CPU. `tiny` asks for the small VAE."""
 
-    @property
-    def timestep(self) -> torch.Tensor:
-        timestep: torch.Tensor = self.scheduler.timesteps[self.step]
-        return timestep
-
-    def advance(self, prediction: torch.Tensor) -> None:
-        """One step of the sampler. Those that add noise take the image's own generator, the others take none."""
-        step = self.scheduler.step
-        noise = {"generator": self.generator} if "generator" in inspect.signature(step).parameters else {}
-        self.latents = step(prediction, self.timestep, self.latents, **noise, return_dict=False)[0]
-        self.step += 1
+    tensor: torch.Tensor
+    ready: torch.cuda.Event | None
+    tiny: bool
 
 
 class Runner:
-    """Begin, step and finish images.
+    """Begin, step and release images; encode and decode them.
 
-    Owns: the denoiser, the VAE, and every image's latents, scheduler and random generator.
+    Two threads call in, and share nothing that changes. The loop thread calls `rows`, `begin`, `step`, `peek`,
+    `release`, `approximate`, `drop` and `measure`: the images' states are its alone. The VAE thread calls `encode`,
+    `decode` and `preview`, which touch the VAE and the map of previews, and on a GPU run in a stream of their own,
+    beside the steps. What goes from one to the other (`Source`, `Latents`) is handed over for good.
+
+    Owns: the denoiser, the VAE, and every image's latents, sampler and random generator.
     """
 
-    def __init__(self, family: SdFamily) -> None:
-        self._family = family
-        self._states: dict[Row, _ImageState] = {}
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.reused_predictions = 0
+        """Predictions of earlier steps that stood for a forward pass (`step_cache`), so far. The loop thread's."""
+        self._states: dict[Row, ImageState] = {}
+        self._texts: tuple[Schedule, Phases] | None = None
+        self._previews = PreviewMap(family.vae)
+        self._beside = torch.cuda.Stream(family.device) if family.device.type == "cuda" else None
 
-    def rows(self, run_id: str, request: ImageRequest) -> list[Row]:
-        """The request's images as rows of the step batch."""
-        factor = self._family.vae_scale_factor
+    def rows(self, work: Work) -> list[Row]:
+        """The request's images as rows of the step batch. Raises InvalidRequest for a sampler that can't serve it."""
+        request, text = work.request, work.schedule.phases[0][1]
+        factor = self.family.vae.scale_factor
         shape = (request.height // factor, request.width // factor)
-        steps = self._family.forwards(request.num_inference_steps)
-        return [Row(run_id, index, steps, shape) for index in range(request.num_images)]
+        context = 0 if self.family.pads_context else len(text.positive)
+        steps = Track(self.family, request, shape).forwards
+        lanes = 1 if text.negative is None else 2
+        return [Row(work.run_id, index, steps, Group(shape, context), lanes) for index in range(request.num_images)]
 
-    def begin(self, row: Row, request: ImageRequest, conditioning: Conditioning) -> None:
-        """Draw the starting noise as diffusers' pipelines do: on the CPU, from the seed, in the model's dtype."""
-        family = self._family
-        scheduler = family.new_scheduler(request.num_inference_steps)
-        generator = torch.Generator("cpu").manual_seed(request.seed + row.index)
-        noise = torch.randn((1, family.latent_channels, *row.shape), generator=generator, dtype=family.dtype)
-        self._states[row] = _ImageState(
-            latents=noise.to(family.device) * scheduler.init_noise_sigma,
-            scheduler=scheduler,
-            generator=generator,
-            positive=self._context(conditioning.positive),
-            negative=None if conditioning.negative is None else self._context(conditioning.negative),
-            guidance_scale=request.guidance_scale,
-        )
+    def encode(self, work: Work) -> Source | None:
+        """What the images start from, None where that is the text alone. Raises OutOfMemory, DeviceLost,
+        GenerationFailed."""
+        if work.request.task is Task.TXT2IMG:
+            return None
+        if work.image is None or (work.mask is None) is (work.request.task is Task.INPAINT):
+            raise GenerationFailed("the image to start from is missing")
+        with device_errors("the VAE"), torch.inference_mode(), self._own_stream():
+            return start_from_image(self.family, work.request, work.image, work.mask)
+
+    @torch.inference_mode()
+    def begin(self, row: Row, work: Work, source: Source | None) -> None:
+        """Set up the image's sampler, texts and starting latents. `source` is what `encode` gave."""
+        with device_errors("the denoiser"):
+            shape = row.group.shape
+            if source is None and work.request.task is not Task.TXT2IMG:
+                raise GenerationFailed("the image to start from is missing")
+            if source is None:
+                start = start_from_noise(self.family, work.request, row.index, shape)
+            else:
+                start = source.starts[row.index]
+                self._adopt(start)
+            track = Track(self.family, work.request, shape)
+            self._states[row] = ImageState.open(work.request, track, start, self._phases(work.schedule))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
-        """One denoising step of every row in one forward pass; rows may be at different timesteps and guidance.
+        """One forward pass for every row; rows may be at different timesteps, samplers and guidance.
 
-        Guided rows stand in the batch twice (Ho & Salimans 2022: eps = eps_u + w (eps_c - eps_u)).
-        Returns the rows that failed by themselves. Raises OutOfMemory or GenerationFailed when the forward failed; no
-        row has moved then, and fewer of them may be tried. DeviceLost: no more of anything.
+        Returns the rows that failed by themselves: their sampler's trouble, or latents that are not numbers any more.
+        Raises OutOfMemory or GenerationFailed when the forward failed; no row has moved then, and fewer of them may be
+        tried. DeviceLost: no more of anything. Ends when the device has done it all, so that what is told of the step
+        is true and its time is its own.
         """
         states = [self._states[row] for row in rows]
-        with device_errors("the denoiser"):
-            predictions = self._predict(states)
         failed: dict[Row, Exception] = {}
-        for row, state, prediction in zip(rows, states, predictions, strict=True):
-            try:
-                state.advance(prediction)
-            except Exception as error:  # noqa: BLE001  a sampler's trouble is its own image's alone
-                failed[row] = error
+        with device_errors("the denoiser"):
+            reusable = self._reusable(states)
+            made = iter(self._predict([state for i, state in enumerate(states) if i not in reusable]))
+            self.reused_predictions += len(reusable)
+            for i, (row, state) in enumerate(zip(rows, states, strict=True)):
+                try:
+                    with device_errors("the sampler"):
+                        state.reuse(reusable[i]) if i in reusable else state.advance(next(made))
+                except DeviceLost:
+                    raise
+                except Exception as error:  # noqa: BLE001  a sampler's trouble is its own image's alone
+                    failed[row] = error
+            sound = torch.stack([state.latents.isfinite().all() for state in states]).tolist()
+        for row, fine in zip(rows, sound, strict=True):
+            if not fine:
+                failed.setdefault(row, GenerationFailed("the image came out as not-a-number; try other parameters"))
         return failed
 
-    @torch.inference_mode()
-    def finish(self, row: Row) -> Image.Image:
-        """Decode the image and let go of its latents. Raises GenerationFailed rather than give a black picture."""
+    def peek(self, row: Row) -> Latents:
+        """What the image is going to look like, for a preview: the denoiser's last estimate of it where one is kept,
+        else the latents as they are."""
+        state = self._states[row]
+        return self._handed_over(state.latents if state.original is None else state.original, tiny=False)
+
+    def release(self, row: Row) -> Latents:
+        """The image's latents, for `decode`; everything else of it is let go of."""
         state = self._states.pop(row)
-        with device_errors("the denoiser"):
-            pixels = self._family.decode(state.latents)[0]
-        if not torch.isfinite(pixels).all():
-            raise GenerationFailed("the image came out as not-a-number; try other parameters")
-        pixels = (pixels / 2 + 0.5).clamp(0, 1)
-        return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+        return self._handed_over(state.latents, tiny=state.request.tiny_vae)
+
+    def approximate(self, row: Row) -> tuple[str, ...]:
+        """What keeps the image from being exact. To be asked before `release`."""
+        state = self._states[row]
+        return ("step_cache",) * state.reused + ("tiny_vae",) * state.request.tiny_vae
 
     def drop(self, rows: Sequence[Row]) -> None:
+        """Forget the rows; those that are not here are passed over."""
         for row in rows:
             self._states.pop(row, None)
 
-    def _context(self, embedding: torch.Tensor) -> torch.Tensor:
-        return embedding.to(self._family.device, self._family.dtype).unsqueeze(0)
+    def decode(self, latents: Latents) -> Image.Image:
+        """The finished image. Raises GenerationFailed rather than give a black picture, OutOfMemory, DeviceLost."""
+        with device_errors("the VAE"), torch.inference_mode(), self._own_stream(latents):
+            pixels = self.family.vae.decode(latents.tensor, tiny=latents.tiny)
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
-    def _predict(self, states: Sequence[_ImageState]) -> list[torch.Tensor]:
-        inputs = [state.scheduler.scale_model_input(state.latents, state.timestep) for state in states]
-        guided = [i for i, state in enumerate(states) if state.negative is not None]
-        order = guided + list(range(len(states)))
-        context = [state.negative for state in states if state.negative is not None] + [s.positive for s in states]
-        timesteps = torch.stack([states[i].timestep for i in order]).to(self._family.device)
-        out = self._family.predict(torch.cat([inputs[i] for i in order]), timesteps, torch.cat(context))
-        rows = out.unsqueeze(1).unbind()
-        unconditional = dict(zip(guided, rows[: len(guided)], strict=True))
-        predictions = []
-        for i, conditional in enumerate(rows[len(guided) :]):
-            base = unconditional.get(i)
-            predictions.append(conditional if base is None else base + states[i].guidance_scale * (conditional - base))
-        return predictions
+    def preview(self, latents: Latents) -> bytes:
+        """A JPEG file of the latents, one pixel each; enlarged where that would be tiny."""
+        with device_errors("the VAE"), torch.inference_mode(), self._own_stream(latents):
+            return self._previews.jpeg(latents.tensor)
+
+    @torch.inference_mode()
+    def measure(self, shape: tuple[int, int], lanes: int) -> float:
+        """Seconds of one forward pass over made-up input, the device done. Raises as `step` does."""
+        with device_errors("the denoiser"):
+            batch = synthetic_lanes(self.family, shape, lanes)
+            self._synchronize()
+            started = time.monotonic()
+            self.family.predict(batch)
+            self._synchronize()
+            return time.monotonic() - started
+
+    def _phases(self, schedule: Schedule) -> Phases:
+        """The schedule's texts on the device; a run's images come one after the other, and share them."""
+        if self._texts is None or self._texts[0] is not schedule:
+            self._texts = schedule, [(first, self.family.text(each)) for first, each in schedule.phases]
+        return self._texts[1]
+
+    def _reusable(self, states: Sequence[ImageState]) -> dict[int, float]:
+        """Which of the states need no forward pass, because their step cache serves: place in `states` -> drift."""
+        drifts = {i: drift for i, state in enumerate(states) if (drift := state.drift()) is not None}
+        if not drifts:
+            return {}
+        known = zip(drifts, torch.stack(list(drifts.values())).tolist(), strict=True)
+        return {i: drift for i, drift in known if states[i].reusable(drift)}
+
+    def _predict(self, states: Sequence[ImageState]) -> list[torch.Tensor]:
+        """The guided prediction for each state, (1, C, h, w): one forward pass, or one for each number of text tokens
+        where the family can't pad them. Guided images stand in the batch twice."""
+        lanes = [lane for state in states for lane in state.lanes()]
+        batches: dict[int, list[int]] = {}
+        for i, lane in enumerate(lanes):
+            batches.setdefault(0 if self.family.pads_context else len(lane.text.context), []).append(i)
+        outputs: dict[int, torch.Tensor] = {}
+        for places in batches.values():
+            predicted = self.family.predict([lanes[i] for i in places])
+            outputs.update(zip(places, predicted.unsqueeze(1).unbind(), strict=True))
+        ordered = (outputs[i] for i in range(len(lanes)))
+        return [state.guide([next(ordered) for _ in range(state.sides)]) for state in states]
+
+    def _handed_over(self, tensor: torch.Tensor, *, tiny: bool) -> Latents:
+        if self._beside is None:
+            return Latents(tensor, None, tiny)
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self.family.device))
+        return Latents(tensor, ready, tiny)
+
+    @contextmanager
+    def _own_stream(self, latents: Latents | None = None) -> Iterator[None]:
+        """On the VAE thread: compute beside the loop's stream, once `latents` are there, and end when all is done."""
+        if self._beside is None:
+            yield
+            return
+        with torch.cuda.stream(self._beside):
+            if latents is not None and latents.ready is not None:
+                self._beside.wait_event(latents.ready)
+                latents.tensor.record_stream(
+                    self._beside
+                )  # its memory isn't given to another before this stream is done
+            yield
+            self._beside.synchronize()
+
+    def _adopt(self, start: Start) -> None:
+        """On the loop thread: the memory of what the other stream made is not reused before this stream is done."""
+        if self._beside is not None:
+            for tensor in (start.noise, start.image, start.mask, start.extra):
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.current_stream(self.family.device))
+
+    def _synchronize(self) -> None:
+        if self.family.device.type == "cuda":
+            torch.cuda.synchronize(self.family.device)
 
 
-def open_runner(model: ModelFolder, settings: DiffusionSettings) -> Runner:
-    """Load the model as the settings place it. Raises OperatorError naming the setting."""
+def open_runner(model: ModelFolder, settings: DiffusionSettings, dtypes: Sequence[str] = ()) -> Runner:
+    """Load the model as the settings place it. `dtypes` are what the GPU's class computes in, the best first; () where
+    no class is declared. Raises OperatorError naming the setting."""
     device = claim_device(settings.device, settings.num_gpus, "diffusion.device")
     if device.type == "cpu":
         use_threads(settings.torch_threads)
-    half = "float32" if device.type == "cpu" else "float16"
-    dtype = getattr(torch, half if settings.dtype == "auto" else settings.dtype)
-    return Runner(SdFamily(model, device, dtype))
+    dtype = choose_dtype(device, settings.dtype, dtypes, model.family)
+    return Runner(open_family(model, device, dtype, settings))

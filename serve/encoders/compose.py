@@ -35,8 +35,11 @@ def compose(plan: PromptPlan, embeddings: Mapping[str, bytes]) -> Conditioning:
         negative_pooled = None if pooled is None else torch.zeros_like(pooled)
     elif plan.negative is not None:
         negative, negative_pooled = _side(plan, plan.negative, embeddings)
-    time_ids = None if plan.time_ids is None else torch.tensor(plan.time_ids, dtype=torch.float32)
-    return Conditioning(positive, negative, pooled, negative_pooled, time_ids)
+    time_ids, negative_time_ids = (
+        None if ids is None else torch.tensor(ids, dtype=torch.float32)
+        for ids in (plan.time_ids, plan.negative_time_ids)
+    )
+    return Conditioning(positive, negative, pooled, negative_pooled, time_ids, negative_time_ids)
 
 
 def _side(
@@ -46,7 +49,8 @@ def _side(
     blocks = [[_context(read, embeddings) for read in block] for block in side.blocks]
     vectors = [unpack(embeddings[read.unit.key]).float() for read in side.vectors]
     pooled = None if not vectors else vectors[0] if len(vectors) == 1 else torch.cat(vectors)
-    return _stack(blocks, plan.zero_rows, plan.context_width), pooled
+    tokens = sum(block[0].shape[0] for block in blocks)
+    return _stack(blocks, max(plan.zero_rows, plan.context_tokens - tokens), plan.context_width), pooled
 
 
 def _context(read: UnitRead, embeddings: Mapping[str, bytes]) -> torch.Tensor:

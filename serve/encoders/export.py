@@ -1,9 +1,9 @@
 """Conditioning -> a safetensors file, under the names of the stock diffusers pipelines' arguments.
 
 Each embedding has the batch dimension of 1 that the pipelines expect: for SD and SD 3, `pipeline(**load_file(path))`
-draws the prompt. SDXL's and FLUX's files hold one tensor more, for those who call the denoiser directly:
-`add_time_ids` and `text_ids`. Their pipelines make these themselves and take no such argument, so that it is left out
-first.
+draws the prompt. SDXL's and FLUX's files hold more, for those who call the denoiser directly: `add_time_ids` (of the
+refiner `negative_add_time_ids` too) and `text_ids`. Their pipelines make these themselves and take no such argument, so
+that they are left out first.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DTYPES: Mapping[Dtype, torch.dtype] = {
 
 
 def to_safetensors(conditioning: Conditioning, family: str, metadata: Mapping[str, str], dtype: Dtype) -> bytes:
-    """The file. Embeddings are in `dtype`; ids stay float32, which bfloat16 could not spell above 256.
+    """The file. Embeddings are in `dtype`; ids stay float32, which bfloat16 could not spell above 256, and masks int64.
 
     Raises InvalidRequest that names `dtype` where an embedding is too large for it.
     """
     tensors = {}
     for name, tensor in named(conditioning, family).items():
-        cast = tensor if name.endswith("_ids") else tensor.to(_DTYPES[dtype])
+        cast = tensor if name.endswith(("_ids", "_mask")) else tensor.to(_DTYPES[dtype])
         if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
             raise InvalidRequest(f"dtype {dtype} is too small for the values of {name}", "dtype")
         tensors[name] = cast.contiguous()
@@ -44,10 +44,12 @@ def shapes(conditioning: Conditioning, family: str) -> dict[str, tuple[int, ...]
 
 
 def named(conditioning: Conditioning, family: str) -> dict[str, torch.Tensor]:
-    """By name, what the conditioning has: (1, tokens, width), pooled (1, width), `add_time_ids` (1, 6).
+    """By name, what the conditioning has: (1, tokens, width), pooled (1, width), `add_time_ids` (1, 6) or (1, 5).
 
     `text_ids` is (tokens, 3) of zeros: text has no place in FLUX's image, see `FluxPipeline.encode_prompt` in
-    https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/flux/pipeline_flux.py.
+    https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/flux/pipeline_flux.py. PixArt's sides are
+    padded with zeros to one length, which its pipeline asks for, and have a mask, (1, tokens), 0 where they are;
+    AuraFlow's come padded, and have a mask too.
     """
     given = {
         "prompt_embeds": conditioning.positive,
@@ -55,8 +57,23 @@ def named(conditioning: Conditioning, family: str) -> dict[str, torch.Tensor]:
         "pooled_prompt_embeds": conditioning.pooled,
         "negative_pooled_prompt_embeds": conditioning.negative_pooled,
         "add_time_ids": conditioning.time_ids,
+        "negative_add_time_ids": conditioning.negative_time_ids,
     }
     tensors = {name: tensor.unsqueeze(0) for name, tensor in given.items() if tensor is not None}
     if family == "flux":
         tensors["text_ids"] = torch.zeros(len(conditioning.positive), 3)
+    if family in ("pixart", "auraflow"):
+        tensors |= _masked(tensors)
     return tensors
+
+
+def _masked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`NAME_embeds` of several lengths as (1, longest, width), and `NAME_attention_mask`."""
+    longest = max(tensor.shape[1] for tensor in tensors.values())
+    padded = {}
+    for name, tensor in tensors.items():
+        length = tensor.shape[1]
+        padded[name] = torch.nn.functional.pad(tensor, (0, 0, 0, longest - length))
+        filled = tensor.any(-1).long()  # no token's embedding is zeros
+        padded[name.replace("_embeds", "_attention_mask")] = torch.nn.functional.pad(filled, (0, longest - length))
+    return padded

@@ -1,6 +1,6 @@
 """The transformer of a text encoder, layer by layer, so that one pass gives any of its outputs.
 
-The modules and their weights are transformers' (`models/clip/modeling_clip.py`, `models/t5/modeling_t5.py`); only the
+The modules and their weights are transformers' (`modeling_clip.py`, `modeling_t5.py`, `modeling_umt5.py`); only the
 loop over them is ours. It stops after the deepest layer that is asked for.
 """
 
@@ -16,7 +16,7 @@ from serve.encoders.reads import Read
 
 
 class Trunk:
-    """A `CLIPTextModel` or `T5EncoderModel`, and the text projections that are read behind it.
+    """A `CLIPTextModel`, `T5EncoderModel` or `UMT5EncoderModel`, and the text projections that are read behind it.
 
     `rows_up_to` is the longest row that it has positions for, None where there is no end. `dynamic` says that the
     layers are compiled. The modules may lie on several devices: what goes from one to the next is moved by
@@ -141,3 +141,11 @@ class T5Trunk(Trunk):
     def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self.model.encoder.final_layer_norm(hidden)
         return normed
+
+
+class Umt5Trunk(T5Trunk):
+    def _layer(
+        self, index: int, hidden: torch.Tensor, carried: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Every block has a bias by distance of its own.
+        return self.layers[index](hidden, None), None

@@ -74,7 +74,7 @@ def _digest(maths: tuple[str, ...], files: tuple[Path, ...], kind: Kind) -> str:
         if name == PROJECTION:
             continue
         # transformers computes this one layer of a T5 in float32 where the rest is float16, which it would overflow.
-        as_dtype = "float32" if kind == "t5" and dtype == "float16" and name.endswith(".wo.weight") else dtype
+        as_dtype = "float32" if kind != "clip" and dtype == "float16" and name.endswith(".wo.weight") else dtype
         digest.update(_tensor_digest(holder, name, as_dtype))
     return digest.hexdigest()
 
@@ -105,7 +105,7 @@ def _projection_digest(holder: tuple[Path, str], stamp: str, dtype: str) -> str:
 
 def _maths(part: TextPart, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the tensors' names and shapes leave open about the forward, with transformers' defaults filled in."""
-    if part.kind == "t5":
+    if part.kind != "clip":
         act, gated = t5_feed_forward(config)
         return {
             "act": act,

@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, T5EncoderModel, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from serve.encoders.trunk import ClipTrunk, T5Trunk, Trunk
+from serve.encoders.trunk import ClipTrunk, T5Trunk, Trunk, Umt5Trunk
 from serve.models import TextPart
-from serve.models.tensor_tables import PROJECTION, canonical, stored_names
+from serve.models.tensor_tables import PROJECTION, Kind, canonical, stored_names
 from serve.models.weight_files import naming, read_header, read_headers, refused, weight_files
+
+_CLASSES: Mapping[Kind, tuple[Any, type[Trunk]]] = {
+    "clip": (CLIPTextModel, ClipTrunk),
+    "t5": (T5EncoderModel, T5Trunk),
+    "umt5": (UMT5EncoderModel, Umt5Trunk),
+}
 
 
 def load_trunk(part: TextPart, dtype: torch.dtype, projections: Mapping[str, TextPart]) -> Trunk:
@@ -30,13 +36,13 @@ def load_trunk(part: TextPart, dtype: torch.dtype, projections: Mapping[str, Tex
     for name, each in projections.items():
         with naming(each.setting):
             heads[name] = _projection(each, dtype)
-    trunk = ClipTrunk if part.kind == "clip" else T5Trunk
+    _, trunk = _CLASSES[part.kind]
     return trunk(model.eval().requires_grad_(False), dtype, heads)
 
 
 def _model(part: TextPart, dtype: torch.dtype) -> Any:
     """transformers' module, checked."""
-    cls = CLIPTextModel if part.kind == "clip" else T5EncoderModel
+    cls, _ = _CLASSES[part.kind]
     try:
         with _quiet():
             model, report = cls.from_pretrained(

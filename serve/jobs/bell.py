@@ -44,9 +44,9 @@ class Bell:
         return self._work
 
     @contextlib.asynccontextmanager
-    async def listening(self, channel: str) -> AsyncIterator[asyncio.Event]:
-        """An event that is set whenever `channel` rings; the listener clears it."""
-        event = asyncio.Event()
+    async def listening(self, channel: str, event: asyncio.Event | None = None) -> AsyncIterator[asyncio.Event]:
+        """The event, by default one of its own, is set whenever `channel` rings; the listener clears it."""
+        event = event or asyncio.Event()
         self._start()
         self._waiting.setdefault(channel, set()).add(event)
         # Shielded: a listener is often cancelled, and half a command would break the connection that all share.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -9,6 +10,7 @@ from redis.asyncio import Redis
 from serve.domain import JobState
 
 _INDEXES = ("tandem:queue", "tandem:leases", "tandem:deadlines")
+_ENTRY = b":entry"
 
 
 async def violations(redis: Redis, max_attempts: int) -> list[str]:
@@ -19,7 +21,7 @@ async def violations(redis: Redis, max_attempts: int) -> list[str]:
     for index in _INDEXES:
         members[index] = {job.decode(): score for job, score in await client.zrange(index, 0, -1, withscores=True)}
     jobs = {key.removeprefix("tandem:job:") for key in keys if key.startswith("tandem:job:")}
-    owned = {f"tandem:{part}:{job}" for job in jobs for part in ("job", "events")}
+    owned = {f"tandem:{part}:{job}" for job in jobs for part in ("job", "events", "previews")}
     found = [f"{key} belongs to no job" for key in keys - owned - {*_INDEXES, "tandem:sequence"}]
     found += [f"{index} holds {job}, which has no record" for index in _INDEXES for job in members[index].keys() - jobs]
     for job in jobs:
@@ -31,9 +33,11 @@ async def _broken(redis: Any, job: str, members: dict[str, dict[str, float]], ma
     pipeline = redis.pipeline(transaction=False)  # a full Redis refuses even reads inside a transaction
     pipeline.hgetall(f"tandem:job:{job}").xrange(f"tandem:events:{job}")
     pipeline.pttl(f"tandem:job:{job}").pttl(f"tandem:events:{job}")
-    record, stream, *ttls = await pipeline.execute()
+    pipeline.hgetall(f"tandem:previews:{job}")
+    record, stream, *ttls, previews = await pipeline.execute()
     fields = {name.decode(): value.decode() for name, value in record.items()}
-    entries = [(JobState(entry[b"state"].decode()), int(entry[b"step"])) for _, entry in stream]
+    told = [(entry_id, entry) for entry_id, entry in stream if b"index" not in entry]
+    entries = [(JobState(entry[b"state"].decode()), int(entry[b"step"])) for _, entry in told]
     state = JobState(fields["state"])
     queue, leases, deadlines = (members[index] for index in _INDEXES)
     ends = sum(each.terminal for each, _ in entries)
@@ -44,6 +48,8 @@ async def _broken(redis: Any, job: str, members: dict[str, dict[str, float]], ma
         "has a deadline exactly until it ends": (job in deadlines) is not state.terminal,
         "has a time to live exactly once it ended": all((ttl > 0) is state.terminal for ttl in ttls),
         "says when it ended, exactly once it ended": ("finished" in fields) is state.terminal,
+        "shows previews only while it runs": state is JobState.RUNNING or not previews,
+        "tells of one preview of an image, which it keeps": _match(stream, previews),
         "ends once, as its stream's last entry": ends == state.terminal and entries[-1][0].terminal is state.terminal,
         "its stream's last entry is its present": entries[-1] == (state, int(fields["step"])),
         "its stream starts in the queue": entries[0] == (JobState.QUEUED, 0),
@@ -52,5 +58,14 @@ async def _broken(redis: Any, job: str, members: dict[str, dict[str, float]], ma
         "makes no more steps than were asked for": 0 <= int(fields["step"]) <= int(fields["steps"]),
         "says why it failed": ("error" in fields) is (state in (JobState.FAILED, JobState.EXPIRED)),
         "has images exactly when it succeeded": ("images" in fields) is (state is JobState.SUCCEEDED),
+        "says how exact its images are, exactly when it has some": ("approximate" in fields) is ("images" in fields),
     }
     return [rule for rule, kept in rules.items() if not kept]
+
+
+def _match(stream: Sequence[tuple[bytes, Mapping[bytes, bytes]]], previews: Mapping[bytes, bytes]) -> bool:
+    """Whether the stream's entries for previews and the previews that are kept are the same, one for an image."""
+    told = sorted((entry[b"index"], entry_id) for entry_id, entry in stream if b"index" in entry)
+    kept = sorted((name.removesuffix(_ENTRY), value) for name, value in previews.items() if name.endswith(_ENTRY))
+    files = sorted(name for name in previews if not name.endswith(_ENTRY))
+    return told == kept and files == [index for index, _ in kept]

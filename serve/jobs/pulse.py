@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from serve.domain import StepEvent
-from serve.errors import LeaseLost, Unavailable
+from serve.domain import Preview, StepEvent
+from serve.errors import LeaseLost, TandemError, Unavailable
+from serve.jobs.records import step_of
 from serve.jobs.store import Claim, JobStore
+
+_LOOK_AGAIN_S = 1.0
 
 
 class Pulse:
-    """Tells the store of a claimed job's progress and renews its lease, one message at a time.
+    """Tells the store of a claimed job's progress and renews its lease, one message at a time; sends its previews.
 
     Steps that are made while a message is under way are told together by the next one. `gone` is set when nobody waits
-    for this run any more: the client cancelled the job, or its time is over, or another worker owns it. The pulse
-    has stopped then.
+    for this run any more: the client cancelled the job, of which the pulse hears at once, or its time is over, or
+    another worker owns it. The pulse has stopped then.
 
-    Owns: the task that beats.
+    Previews go one at a time, beside the signs of life. One that still waits when the next of its image comes, or
+    when the store is away, is dropped.
+
+    Owns: the tasks that beat and that send previews.
     """
 
     def __init__(self, jobs: JobStore, claim: Claim, heartbeat_s: float) -> None:
@@ -25,35 +31,56 @@ class Pulse:
         self._claim = claim
         self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_running_loop()
-        self._stepped = asyncio.Event()
+        self._woken = asyncio.Event()
         self._step = 0
+        self._previews: dict[int, Preview] = {}
         self.gone = asyncio.Event()
         self._task = asyncio.create_task(self._beat())
+        self._showing: asyncio.Task[None] | None = None
 
     def on_step(self, event: StepEvent) -> None:
-        """Called on the engine's thread. Forward passes become the steps that the client asked for."""
-        step = -(-event.step * self._claim.request.num_inference_steps // event.steps)
-        self._loop.call_soon_threadsafe(self._note, step)
+        """Called on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._note, step_of(self._claim.request, event.step, event.steps))
+
+    def on_preview(self, preview: Preview) -> None:
+        """Called on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._show, preview)
 
     async def stop(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        for task in (self._task, self._showing):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
     def _note(self, step: int) -> None:
         self._step = step
-        self._stepped.set()
+        self._woken.set()
+
+    def _show(self, preview: Preview) -> None:
+        self._previews[preview.index] = preview
+        if self._showing is None or self._showing.done():
+            self._showing = asyncio.create_task(self._send_previews())
 
     async def _beat(self) -> None:
-        while not self.gone.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stepped.wait(), self._heartbeat_s)
-            self._stepped.clear()
-            try:
-                wanted = await self._jobs.renew(self._claim, self._step)
-            except LeaseLost:
-                wanted = False
-            except Unavailable:
-                continue  # the run goes on; its result is committed when the store is back
-            if not wanted:
-                self.gone.set()
+        async with self._jobs.cancels(self._claim, self._woken):
+            while not self.gone.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), self._heartbeat_s)
+                self._woken.clear()
+                try:
+                    wanted = await self._jobs.renew(self._claim, self._step)
+                except LeaseLost:
+                    wanted = False
+                except Unavailable:  # the run goes on; its result is committed when the store is back
+                    await asyncio.sleep(min(self._heartbeat_s, _LOOK_AGAIN_S))
+                    self._woken.set()
+                    continue
+                if not wanted:
+                    self.gone.set()
+
+    async def _send_previews(self) -> None:
+        while self._previews and not self.gone.is_set():
+            preview = self._previews.pop(min(self._previews))
+            with contextlib.suppress(TandemError):  # without the claim or the store there is nobody to show it to
+                await self._jobs.preview(self._claim, preview)

@@ -17,6 +17,7 @@ from serve.domain import (
     JobError,
     JobEvent,
     JobState,
+    Task,
     Tier,
     Timings,
     Truncation,
@@ -27,6 +28,7 @@ TRUNCATED = TypeAdapter(tuple[Truncation, ...])
 TIERS = TypeAdapter(dict[str, Tier])
 TIMINGS = TypeAdapter(Timings)
 IMAGES = TypeAdapter(tuple[ImageRef, ...])
+APPROXIMATE = TypeAdapter(tuple[str, ...])
 ERROR = TypeAdapter(JobError)
 
 
@@ -43,6 +45,32 @@ class Claim:
     fence: int
     request: ImageRequest
     truncated: tuple[Truncation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a worker would take: a job for `model` whose images have more than `above` and at most `upto` pixels, and
+    which no other worker took in the last `waited_s` seconds."""
+
+    model: str
+    above: int
+    upto: int
+    waited_s: float = 0.0
+
+
+def steps_of(request: ImageRequest) -> int:
+    """Denoising steps that each image of the job really makes: one that starts from an image skips the noisiest, as in
+    diffusers (`get_timesteps` of the img2img pipelines)."""
+    steps = request.num_inference_steps
+    if request.task is Task.TXT2IMG or request.strength is None:
+        return steps
+    return max(1, min(int(steps * request.strength), steps))
+
+
+def step_of(request: ImageRequest, forward: int, forwards: int) -> int:
+    """The step of `steps_of` that is under way or done after so many of a run's forward passes: some samplers make
+    more of these than the client asked for steps."""
+    return -(-forward * steps_of(request) // forwards)
 
 
 def claim(reply: Sequence[Any]) -> Claim:
@@ -81,11 +109,12 @@ def job(job_id: str, snapshot: Sequence[Any]) -> Job | None:
         cache=_cache(fields),
         timings=dataclasses.replace(timings, queued_s=_between(created, started), total_s=_between(created, finished)),
         images=IMAGES.validate_json(fields["images"]) if "images" in fields else (),
+        approximate=APPROXIMATE.validate_json(fields["approximate"]) if "approximate" in fields else (),
         error=ERROR.validate_json(fields["error"]) if "error" in fields else None,
     )
 
 
-def event(entry: Sequence[Any]) -> JobEvent:
+def event(entry: Sequence[Any], preview: bytes | None) -> JobEvent:
     entry_id, flat = entry
     fields = dict(zip(flat[::2], flat[1::2], strict=True))
     return JobEvent(
@@ -93,6 +122,8 @@ def event(entry: Sequence[Any]) -> JobEvent:
         state=JobState(fields[b"state"].decode()),
         step=int(fields[b"step"]),
         steps=int(fields[b"steps"]),
+        index=int(fields[b"index"]) if b"index" in fields else None,
+        preview=preview,
     )
 
 

@@ -8,44 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
-
-from serve.domain import ImageRef, ImageRequest, Job, JobError, JobEvent, JobState, Tier, Timings, Truncation
-from serve.errors import BackendUnavailable, InvalidRequest, JobNotFound, LeaseLost, QueueFull
-from serve.jobs import records, scripts
+from serve.domain import ImageRef, ImageRequest, Job, JobError, JobEvent, JobState, Preview, Tier, Timings, Truncation
+from serve.errors import InvalidRequest, JobNotFound, LeaseLost, QueueFull
+from serve.jobs import records
 from serve.jobs.bell import Bell
+from serve.jobs.connection import Connection, milliseconds
 from serve.jobs.integrity import violations
-from serve.jobs.records import Claim
+from serve.jobs.records import Claim, Want, step_of, steps_of
 from serve.jobs.renewals import Renewals
 from serve.settings import JobSettings
 from serve.telemetry.metrics import Metrics
 
-__all__ = ["Claim", "JobStore"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Claim", "JobStore", "Want"]
 
 WORKER_LOST = JobError(code="worker_lost", message="the worker died or was cut off, in every attempt")
 TIMED_OUT = JobError(code="timed_out", message="the job was not finished in time")
 
-T = TypeVar("T")
 Fields = Mapping[str, str | bytes | int]
 
-_CONNECT_S, _ANSWER_S = 2.0, 5.0
-_RETRY_AFTER_S, _LONGEST_RETRY_AFTER_S = 2.0, 60.0
+_LONGEST_RETRY_AFTER_S = 60.0
 _REAP_PAGE, _EVENTS_PAGE = 100, 200
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
-_SCRIPTS = ("submit", "get", "events", "claim", "renew", "settle", "cancel", "ahead", "reap")
 
 
 class JobStore:
@@ -55,26 +44,11 @@ class JobStore:
     """
 
     def __init__(self, settings: JobSettings, metrics: Metrics) -> None:
-        if settings.redis_url is None:
-            raise ValueError("settings.redis_url must be filled in by now")
         self._settings = settings
         self._metrics = metrics
-        self._ttl_ms = _milliseconds(settings.result_ttl_s)
-        self._redis: Redis = Redis.from_pool(
-            # A bounded pool makes a crowd wait for a connection instead of opening one each. A broken connection is
-            # replaced once, because a restart of Redis breaks them all; when only the answer was lost, the script
-            # runs twice, and each is written to bear that (a second claim's first lease lapses).
-            BlockingConnectionPool.from_url(
-                settings.redis_url.get_secret_value(),
-                max_connections=64,
-                timeout=_ANSWER_S,
-                socket_timeout=_ANSWER_S,
-                socket_connect_timeout=_CONNECT_S,
-                protocol=2,
-                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-            )
-        )
-        self._scripts = {name: self._redis.register_script(scripts.source(name)) for name in _SCRIPTS}
+        self._connection = Connection(settings, metrics)
+        self._redis = self._connection.redis
+        self._run = self._connection.run
         self._renewals = Renewals(self._renew_all)
         self._bell = Bell(self._redis)
 
@@ -86,9 +60,10 @@ class JobStore:
             "request": records.REQUEST.dump_json(request),
             "truncated": records.TRUNCATED.dump_json(tuple(truncated)),
             "model": request.model,
-            "steps": request.num_inference_steps,
+            "pixels": request.pixels,
+            "steps": steps_of(request),
         }
-        timeout_ms = _milliseconds(self._settings.timeout_s)
+        timeout_ms = milliseconds(self._settings.timeout_s)
         status, answer = await self._run("submit", job_id, self._settings.max_queued, timeout_ms, *_flat(fields))
         if status == b"full":
             wait_s = min(max(answer / 1000, 1.0), _LONGEST_RETRY_AFTER_S)
@@ -99,9 +74,15 @@ class JobStore:
         """JobNotFound for an id that was never given, and once the record's time to live is over."""
         return _found(job_id, await self._run("get", _checked(job_id)))
 
-    async def claim(self, worker: str, models: Sequence[str]) -> Claim | None:
-        """Lease the job that was submitted first among those for `models`; None when none waits."""
-        reply = await self._run("claim", worker, _milliseconds(self._settings.lease_s), *models)
+    async def claim(self, worker: str, wants: Sequence[Want]) -> Claim | None:
+        """Lease the oldest queued job that satisfies the first want which any queued job satisfies, None if none does.
+
+        So a later want is only served where nothing queued satisfies an earlier one. Jobs are as old as their
+        submission; `waited_s` counts from when a job last joined the queue, which a retry and a release do again. Jobs
+        whose time is over are passed over. It is one step of Redis and one pass over the queue.
+        """
+        flat = [part for want in wants for part in (want.model, want.above, want.upto, round(want.waited_s * 1000))]
+        reply = await self._run("claim", worker, milliseconds(self._settings.lease_s), *flat)
         return None if reply is None else records.claim(reply)
 
     async def renew(self, claim: Claim, step: int = 0) -> bool:
@@ -109,15 +90,31 @@ class JobStore:
 
         False: the client cancelled the job. LeaseLost: the claim is over. Renewals made together travel together.
         """
-        answer = await self._renewals.renew(claim, step)
-        if answer == b"lost":
-            raise LeaseLost(f"job {claim.job_id} is no longer held by this worker")
-        return answer == b"held"
+        return _held(claim, await self._renewals.renew(claim, step)) == b"held"
+
+    async def preview(self, claim: Claim, preview: Preview) -> None:
+        """Put a preview into the job's stream, in place of the image's former one. LeaseLost: nothing was written.
+
+        It is no sign of life and no progress. The job's end takes its previews with it.
+        """
+        step = step_of(claim.request, preview.step, preview.steps)
+        _held(claim, await self._run("preview", claim.job_id, claim.fence, preview.index, step, preview.data))
+
+    def cancels(self, claim: Claim, event: asyncio.Event) -> AbstractAsyncContextManager[asyncio.Event]:
+        """Meanwhile `event` is set when the client cancels the claimed job; it may be set without reason."""
+        return self._bell.listening(f"tandem:cancel:{claim.job_id}", event)
 
     async def succeed(
-        self, claim: Claim, *, images: Sequence[ImageRef], cache: Mapping[str, Tier], timings: Timings
+        self,
+        claim: Claim,
+        *,
+        images: Sequence[ImageRef],
+        cache: Mapping[str, Tier],
+        timings: Timings,
+        approximate: Sequence[str] = (),
     ) -> Mapping[str, Tier]:
-        """End the job with its stored images. `cache` says for each unit key where it came from.
+        """End the job with its stored images. `cache` says for each unit key where it came from, `approximate` what
+        kept the images from being exact.
 
         Returns the same with what the text encoded ahead has cost, so that it is counted once: nothing, where this
         settlement was made before. LeaseLost where the claim is over: the result does not count. Like every settlement
@@ -127,7 +124,8 @@ class JobStore:
             "images": records.IMAGES.dump_json(tuple(images)),
             "cache": records.TIERS.dump_json(dict(cache)),
             "timings": records.TIMINGS.dump_json(timings),
-            "step": claim.request.num_inference_steps,
+            "approximate": records.APPROXIMATE.dump_json(tuple(approximate)),
+            "step": steps_of(claim.request),
         }
         ahead = await self._settle(claim, "succeeded", **fields)
         return {} if ahead is None else records.tiers(ahead, cache)
@@ -174,10 +172,11 @@ class JobStore:
         if after is not None and not _EVENT_ID.fullmatch(after):
             raise InvalidRequest("the id of the last event has the form 1700000000000-0", "after")
         start = "-" if after is None else f"({after}"
-        state, entries = await self._run("events", _checked(job_id), start, _EVENTS_PAGE)
+        state, entries, previews = await self._run("events", _checked(job_id), start, _EVENTS_PAGE)
         if state is None:
             raise _unknown()
-        return [records.event(entry) for entry in entries], JobState(state.decode()).terminal
+        events = [records.event(entry, preview) for entry, preview in zip(entries, previews, strict=True)]
+        return events, JobState(state.decode()).terminal
 
     def changes(self, job_id: str) -> AbstractAsyncContextManager[asyncio.Event]:
         """An event that is set when the job's stream grew; it may be set without reason."""
@@ -185,13 +184,13 @@ class JobStore:
 
     async def queue_depth(self) -> int:
         """How many jobs wait."""
-        depth: int = await self._guarded(self._redis.zcard("tandem:queue"))
+        depth: int = await self._connection.guarded(self._redis.zcard("tandem:queue"))
         self._metrics.set("tandem_queue_depth", depth)
         return depth
 
     async def ping(self) -> None:
         """BackendUnavailable unless the store answers."""
-        await self._guarded(self._redis.ping())
+        await self._connection.guarded(self._redis.ping())
 
     async def close(self) -> None:
         await self._bell.close()
@@ -207,39 +206,25 @@ class JobStore:
         """Where the text encoded ahead came from; None where the same settlement was made before."""
         attempts = self._settings.max_attempts
         answer = await self._run("settle", claim.job_id, claim.fence, outcome, attempts, *_flat(fields))
-        if answer == b"lost":
-            raise LeaseLost(f"job {claim.job_id} is no longer held by this worker")
-        if answer == b"again":
+        if _held(claim, answer) == b"again":
             return None
         return records.TIERS.validate_json(answer) if answer else {}
 
     async def _renew_all(self, renewals: Sequence[tuple[Claim, int]]) -> Sequence[bytes]:
         flat = [part for claim, step in renewals for part in (claim.job_id, claim.fence, step)]
-        answers: list[bytes] = await self._run("renew", _milliseconds(self._settings.lease_s), *flat)
+        answers: list[bytes] = await self._run("renew", milliseconds(self._settings.lease_s), *flat)
         return answers
-
-    async def _run(self, name: str, *args: str | bytes | int) -> Any:
-        """Run a script: one round trip. What it ended is counted here, where each transition passes once."""
-        ended, answer = await self._guarded(self._scripts[name](args=(self._ttl_ms, *args)))
-        for state, age_ms in ended:
-            self._metrics.inc("tandem_jobs_total", state=state.decode())
-            self._metrics.observe("tandem_job_seconds", age_ms / 1000)
-        return answer
-
-    async def _guarded(self, call: Awaitable[T]) -> T:
-        try:
-            return await call
-        except (RedisError, OSError) as error:
-            log.warning("the job store does not answer: %s", error)
-        raise BackendUnavailable("the job store does not answer", "jobs.redis_url", _RETRY_AFTER_S)
-
-
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
 
 
 def _flat(fields: Fields) -> list[str | bytes | int]:
     return [part for field in fields.items() for part in field]
+
+
+def _held(claim: Claim, answer: bytes) -> bytes:
+    """A script's answer, LeaseLost where the claim is over."""
+    if answer == b"lost":
+        raise LeaseLost(f"job {claim.job_id} is no longer held by this worker")
+    return answer
 
 
 def _checked(job_id: str) -> str:

@@ -14,18 +14,19 @@ log = logging.getLogger(__name__)
 async def sweep(store: JobStore, lease_s: float, interval_s: float = 1.0) -> None:
     """Reap until cancelled.
 
-    Nobody could renew a lease while the store was away. So when it is back, and when this process is new, the workers
+    Nobody could renew a lease while the store was away. So once it is back, and when this process is new, the workers
     have the time of one lease to speak first.
     """
-    pause_s = lease_s
+    away = True
     while True:
-        await asyncio.sleep(pause_s)
         pause_s = interval_s
         try:
             await store.queue_depth()
-            reaped = await store.reap()
-            if reaped:
+            if away:
+                away, pause_s = False, lease_s
+            elif reaped := await store.reap():
                 log.warning("%d jobs had lost their worker or their time", reaped)
         except TandemError as error:
+            away = True
             log.warning("sweeping: %s", error.message)
-            pause_s = lease_s
+        await asyncio.sleep(pause_s)

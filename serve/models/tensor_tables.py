@@ -1,8 +1,8 @@
 """Which tensors a text encoder's configuration promises, by name and shape, in plain Python.
 
-The tables are those of transformers' `CLIPTextModel`, `CLIPTextModelWithProjection` and `T5EncoderModel`
-(`models/clip/modeling_clip.py`, `models/t5/modeling_t5.py`). Files spell the names differently: `canonical` is the one
-spelling that checks and fingerprints use.
+The tables are those of transformers' `CLIPTextModel`, `CLIPTextModelWithProjection`, `T5EncoderModel` and
+`UMT5EncoderModel` (`modeling_clip.py`, `modeling_t5.py`, `modeling_umt5.py` in `models/`). Files spell the names
+differently: `canonical` is the one spelling that checks and fingerprints use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-Kind = Literal["clip", "t5"]
+Kind = Literal["clip", "t5", "umt5"]
+"""UMT5 is a T5 with a position bias in every layer."""
 Shape = tuple[int, ...]
 
 PROJECTION = "text_projection.weight"
@@ -71,8 +72,8 @@ def clip_table(config: Mapping[str, Any], projection: int | None) -> dict[str, S
     return table if projection is None else table | {PROJECTION: (projection, width)}
 
 
-def t5_table(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Shapes by canonical name of a T5 encoder. Only the first block has the position bias; all share it."""
+def t5_table(config: Mapping[str, Any], kind: Kind = "t5") -> dict[str, Shape]:
+    """Shapes by canonical name of a T5 or UMT5 encoder. T5's blocks share the position bias of the first one."""
     width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
     attention = heads * config["d_kv"]
     _, gated = t5_feed_forward(config)
@@ -86,14 +87,16 @@ def t5_table(config: Mapping[str, Any]) -> dict[str, Shape]:
         }
         table[f"{feed}.DenseReluDense.wo.weight"] = (width, inner)
         table |= {f"{attend}.layer_norm.weight": (width,), f"{feed}.layer_norm.weight": (width,)}
-    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    table[bias] = (config["relative_attention_num_buckets"], heads)
+        if index == 0 or kind == "umt5":
+            bias = f"{attend}.SelfAttention.relative_attention_bias.weight"
+            table[bias] = (config["relative_attention_num_buckets"], heads)
     return table | {"encoder.final_layer_norm.weight": (width,)}
 
 
 def t5_feed_forward(config: Mapping[str, Any]) -> tuple[str, bool]:
-    """(activation, gated) as `T5Config` reads them: `feed_forward_proj` is `relu` or `gated-gelu`, T5 1.1's."""
-    written = str(config.get("feed_forward_proj", "relu"))
+    """(activation, gated) as `T5Config` and `UMT5Config` read them: `feed_forward_proj` is `relu` or `gated-gelu`."""
+    usual = "gated-gelu" if config.get("model_type") == "umt5" else "relu"
+    written = str(config.get("feed_forward_proj", usual))
     first, _, last = written.rpartition("-")
     act = "gelu_new" if written == "gated-gelu" else last
     return str(config.get("dense_act_fn", act)), bool(config.get("is_gated_act", first == "gated"))

@@ -19,15 +19,21 @@ CLASSES: Mapping[str, Mapping[str, str]] = {
         "text_encoder_2": "CLIPTextModelWithProjection",
         "text_encoder_3": "T5EncoderModel",
     },
+    "sdxl_refiner": {"text_encoder_2": "CLIPTextModelWithProjection"},
     "flux": {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    "pixart": {"text_encoder": "T5EncoderModel"},
+    "auraflow": {"text_encoder": "UMT5EncoderModel"},
 }
 """Family -> role -> class, as the constructors of diffusers' pipelines have them."""
 DROPPABLE = frozenset({("sd3", "text_encoder_3")})
 MASKED = frozenset({"sd"})
 """Families whose stock pipeline hides the padding from a CLIP whose configuration sets `use_attention_mask`."""
+LONGEST_ROW: Mapping[str, int] = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+"""Pipeline -> tokens of the longest T5 row that it was trained with, where pipelines of one family differ."""
 ROW_TOKENS = 77
 """Tokens of one row of every CLIP text encoder."""
-_MODEL_TYPES: Mapping[Kind, str] = {"clip": "clip_text_model", "t5": "t5"}
+_MODEL_TYPES: Mapping[Kind, str] = {"clip": "clip_text_model", "t5": "t5", "umt5": "umt5"}
+_T5_CLASSES: Mapping[str, Kind] = {"T5EncoderModel": "t5", "UMT5EncoderModel": "umt5"}
 _ACTIVATIONS = frozenset({"quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish"})
 _STORED = frozenset({"F64", "F32", "F16", "BF16"})
 _CLIP_NAMES = {(768, 12): "clip-l", (1024, 23): "openclip-h", (1024, 24): "openclip-h", (1280, 32): "openclip-bigg"}
@@ -39,7 +45,8 @@ class TextPart:
     """One text encoder of a model folder, checked. `weights` and `tokenizer` are folders.
 
     `role` is the folder's name in the diffusers layout. `name` says the architecture, not the weights. `projection` is
-    the width of the text projection, None without one. A row has `row_tokens` tokens, for T5 (None) any number.
+    the width of the text projection, None without one. A row has `row_tokens` tokens, for T5 (None) any number, and at
+    most `longest_row` where the pipeline knows more of it than the family.
     `setting` is the group of settings that names the model, for what is found wrong with the files later on.
     """
 
@@ -53,6 +60,7 @@ class TextPart:
     vocab_size: int
     projection: int | None
     row_tokens: int | None
+    longest_row: int | None = None
     setting: str = "model"
 
 
@@ -65,7 +73,10 @@ def text_parts(folder: Path, family: str, index: Mapping[str, Any]) -> tuple[Tex
             continue
         if found != cls:
             raise refused(f"{folder}: its {role} is {found or 'missing'}; {cls} is what the {family} family has")
-        parts.append(_t5_part(folder, role) if cls == "T5EncoderModel" else _clip_part(folder, role, cls, family))
+        if cls in _T5_CLASSES:
+            parts.append(_t5_part(folder, role, _T5_CLASSES[cls], LONGEST_ROW.get(str(index.get("_class_name")))))
+        else:
+            parts.append(_clip_part(folder, role, cls, family))
     return tuple(parts)
 
 
@@ -109,20 +120,20 @@ def _clip_part(folder: Path, role: str, cls: str, family: str) -> TextPart:
     )
 
 
-def _t5_part(folder: Path, role: str) -> TextPart:
+def _t5_part(folder: Path, role: str, kind: Kind, longest_row: int | None) -> TextPart:
     weights, tokenizer = folder / role, folder / role.replace("text_encoder", "tokenizer")
-    config = _configuration(weights, "t5")
+    config = _configuration(weights, kind)
     width, layers, vocab_size = _sizes(weights, config, "d_model", "num_layers", "vocab_size")
     _sizes(weights, config, "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets")
     _check_maths(weights, config, "dense_act_fn", "relu", "layer_norm_epsilon")
     if t5_feed_forward(config)[0] not in _ACTIVATIONS:
         raise refused(f"{weights}: its feed_forward_proj is {config.get('feed_forward_proj')}")
-    check_t5_tokenizer(tokenizer, vocab_size)
-    _check_tensors(weights, "t5", t5_table(config), set())
+    check_t5_tokenizer(tokenizer, vocab_size, kind)
+    _check_tensors(weights, kind, t5_table(config, kind), set())
     return TextPart(
         role=role,
-        kind="t5",
-        name=_T5_NAMES.get(width, f"t5-{width}x{layers}"),
+        kind=kind,
+        name=kind.removesuffix("t5") + _T5_NAMES.get(width, f"t5-{width}x{layers}"),
         weights=weights,
         tokenizer=tokenizer,
         width=width,
@@ -130,6 +141,7 @@ def _t5_part(folder: Path, role: str) -> TextPart:
         vocab_size=vocab_size,
         projection=None,
         row_tokens=None,
+        longest_row=longest_row,
     )
 
 

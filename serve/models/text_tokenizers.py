@@ -19,7 +19,8 @@ from typing import Any
 from serve.models.tensor_tables import Kind
 from serve.models.weight_files import read_json, refused
 
-_MODELS: Mapping[Kind, str] = {"clip": "BPE", "t5": "Unigram"}
+_MODELS: Mapping[Kind, str] = {"clip": "BPE", "t5": "Unigram", "umt5": "BPE"}
+"""UMT5 as AuraFlow has it: EleutherAI's, with the tokenizer of Llama."""
 _SPECIAL: Mapping[Kind, Mapping[str, str | None]] = {
     "clip": {
         "bos_token": "<|startoftext|>",
@@ -36,6 +37,15 @@ _SPECIAL: Mapping[Kind, Mapping[str, str | None]] = {
         "unk_token": "<unk>",
         "sep_token": None,
         "pad_token": "<pad>",
+        "cls_token": None,
+        "mask_token": None,
+    },
+    "umt5": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "sep_token": None,
+        "pad_token": None,
         "cls_token": None,
         "mask_token": None,
     },
@@ -63,9 +73,9 @@ def check_clip_tokenizer(folder: Path, vocab_size: int, end: int) -> None:
         )
 
 
-def check_t5_tokenizer(folder: Path, vocab_size: int) -> None:
+def check_t5_tokenizer(folder: Path, vocab_size: int, kind: Kind) -> None:
     """Every id has its row in the embedding, and nearly every row its id. Raises OperatorError."""
-    ids, _ = _ids(folder, "t5")
+    ids, _ = _ids(folder, kind)
     size = max(ids.values(), default=-1) + 1
     if not size <= vocab_size < size + _T5_PADDING:
         raise refused(f"{folder} knows {size} tokens, the text encoder {vocab_size}")
@@ -75,8 +85,9 @@ def check_files(folder: Path, kind: Kind) -> None:
     """Raises OperatorError where the vocabulary is missing: transformers would make up an empty one."""
     if (folder / "tokenizer.json").is_file():
         return
-    if kind == "t5":
-        raise refused(f"{folder} holds no tokenizer.json; spiece.model alone is not read")
+    if kind != "clip":
+        alone = "spiece.model" if kind == "t5" else "tokenizer.model"
+        raise refused(f"{folder} holds no tokenizer.json; {alone} alone is not read")
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise refused(f"{folder} holds neither tokenizer.json nor vocab.json and merges.txt")
 

@@ -33,8 +33,9 @@ class TensorInfo:
 
 
 def refused(reason: str) -> OperatorError:
-    """The one line that an operator reads; every refusal of a model goes through here."""
-    return OperatorError(f"model.source: {reason}", "model.source")
+    """The one line that an operator reads, whatever a file has put into it; every refusal of a model goes through
+    here."""
+    return OperatorError(f"model.source: {' '.join(reason.splitlines())}", "model.source")
 
 
 @contextmanager

@@ -12,9 +12,19 @@ from itertools import chain
 from serve.domain import EncodeUnit, Sign, TextRequest, Truncation
 from serve.errors import InvalidRequest
 from serve.models import ModelFolder, TextPart
-from serve.prompts.families import READS, T5_OPTIONAL, T5_TOKENS, VECTORS, skipped
+from serve.prompts.families import (
+    LOWERED,
+    READS,
+    T5_OPTIONAL,
+    T5_TOKENS,
+    UNPADDED,
+    VECTORS,
+    ZERO_FILLED,
+    skipped,
+    time_ids,
+)
 from serve.prompts.grammar import parse
-from serve.prompts.rows import TextRow, lay_out
+from serve.prompts.rows import TextRow, lay_out, lowered
 from serve.prompts.tokenizers import PromptTokenizer
 
 
@@ -81,14 +91,18 @@ class TokenCount:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPlan:
     """`negative` is None where no step reads one. `zero_rows` are rows of zeros below the context's blocks, in place of
-    a T5 that is left out. `time_ids` are SDXL's: original size, crop, target size; heights before widths."""
+    a T5 that is left out; a context shorter than `context_tokens` is filled up with such rows. `time_ids` are SDXL's:
+    original size, crop, target size; heights before widths. Those of its refiner end with an aesthetic score, another
+    one on the negative side."""
 
     family: str
     context_width: int
     positive: SidePlan
     negative: SidePlan | None = None
     zero_rows: int = 0
-    time_ids: tuple[int, int, int, int, int, int] | None = None
+    context_tokens: int = 0
+    time_ids: tuple[float, ...] | None = None
+    negative_time_ids: tuple[float, ...] | None = None
     truncated: tuple[Truncation, ...] = ()
     tokens: tuple[TokenCount, ...] = ()
 
@@ -120,7 +134,7 @@ class _Reader:
 
     @property
     def is_t5(self) -> bool:
-        return self.source.part.kind == "t5"
+        return self.source.part.kind != "clip"
 
 
 @dataclass(slots=True)
@@ -169,14 +183,16 @@ class Planner:
             negative = self._side(
                 "negative_prompt", request.negative_prompt, rows, replace(request, clip_skip=None), report
             )
-        height, width = request.height, request.width
+        ids, negative_ids = time_ids(self._model.family, request.height, request.width)
         return PromptPlan(
             family=self._model.family,
             context_width=self._model.context_width,
             positive=positive,
             negative=negative,
             zero_rows=0 if has_t5 else t5_tokens,
-            time_ids=(height, width, 0, 0, height, width) if self._model.family == "sdxl" else None,
+            context_tokens=t5_tokens if self._model.family in ZERO_FILLED else 0,
+            time_ids=ids,
+            negative_time_ids=None if negative is None else negative_ids,
             truncated=tuple(report.truncated),
             tokens=tuple(report.tokens),
         )
@@ -188,11 +204,13 @@ class Planner:
         spans = parse(text, field)
         if not spans and field == "negative_prompt" and self._model.zero_empty_negative:
             return SidePlan(zero=True)
+        if self._model.family in LOWERED:
+            spans = lowered(spans)
         beside: list[UnitRead] = []
         below: list[UnitRead] = []
         vectors: list[UnitRead] = []
         for reader, length in rows:
-            row = lay_out(reader.tokenizer, spans, length)
+            row = lay_out(reader.tokenizer, spans, length, padded=self._model.family not in UNPADDED)
             report.add(field, reader, row)
             empty = row.used == 0
             if reader.context is not None:
@@ -207,9 +225,11 @@ class Planner:
     def _check(self, request: TextRequest) -> int:
         """The length of a T5 row, 0 where the family has no T5."""
         family = self._model.family
-        default, most = T5_TOKENS.get(family, (0, 0))
-        if request.max_sequence_length is not None and not 1 <= request.max_sequence_length <= most:
-            reason = f"must be between 1 and {most}" if most else f"{self._model.name} has no T5"
+        own = min((part.longest_row for part in self._model.text if part.longest_row is not None), default=None)
+        default, most = T5_TOKENS.get(family, (0, 0)) if own is None else (own, own)
+        least = max((-reader.tokenizer.room(0) for reader in self._readers if reader.is_t5), default=1)
+        if request.max_sequence_length is not None and not least <= request.max_sequence_length <= most:
+            reason = f"must be between {least} and {most}" if most else f"{self._model.name} has no T5"
             raise InvalidRequest(f"max_sequence_length: {reason}", "max_sequence_length")
         if not request.use_t5 and family not in T5_OPTIONAL:
             reason = f"{self._model.name} can't do without its T5" if most else f"{self._model.name} has no T5"

@@ -29,8 +29,10 @@ class TextRow:
     rest: str
 
 
-def lay_out(tokenizer: PromptTokenizer, spans: Sequence[Span], length: int) -> TextRow:
-    """`length` is the row's, special tokens included; text beyond it is cut."""
+def lay_out(tokenizer: PromptTokenizer, spans: Sequence[Span], length: int, *, padded: bool = True) -> TextRow:
+    """`length` is the row's, special tokens included; text beyond it is cut. Without padding it is the most that the
+    row can have, and the row ends with its text.
+    """
     text = "".join(span.text for span in spans)
     factors: Sequence[float] | None = None
     if all(span.weight == 1.0 for span in spans):
@@ -42,6 +44,8 @@ def lay_out(tokenizer: PromptTokenizer, spans: Sequence[Span], length: int) -> T
         factors = _by_character(tokens, text, spans)
     room = tokenizer.room(length)
     used = tokens.ids[:room]
+    if not padded:
+        length -= room - len(used)
     return TextRow(
         token_ids=tokenizer.row(used, length),
         weights=_row_of_weights(factors[:room], tokenizer, length) if factors is not None else None,
@@ -50,6 +54,22 @@ def lay_out(tokenizer: PromptTokenizer, spans: Sequence[Span], length: int) -> T
         unknown=used.count(tokenizer.unknown) if tokenizer.unknown is not None else 0,
         rest=text[tokens.starts[room] :].strip() if len(tokens.ids) > room else "",
     )
+
+
+def lowered(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The same weights on `text.lower().strip()`, where text is that of all spans in a row.
+
+    The whole is lowered, because a letter may depend on its neighbours (the Greek sigma) or become two.
+    """
+    text = "".join(span.text for span in spans)
+    low = text.lower()
+    first, last = len(low) - len(low.lstrip()), len(low.rstrip())
+    ends = [len(text[:end].lower()) for end in accumulate(len(span.text) for span in spans)]
+    parts = [
+        Span(low[max(begin, first) : min(end, last)], span.weight)
+        for span, begin, end in zip(spans, (0, *ends), ends, strict=False)
+    ]
+    return tuple(part for part in parts if part.text)
 
 
 def _span_by_span(tokenizer: PromptTokenizer, spans: Sequence[Span]) -> tuple[Tokens, list[float]]:
@@ -81,5 +101,5 @@ def _row_of_weights(factors: Sequence[float], tokenizer: PromptTokenizer, length
     """None where the weights lie on tokens that were cut."""
     if all(factor == 1.0 for factor in factors):
         return None
-    begin = length - tokenizer.room(length) - 1
+    begin = len(tokenizer.before)
     return (*(1.0,) * begin, *factors, *(1.0,) * (length - begin - len(factors)))

@@ -1,12 +1,13 @@
-"""CLIP's and T5's tokenizers, as rows of token ids. Equal to the stock pipelines' tokenizers, token by token."""
+"""The tokenizers of CLIP, T5 and UMT5, as rows of token ids. Equal to the stock pipelines' ones, token by token."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, LlamaTokenizer, T5Tokenizer
 
 from serve.models import TextPart
 from serve.models.tensor_tables import Kind
@@ -26,12 +27,13 @@ class Tokens:
 
 
 class PromptTokenizer:
-    """Text -> token ids -> the row that the encoder reads: [begin,] ids, end, padding. Safe to share between threads.
+    """Text -> token ids -> the row that the encoder reads: begin, ids, end, padding. Safe to share between threads.
 
     Owns: the Rust tokenizer, with padding and truncation switched off for good.
 
-    T5 has no begin token (`bos` is None). The padding is the folder's own: SDXL's and SD 3's second tokenizer, as
-    Stable Diffusion 2's, pads with "!", not with the end token. `unknown` stands for text outside the vocabulary.
+    T5 has no begin token, CLIP has one; what a tokenizer of Llama's kind, UMT5's, puts before and after a text is a
+    matter of its configuration. The padding is the folder's own: SDXL's and SD 3's second tokenizer, as Stable
+    Diffusion 2's, pads with "!", not with the end token. `unknown` stands for text outside the vocabulary.
     """
 
     def __init__(self, part: TextPart) -> None:
@@ -40,8 +42,8 @@ class PromptTokenizer:
             whole = _load(part.tokenizer, part.kind)
             self.eos = _known(whole.eos_token_id, "end", part.tokenizer)
             self.pad = _known(whole.pad_token_id, "padding", part.tokenizer)
+            self.before, self.after = _around(whole, part)
         self.kind = part.kind
-        self.bos: int | None = whole.bos_token_id if part.kind == "clip" else None
         self.unknown: int | None = whole.unk_token_id
         self._rust = whole.backend_tokenizer
         self._rust.no_padding()
@@ -49,7 +51,7 @@ class PromptTokenizer:
 
     def room(self, length: int) -> int:
         """Tokens of text that fit into a row of `length`: 75 of CLIP's 77, 511 of T5's 512."""
-        return length - (1 if self.bos is None else 2)
+        return length - len(self.before) - len(self.after)
 
     def tokenize(self, text: str) -> Tokens:
         encoding = self._rust.encode(text, add_special_tokens=False)
@@ -60,18 +62,28 @@ class PromptTokenizer:
         spare = self.room(length) - len(ids)
         if spare < 0:
             raise ValueError(f"{len(ids)} tokens in a row for {self.room(length)}")
-        begin = () if self.bos is None else (self.bos,)
-        return (*begin, *ids, self.eos, *(self.pad,) * spare)
+        return (*self.before, *ids, *self.after, *(self.pad,) * spare)
 
 
 def _load(folder: Path, kind: Kind) -> Any:
     """transformers' tokenizer. It makes up an empty one where files are gone since the model was checked."""
     check_files(folder, kind)
-    tokenizer = T5Tokenizer if kind == "t5" else CLIPTokenizer
+    classes: Mapping[Kind, Any] = {"clip": CLIPTokenizer, "t5": T5Tokenizer, "umt5": LlamaTokenizer}
     try:
-        return tokenizer.from_pretrained(folder, local_files_only=True)
+        return classes[kind].from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust side raises bare Exception
         raise refused(f"{folder} can't be loaded as a {kind} tokenizer ({type(error).__name__})") from error
+
+
+def _around(whole: Any, part: TextPart) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens before and after a text. At least one is needed: the empty text is a row too."""
+    begin, end = whole.bos_token_id, whole.eos_token_id
+    if part.kind != "umt5":
+        return (begin,) if part.kind == "clip" else (), (end,)
+    empty = whole("")["input_ids"]
+    if empty not in ([begin], [end], [begin, end]):
+        raise refused(f"{part.tokenizer} puts neither a begin nor an end around a text")
+    return tuple(empty[: begin in empty]), tuple(empty[begin in empty :])
 
 
 def _known(token: int | None, role: str, folder: Path) -> int:

@@ -1,10 +1,17 @@
-"""The one shape of a result's key: `<job id>/<index>.png`. Nothing that a user wrote can become part of a path."""
+"""The one shape of a result's key: a job's id, and one of its pictures. Nothing that a user wrote is part of a path.
+
+<job id>/<index>.png    an image that was drawn
+<job id>/image.png      what the job starts from
+<job id>/mask.png       which part of that it repaints
+"""
 
 from __future__ import annotations
 
 import re
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/[0-9]{1,4}\.png")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/(?:[0-9]{1,4}|image|mask)\.png")
+_REFERENCE = re.compile(r"([0-9a-f]{32})/([0-9]{1,4}|image|mask)")
+_SUFFIX = ".png"
 
 
 def checked(key: str) -> str:
@@ -12,3 +19,19 @@ def checked(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise ValueError(f"not a result key: {key!r}")
     return key
+
+
+def input_key(job_id: str, field: str) -> str:
+    """Of what a job starts from; `field` is `image` or `mask`."""
+    return checked(f"{job_id}/{field}{_SUFFIX}")
+
+
+def reference(key: str) -> str:
+    """How a client names the picture of a key in an order: `<job id>/image`."""
+    return checked(key).removesuffix(_SUFFIX)
+
+
+def split(text: str) -> tuple[str, str] | None:
+    """(job id, index or `image` or `mask`) of what looks like a reference."""
+    found = _REFERENCE.fullmatch(text)
+    return (found[1], found[2]) if found else None

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from serve.domain import ImageRequest
 from serve.errors import InvalidRequest
+from serve.models.samplers import SAMPLERS
+from serve.results.keys import reference
 
 _JSON = "tandem"
 _TEXT = "parameters"
-_NAMES = (
-    ("Steps", "num_inference_steps"),
-    ("CFG scale", "guidance_scale"),
-    ("Seed", "seed"),
-    ("Size", "size"),
-    ("Model", "model"),
-)
+_NOT_KEPT = ("salt", "num_images", "preview_every")
+"""Fields of a request that say nothing of the picture, or nothing to anybody else."""
+
+
+def parameters(request: ImageRequest, index: int, approximate: Sequence[str] = ()) -> dict[str, Any]:
+    """What is written into image `index` of a job: an order that repeats this picture alone, without the fields that
+    have no value, and `approximate`, what kept the picture from being exact."""
+    known = {name: value for name, value in asdict(request).items() if name not in _NOT_KEPT and value is not None}
+    known["seed"] = request.seed + index
+    for field in ("image", "mask"):
+        if field in known:
+            known[field] = reference(known[field])
+    return known | ({"approximate": list(approximate)} if approximate else {})
 
 
 def encode_png(image: Image.Image, parameters: Mapping[str, Any]) -> bytes:
@@ -51,14 +61,30 @@ def read_parameters(data: bytes) -> dict[str, Any]:
 
 def as_text(parameters: Mapping[str, Any]) -> str:
     """Prompt, negative prompt and one line of settings, in A1111's form."""
-    known = dict(parameters)
-    if "width" in known and "height" in known:
-        known["size"] = f"{known['width']}x{known['height']}"
-    lines = [str(known.get("prompt", ""))]
-    if known.get("negative_prompt"):
-        lines.append(f"Negative prompt: {known['negative_prompt']}")
-    lines.append(", ".join(f"{label}: {_quoted(known[name])}" for label, name in _NAMES if name in known))
+    lines = [str(parameters.get("prompt", ""))]
+    if parameters.get("negative_prompt"):
+        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in _settings(parameters).items()))
     return "\n".join(lines)
+
+
+def _settings(known: Mapping[str, Any]) -> dict[str, Any]:
+    """A1111's labels, and Forge's where it has none, in their order. Its clip skip counts from 1."""
+    settings = {"Steps": known.get("num_inference_steps")}
+    sampler = SAMPLERS.get(str(known.get("scheduler")))
+    settings["Sampler"] = sampler.label if sampler else None
+    if known.get("true_cfg_scale") is None:
+        settings["CFG scale"] = known.get("guidance_scale")
+    else:
+        settings["CFG scale"] = known["true_cfg_scale"]
+        settings["Distilled CFG Scale"] = known.get("guidance_scale")
+    settings["Seed"] = known.get("seed")
+    settings["Size"] = f"{known['width']}x{known['height']}" if "width" in known and "height" in known else None
+    settings["Model"] = known.get("model")
+    settings["Denoising strength"] = known.get("strength")
+    clip_skip = known.get("clip_skip")
+    settings["Clip skip"] = clip_skip + 1 if isinstance(clip_skip, int) else None
+    return {label: value for label, value in settings.items() if value is not None}
 
 
 def _quoted(value: Any) -> str:

@@ -101,6 +101,21 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration("tandem_engine_steps_total", Kind.COUNTER, "Denoising steps, each over one batch of images."),
     Declaration("tandem_engine_step_rows", Kind.HISTOGRAM, "Images that shared one denoising step.", buckets=_ROWS),
     Declaration("tandem_engine_step_seconds", Kind.HISTOGRAM, "Time of one denoising step.", buckets=_SHORT_S),
+    Declaration(
+        "tandem_engine_decode_seconds", Kind.HISTOGRAM, "Time of one image's decoding by the VAE.", buckets=_SHORT_S
+    ),
+    Declaration("tandem_engine_previews_total", Kind.COUNTER, "Previews of unfinished images that were made."),
+    Declaration(
+        "tandem_engine_reused_predictions_total",
+        Kind.COUNTER,
+        "Predictions of the denoiser that a step took from the step before (`step_cache`).",
+    ),
+    Declaration(
+        "tandem_engine_out_of_memory_total", Kind.COUNTER, "Steps and decodings for which the device had no memory."
+    ),
+    Declaration(
+        "tandem_vae_retries_total", Kind.COUNTER, "Decodings repeated in float32 because the first was not finite."
+    ),
 )
 
 _BY_NAME = {declaration.name: declaration for declaration in DECLARATIONS}

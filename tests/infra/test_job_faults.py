@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
-from support.jobs import BROKEN, MODEL, Bench, a_request, on, until
+from support.jobs import ANY, BROKEN, Bench, a_request, on, until
 
 from serve.domain import (
     Job,
@@ -15,6 +15,7 @@ from serve.domain import (
 )
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
+from serve.jobs.sweeper import sweep
 
 
 def test_a_release_costs_no_attempt_but_fences_the_worker(redis_url: str) -> None:
@@ -23,7 +24,7 @@ def test_a_release_costs_no_attempt_but_fences_the_worker(redis_url: str) -> Non
             claim = await bench.claimed("a")
             assert claim.attempt == 1
             await bench.store.release(claim)
-        successor = await bench.store.claim("worker", [MODEL])
+        successor = await bench.store.claim("worker", ANY)
         assert successor is not None
         assert successor.attempt == claim.attempt
         with pytest.raises(LeaseLost):
@@ -50,7 +51,7 @@ def test_a_lapsed_lease_goes_to_another_worker_and_the_late_one_is_fenced(redis_
         ):
             with pytest.raises(LeaseLost):
                 await write
-        successor = await bench.store.claim("worker", [MODEL])
+        successor = await bench.store.claim("worker", ANY)
         assert successor is not None
         assert successor.attempt == 2
         with pytest.raises(LeaseLost):
@@ -104,7 +105,7 @@ def test_an_overdue_job_expires_queued_or_running(redis_url: str) -> None:
             return total == 2
 
         # An overdue job is not claimed even before the sweep comes.
-        await until(lambda: _is_none(bench.store.claim("worker", [MODEL])))
+        await until(lambda: _is_none(bench.store.claim("worker", ANY)))
         await until(all_reaped)
         for job_id in ("running", "queued"):
             job = await bench.store.get(job_id)
@@ -200,6 +201,23 @@ def test_a_full_disk_or_memory_refuses_and_keeps_what_was_accepted(tmp_path: Pat
 
     with EmbeddedRedis(tmp_path, "jobs", max_bytes=3 << 20) as server:
         on(server.url, story, max_queued=100_000)
+
+
+def test_after_an_outage_the_workers_speak_before_the_sweep(jobs_redis: EmbeddedRedis) -> None:
+    async def story(bench: Bench) -> None:
+        sweeping = asyncio.create_task(sweep(bench.store, lease_s=1.0, interval_s=0.01))
+        claim = await bench.claimed("a")
+        await asyncio.to_thread(jobs_redis.kill)
+        end = time.monotonic() + 1.2
+        while time.monotonic() < end:  # the lease runs out meanwhile
+            with pytest.raises(BackendUnavailable):
+                await bench.store.ping()
+        await asyncio.to_thread(jobs_redis.start)
+        assert await bench.store.renew(claim)
+        await bench.succeed(claim)
+        sweeping.cancel()
+
+    on(jobs_redis.url, story, lease_s=1.0)
 
 
 async def _is_none(awaitable: Awaitable[object | None]) -> bool:

@@ -1,6 +1,8 @@
-"""A random history of submissions, claims, crashes, late workers, cancels and sweeps, against a model of the contract.
+"""A random history of submissions, claims, previews, crashes, late workers, cancels and sweeps, against a model of the
+contract.
 
-The clock does not run here: a lease lapses and a job's time runs out when a rule moves the deadline into the past.
+The clock does not run here: a lease lapses, a job's time runs out and a job has waited when a rule moves a moment into
+the past.
 """
 
 from __future__ import annotations
@@ -22,19 +24,26 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from pydantic import SecretStr
-from support.job_model import MAX_ATTEMPTS, Expected
+from support.job_model import MAX_ATTEMPTS, Expected, Told
 from support.jobs import BROKEN
 
-from serve.domain import ImageRef, ImageRequest, JobState, Tier, Timings
+from serve.domain import ImageRef, ImageRequest, JobState, Preview, Tier, Timings
 from serve.embedded import EmbeddedRedis
 from serve.errors import LeaseLost, QueueFull
 from serve.jobs.events import follow
-from serve.jobs.store import Claim, JobStore
+from serve.jobs.store import Claim, JobStore, Want
 from serve.settings import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MAX_QUEUED, STEPS = 3, 3
 MODELS = ("shapes", "other")
+SMALL, LARGE = 8, 16
+UPTO = 2**31
+LONG_S = 600.0
+LATE = ["renew", "preview", "succeed", "retry", "unwanted"]
+ANY = tuple(Want(model, 0, UPTO) for model in MODELS)
+BOUNDS = st.sampled_from([0, SMALL**2, LARGE**2, UPTO])
+WANTS = st.lists(st.builds(Want, st.sampled_from(MODELS), BOUNDS, BOUNDS, st.sampled_from([0.0, LONG_S])), max_size=3)
 T = TypeVar("T")
 
 
@@ -105,15 +114,15 @@ class JobMachine(RuleBasedStateMachine):
     @initialize()
     def start_with_work(self) -> None:
         for model in MODELS:
-            self.submit(model, ahead=False)
-        self.claim(MODELS)
+            self.submit(model, SMALL, ahead=False)
+        self.claim(ANY)
 
-    @rule(model=st.sampled_from(MODELS), ahead=st.booleans())
-    def submit(self, model: str, ahead: bool) -> None:
+    @rule(model=st.sampled_from(MODELS), side=st.sampled_from([SMALL, LARGE]), ahead=st.booleans())
+    def submit(self, model: str, side: int, ahead: bool) -> None:
         self.submitted += 1
         job_id = f"job{self.submitted}"
         request = ImageRequest(
-            model=model, prompt=job_id, width=8, height=8, num_inference_steps=STEPS, guidance_scale=1.0, seed=1
+            model=model, prompt=job_id, width=side, height=side, num_inference_steps=STEPS, guidance_scale=1.0, seed=1
         )
         if len(self.queue()) >= MAX_QUEUED:
             with pytest.raises(QueueFull):
@@ -141,15 +150,14 @@ class JobMachine(RuleBasedStateMachine):
     # What workers do.
 
     @precondition(lambda self: self.queue())
-    @rule(models=st.sampled_from([MODELS, MODELS[:1], MODELS[1:]]))
-    def claim(self, models: tuple[str, ...]) -> None:
-        claim = self.run(self.store.claim("worker", models))
-        fit = [self.expected[job_id] for job_id in self.queue()]
-        fit = [job for job in fit if job.request.model in models and not job.overdue]
-        if not fit:
+    @rule(wants=st.just(ANY) | WANTS)
+    def claim(self, wants: Sequence[Want]) -> None:
+        claim = self.run(self.store.claim("worker", wants))
+        queue = [self.expected[job_id] for job_id in self.queue()]
+        job = next((job for want in wants for job in queue if job.satisfies(want)), None)
+        if job is None:
             assert claim is None
             return
-        job = fit[0]
         job.attempt += 1
         job.fence += 1
         job.become(JobState.RUNNING)
@@ -169,7 +177,18 @@ class JobMachine(RuleBasedStateMachine):
         job.lapsed = False
         if step > job.step:
             job.step = step
-            job.history.append((JobState.RUNNING, step))
+            job.tell(step)
+
+    @with_claims
+    @rule(claim=ANY_CLAIM, index=st.integers(0, 2), step=st.integers(0, 2 * STEPS), data=st.binary(max_size=9))
+    def preview(self, claim: Claim, index: int, step: int, data: bytes) -> None:
+        write = self.store.preview(claim, Preview("run", index, step, 2 * STEPS, data))
+        if self.holds(claim):
+            self.run(write)
+            self.expected[claim.job_id].tell((step + 1) // 2, index, data)
+        else:
+            with pytest.raises(LeaseLost):
+                self.run(write)
 
     @with_claims
     @rule(claim=ANY_CLAIM, outcome=st.sampled_from(["succeed", "fail", "retry", "cancelled", "release"]))
@@ -211,7 +230,14 @@ class JobMachine(RuleBasedStateMachine):
     def run_out_of_time(self, job_id: str) -> None:
         self.expected[job_id].overdue = True
         assert self.raw.zadd("tandem:deadlines", {job_id: 1}, xx=True, ch=True) in (0, 1)
-        self.claim(MODELS)  # whatever it gets, not this job
+        self.claim(ANY)  # whatever it gets, not this job
+
+    @precondition(lambda self: self.queue())
+    @rule(job_id=some(lambda machine: machine.queue()), wants=WANTS)
+    def have_waited(self, job_id: str, wants: Sequence[Want]) -> None:
+        self.expected[job_id].waited = True
+        assert self.raw.hset(f"tandem:job:{job_id}", "waiting", 1) == 0
+        self.claim(wants)
 
     @precondition(
         lambda self: any(self.expected[job_id].lapsed or self.expected[job_id].overdue for job_id in self.live())
@@ -229,16 +255,21 @@ class JobMachine(RuleBasedStateMachine):
         assert self.run(self.store.reap()) == reaped
 
     @precondition(lambda self: self.held())
-    @rule(claim=some(lambda machine: machine.held()), late=st.sampled_from(["renew", "succeed", "retry", "unwanted"]))
+    @rule(
+        claim=some(lambda machine: machine.held()),
+        late=st.sampled_from(["renew", "preview", "succeed", "retry", "unwanted"]),
+    )
     def take_over(self, claim: Claim, late: str) -> None:
         """Where fencing matters most: two workers believe that they hold the job, and the late one speaks first."""
         if late == "unwanted":
             self.cancel(claim.job_id)
         self.lose_the_worker(claim.job_id)
         self.sweep()
-        self.claim(MODELS)
+        self.claim(ANY)
         if late in ("succeed", "retry"):
             self.settle(claim, late)
+        elif late == "preview":
+            self.preview(claim, 0, STEPS, b"late")
         else:
             self.renew(claim, STEPS)
 
@@ -272,11 +303,11 @@ class JobMachine(RuleBasedStateMachine):
     @with_jobs
     @rule(job_id=ANY_JOB)
     def every_event_was_told_once_in_order(self, job_id: str) -> None:
-        async def told() -> list[tuple[JobState, int]]:
+        async def told() -> list[Told]:
             events, _ = await self.store.events_after(job_id, None)
             if self.expected[job_id].state.terminal:
                 assert [event async for event in follow(self.store, job_id)] == events
-            return [(event.state, event.step) for event in events]
+            return [(event.state, event.step, event.index, event.preview) for event in events]
 
         assert self.run(told()) == self.expected[job_id].history
 

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from support.jobs import BROKEN, CUT, IMAGE, MODEL, Bench, a_request, history, on, states
+from support.jobs import ANY, BROKEN, CUT, IMAGE, MODEL, Bench, a_request, history, on, states
 
 from serve.domain import (
     CacheReport,
@@ -12,7 +12,7 @@ from serve.domain import (
     Timings,
 )
 from serve.errors import JobNotFound, LeaseLost, QueueFull
-from serve.jobs.store import Claim
+from serve.jobs.store import Claim, Want
 
 
 def test_a_job_from_submission_to_success(redis_url: str) -> None:
@@ -21,9 +21,9 @@ def test_a_job_from_submission_to_success(redis_url: str) -> None:
         queued = await store.submit("a", a_request(), truncated=[CUT])
         assert (queued.state, queued.position, queued.attempt, queued.steps) == (JobState.QUEUED, 1, 0, 4)
         assert (queued.request, queued.truncated, queued.cache) == (a_request(), (CUT,), None)
-        claim = await store.claim("worker", ["other", MODEL])
+        claim = await store.claim("worker", [Want("other", 0, 4096), Want(MODEL, 0, 4096)])
         assert claim == Claim(job_id="a", attempt=1, fence=1, request=a_request(), truncated=(CUT,))
-        assert await store.claim("worker", [MODEL]) is None
+        assert await store.claim("worker", ANY) is None
         assert await store.renew(claim, 3)
         running = await store.get("a")
         assert (running.state, running.step, running.position, running.attempt) == (JobState.RUNNING, 3, None, 1)
@@ -49,7 +49,7 @@ def test_first_come_first_served_and_a_retry_keeps_its_place(redis_url: str) -> 
             await bench.store.submit(job_id, a_request())
         await bench.store.fail(first, BROKEN, retry=True)
         assert [(await bench.store.get(job_id)).position for job_id in "abcd"] == [1, 2, 3, 4]
-        order = [await bench.store.claim("worker", [MODEL]) for _ in "abcd"]
+        order = [await bench.store.claim("worker", ANY) for _ in "abcd"]
         assert [(claim.job_id, claim.attempt) for claim in order if claim] == [("a", 2), ("b", 1), ("c", 1), ("d", 1)]
         assert await bench.store.queue_depth() == 0
 
@@ -61,10 +61,10 @@ def test_a_worker_claims_only_what_it_serves_however_deep_it_lies(redis_url: str
         for number in range(230):
             await bench.store.submit(f"other{number}", a_request(model="other"))
         await bench.store.submit("mine", a_request())
-        claim = await bench.store.claim("worker", [MODEL])
+        claim = await bench.store.claim("worker", ANY)
         assert claim is not None
         assert claim.job_id == "mine"
-        assert await bench.store.claim("worker", [MODEL]) is None
+        assert await bench.store.claim("worker", ANY) is None
 
     on(redis_url, story, max_queued=1000)
 
@@ -79,7 +79,7 @@ def test_a_full_queue_refuses_and_logs_nothing(redis_url: str) -> None:
         assert 1 <= full.value.retry_after_s <= 60
         with pytest.raises(JobNotFound):
             await bench.store.get("c")
-        await bench.store.claim("worker", [MODEL])
+        await bench.store.claim("worker", ANY)
         await bench.store.submit("c", a_request())
         assert await bench.store.queue_depth() == 2
         assert bench.metrics.value("tandem_queue_depth") == 2
@@ -116,7 +116,7 @@ def test_attempts_run_out_and_a_failure_without_retry_is_final(redis_url: str) -
         await bench.store.fail(await bench.claimed("a"), BROKEN, retry=False)
         await bench.store.fail(await bench.claimed("b"), BROKEN, retry=True)
         assert (await bench.store.get("b")).error is None
-        again = await bench.store.claim("worker", [MODEL])
+        again = await bench.store.claim("worker", ANY)
         assert again is not None
         await bench.store.fail(again, BROKEN, retry=True)
         for job_id, attempt in (("a", 1), ("b", 2)):
@@ -170,7 +170,7 @@ def test_the_cache_report_joins_what_happened_ahead_with_what_the_worker_saw(red
         await bench.store.submit("a", a_request())
         await bench.store.note_ahead("a", {"u1": Tier.ENCODED, "u2": Tier.REDIS, "u3": Tier.REDIS})
         assert (await bench.store.get("a")).cache == CacheReport(redis=2, encoded=1)
-        claim = await bench.store.claim("worker", [MODEL])
+        claim = await bench.store.claim("worker", ANY)
         assert claim is not None
         tiers = {"u1": Tier.REDIS, "u2": Tier.MEMORY, "u3": Tier.ENCODED, "u4": Tier.ENCODED}
         await bench.store.succeed(claim, images=[IMAGE], cache=tiers, timings=Timings())
@@ -187,7 +187,7 @@ def test_of_many_workers_one_gets_each_job(redis_url: str) -> None:
         others = [Bench(redis_url) for _ in range(4)]
         for number in range(40):
             await bench.store.submit(f"job{number}", a_request())
-        claims = await asyncio.gather(*(others[number % 4].store.claim("w", [MODEL]) for number in range(80)))
+        claims = await asyncio.gather(*(others[number % 4].store.claim("w", ANY) for number in range(80)))
         assert sorted(claim.job_id for claim in claims if claim) == sorted(f"job{number}" for number in range(40))
         for other in others:
             await other.store.close()

@@ -14,6 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from serve.errors import BackendUnavailable, JobNotFound, OperatorError
+from serve.results.keys import checked, input_key, reference, split
 from serve.results.store import ResultStore, open_store
 from serve.settings import ResultSettings, S3Settings
 
@@ -73,7 +74,21 @@ def test_put_get_replace_delete(store: ResultStore) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "a.png", "../a/0.png", "/a/0.png", "a/../0.png", "a/b/0.png", "a/0.png\n", "a/0.jpg", "é/0.png", "a/.png"],
+    [
+        "",
+        "a.png",
+        "a/images.png",
+        "a/mask",
+        "a/Image.png",
+        "../a/0.png",
+        "/a/0.png",
+        "a/../0.png",
+        "a/b/0.png",
+        "a/0.png\n",
+        "a/0.jpg",
+        "é/0.png",
+        "a/.png",
+    ],
 )
 def test_a_key_of_another_shape_is_refused(store: ResultStore, key: str) -> None:
     async def story() -> None:
@@ -85,6 +100,23 @@ def test_a_key_of_another_shape_is_refused(store: ResultStore, key: str) -> None
             await store.delete(key)
 
     asyncio.run(story())
+
+
+def test_what_a_job_starts_from_has_keys_of_its_own(store: ResultStore) -> None:
+    job_id = "0" * 32
+
+    async def story() -> None:
+        for field in ("image", "mask"):
+            key = input_key(job_id, field)
+            await store.put(key, field.encode(), "image/png")
+            assert await store.get(checked(key)) == field.encode()
+            assert split(reference(key)) == (job_id, field)
+            await store.delete(key)
+
+    asyncio.run(story())
+    assert split(f"{job_id}/12") == (job_id, "12")
+    for other in (f"{job_id}/12345", f"{job_id}/image.png", f"{job_id}/..", f"{job_id}/0\n", "a/0", "iVBORw0KGgo="):
+        assert split(other) is None
 
 
 def test_concurrent_writers_leave_one_whole_image(store: ResultStore) -> None:

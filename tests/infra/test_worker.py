@@ -1,35 +1,41 @@
 """One worker with a real Redis, the shipped model and a folder; only Ray between it and the encoders is missing."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 from pydantic import SecretStr
 
 from serve.diffusion.engine import Engine
+from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
-from serve.diffusion.scheduler import StepScheduler
+from serve.diffusion.scheduler import Row, StepScheduler
 from serve.domain import EncodeUnit, ImageRequest, Job, JobState, Sign, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
 from serve.encoders.registry import Registry, register
-from serve.errors import BackendUnavailable
+from serve.errors import BackendUnavailable, OutOfMemory
 from serve.jobs.events import follow
-from serve.jobs.store import JobStore
+from serve.jobs.store import JobStore, Want
 from serve.jobs.sweeper import sweep
 from serve.models import ModelFolder, resolve
 from serve.orders import NewImage
+from serve.placements import Fleet, Placement
 from serve.prompts.plan import Planner
 from serve.results.png import read_parameters
 from serve.results.store import open_store
 from serve.service import ImageService
 from serve.settings import DiffusionSettings, JobSettings, LimitSettings, ModelSettings, ResultSettings, Settings
+from serve.shapes.draw import draw, sample_scene
 from serve.telemetry.metrics import InProcessMetrics
-from serve.worker import Worker
+from serve.worker import LEFT_TO_OTHERS_S, Worker, wants_of
 
 pytestmark = pytest.mark.anyio
 
@@ -46,9 +52,13 @@ def model() -> ModelFolder:
     return resolve(ModelSettings(), Path())
 
 
+def a_runner(model: ModelFolder) -> Runner:
+    return open_runner(model, DiffusionSettings(device="cpu", torch_threads=1))
+
+
 @pytest.fixture(scope="module")
 def runner(model: ModelFolder) -> Runner:
-    return open_runner(model, DiffusionSettings(device="cpu", torch_threads=1))
+    return a_runner(model)
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +71,34 @@ def tower(registry: Registry) -> TextTower:
     return TextTower.load(registry.encoders[0], "cpu")
 
 
+def a_placement(model: str, *, max_pixels: int = 1 << 20, smaller: int = 0, max_rows: int = 32) -> Placement:
+    settings = DiffusionSettings(max_batch_size=4, max_rows=max_rows)
+    return Placement(
+        name="a card", model=model, gpu_class=None, settings=settings, max_pixels=max_pixels, smaller=smaller
+    )
+
+
 class House:
     """A job store, a folder, and workers that share them."""
 
     def __init__(
-        self, url: str, folder: Path, model: ModelFolder, registry: Registry, runner: Runner, tower: TextTower
+        self,
+        url: str,
+        folder: Path,
+        model: ModelFolder,
+        registry: Registry,
+        runner: Runner,
+        tower: TextTower,
+        lease_s: float = 0.6,
     ) -> None:
-        self.settings = JobSettings(redis_url=SecretStr(url), lease_s=0.6)
+        self.settings = JobSettings(redis_url=SecretStr(url), lease_s=lease_s)
         self.metrics = InProcessMetrics()
         self.jobs = JobStore(self.settings, self.metrics)
         self.folder = folder
         self.model = model
         self.runner = runner
+        self.placement = a_placement(model.name)
+        self.results = open_store(ResultSettings(), folder)
         self.planner = Planner(model, registry.sources(model.name))
         self.pool = EncoderPool(tower, registry.encoders[0], Settings(), self.metrics)
         self.encoder_away = False
@@ -87,17 +113,16 @@ class House:
         return await self.pool.encode(units)
 
     @asynccontextmanager
-    async def worker(self, name: str = "worker") -> AsyncIterator[Worker]:
+    async def worker(self, name: str = "worker", runner: Runner | None = None) -> AsyncIterator[Worker]:
         worker = Worker(
             name=name,
-            model=self.model.name,
-            max_rows=4,
+            placement=self.placement,
             settings=self.settings,
             jobs=self.jobs,
             planner=self.planner,
             embeddings=EmbeddingCache(Settings().cache, self.encode, self.metrics, place="diffusion"),
-            engine=Engine(self.runner, StepScheduler(4), self.metrics),
-            results=open_store(ResultSettings(), self.folder),
+            engine=Engine(runner or self.runner, StepScheduler(profile := Profile(4)), profile, self.metrics),
+            results=self.results,
             metrics=self.metrics,
         )
         try:
@@ -112,9 +137,20 @@ class House:
         await self.jobs.close()
 
     async def submit(self, job_id: str, **parameters: object) -> None:
-        values = {"width": 128, "height": 128, "num_inference_steps": 3, "guidance_scale": 5.0, "seed": 1} | parameters
-        request = ImageRequest(model=self.model.name, prompt="a red circle", **values)  # type: ignore[arg-type]
+        values = {
+            "prompt": "a red circle",
+            "width": 128,
+            "height": 128,
+            "num_inference_steps": 3,
+            "guidance_scale": 5.0,
+            "seed": 1,
+        } | parameters
+        request = ImageRequest(model=self.model.name, **values)  # type: ignore[arg-type]
         await self.jobs.submit(job_id, request)
+
+    async def picture(self, job: Job, index: int = 0) -> Image.Image:
+        assert job.state is JobState.SUCCEEDED, job
+        return Image.open(io.BytesIO(await self.results.get(job.images[index].key))).convert("RGB")
 
     async def ended(self, job_id: str) -> Job:
         async for _ in follow(self.jobs, job_id):
@@ -128,6 +164,16 @@ class House:
             if condition(job):
                 return job
         raise AssertionError("the job ended before")
+
+
+@pytest.fixture
+async def calm_house(
+    redis_url: str, tmp_path: Path, model: ModelFolder, registry: Registry, runner: Runner, tower: TextTower
+) -> AsyncIterator[House]:
+    """Leases are so long that no heartbeat and no sweep helps."""
+    house = House(redis_url, tmp_path, model, registry, runner, tower, lease_s=600)
+    yield house
+    await house.close()
 
 
 @pytest.fixture
@@ -165,6 +211,160 @@ async def test_cancel_reaches_a_running_job(house: House) -> None:
     assert not (house.folder / "images" / "a").exists()
 
 
+async def test_a_cancelled_job_frees_its_rows_within_one_step(calm_house: House) -> None:
+    house = calm_house
+    async with house.worker() as worker:
+        # Steps of a second or so: one that the cancel did not reach would be a step too many.
+        await house.submit("a", num_inference_steps=LONG, num_images=4, width=512, height=512)
+        await house.reaches("a", lambda job: job.step > 0)
+        await house.jobs.cancel("a")
+        made = house.metrics.value("tandem_engine_steps_total")
+        job = await asyncio.wait_for(house.ended("a"), 60)
+        assert job.state is JobState.CANCELLED
+        await house.submit("b", num_inference_steps=2)
+        assert (await house.ended("b")).state is JobState.SUCCEEDED
+        assert worker.rows <= 1
+        assert house.metrics.value("tandem_engine_steps_total") - made <= 1 + 2
+
+
+async def test_a_short_job_behind_a_full_batch_waits_for_others_and_then_finishes_first(house: House) -> None:
+    async with house.worker():
+        await house.submit("long", num_inference_steps=LONG, num_images=4)
+        await house.reaches("long", lambda job: job.step > 0)
+        await house.submit("short", num_inference_steps=4)
+        short = await house.ended("short")
+        assert (await house.jobs.get("long")).state is JobState.RUNNING
+        await house.jobs.cancel("long")
+    assert short.state is JobState.SUCCEEDED
+    assert short.timings.queued_s is not None
+    assert LEFT_TO_OTHERS_S <= short.timings.queued_s < 5
+
+
+async def test_a_full_replica_leaves_work_to_an_idle_one(house: House) -> None:
+    async with house.worker("full"):
+        await house.submit("long", num_inference_steps=LONG, num_images=4)
+        await house.reaches("long", lambda job: job.step > 0)
+        async with house.worker("idle", a_runner(house.model)):
+            await house.submit("short", num_inference_steps=4)
+            await house.ended("short")
+            assert await house.jobs._redis.hget("tandem:job:short", "worker") == b"idle"
+        await house.jobs.cancel("long")
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_replica_with_a_free_row_wants_large_only_work_first(rows: int) -> None:
+    large = a_placement("m", max_pixels=4096, smaller=1024)
+    assert wants_of(large, rows) == [Want("m", 1024, 4096), Want("m", 0, 1024)]
+    assert wants_of(a_placement("m", max_pixels=4096), rows) == [Want("m", 0, 4096)]
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_full_replica_wants_what_nobody_else_takes(rows: int) -> None:
+    large = a_placement("m", max_pixels=4096, smaller=1024, max_rows=8)
+    assert wants_of(large, rows) == [Want("m", 1024, 4096), Want("m", 0, 1024, LEFT_TO_OTHERS_S)]
+    only = a_placement("m", max_pixels=4096, max_rows=8)
+    assert wants_of(only, rows) == [Want("m", 0, 4096, LEFT_TO_OTHERS_S)]
+    for placement in (large, only):
+        assert wants_of(placement, 8) == wants_of(placement, 11) == []
+
+
+def a_scene() -> Image.Image:
+    """A picture of the kind that the shipped model draws."""
+    return Image.fromarray(draw(sample_scene(np.random.default_rng(3))))
+
+
+def a_mask(side: int = 128) -> Image.Image:
+    mask = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(mask).rectangle((0, 0, side // 2, side), fill=255)
+    return mask
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def apart(one: Image.Image, other: Image.Image) -> float:
+    return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
+
+
+async def test_a_job_that_starts_from_an_image_stays_close_to_it(house: House) -> None:
+    await house.results.put("near/image.png", png(a_scene()), "image/png")
+    order = {"image": "near/image.png", "num_inference_steps": 10, "prompt": "a green square on a yellow background"}
+    async with house.worker():
+        await house.submit("near", strength=0.2, **order)
+        await house.submit("far", strength=0.9, **order)
+        near, far = [await house.ended(job_id) for job_id in ("near", "far")]
+    assert (near.state, near.step, near.steps, far.steps) == (JobState.SUCCEEDED, 2, 2, 9)
+    pictures = [await house.picture(job) for job in (near, far)]
+    distances = [apart(picture, a_scene()) for picture in pictures]
+    assert distances[0] < 12 < 20 < distances[1]
+
+
+async def test_a_masked_job_repaints_what_is_white(house: House) -> None:
+    await house.results.put("a/image.png", png(a_scene()), "image/png")
+    await house.results.put("a/mask.png", png(a_mask()), "image/png")
+    async with house.worker():
+        await house.submit(
+            "a", image="a/image.png", mask="a/mask.png", strength=1.0, prompt="a green square on a yellow background"
+        )
+        job = await house.ended("a")
+    picture = await house.picture(job)
+    kept, painted = (80, 0, 128, 128), (0, 0, 48, 128)
+    assert apart(picture.crop(kept), a_scene().crop(kept)) < 7
+    assert apart(picture.crop(painted), a_scene().crop(painted)) > 14
+
+
+@pytest.mark.parametrize("missing", ["image", "mask"])
+async def test_a_job_whose_input_is_gone_fails_at_once_and_says_so(house: House, missing: str) -> None:
+    kept = "mask" if missing == "image" else "image"
+    await house.results.put(f"a/{kept}.png", png(a_mask().convert("RGB")), "image/png")
+    async with house.worker():
+        await house.submit("a", image="a/image.png", mask="a/mask.png", strength=0.5)
+        job = await house.ended("a")
+    assert job.error is not None
+    assert (job.state, job.attempt, job.error.code) == (JobState.FAILED, 1, "invalid_value")
+    assert job.error.message.startswith(f"the {missing} to start from")
+
+
+async def test_previews_come_with_the_events(house: House) -> None:
+    async with house.worker():
+        await house.submit("a", num_inference_steps=60, num_images=2, preview_every=2)
+        shown = [event async for event in follow(house.jobs, "a") if event.preview is not None]
+        job = await house.jobs.get("a")
+    assert job.state is JobState.SUCCEEDED
+    assert {event.index for event in shown} == {0, 1}
+    assert {event.state for event in shown} == {JobState.RUNNING}
+    steps = [event.step for event in shown if event.index == 0]
+    assert steps == sorted(set(steps))
+    assert all(step % 2 == 0 for step in steps)
+    with Image.open(io.BytesIO(shown[-1].preview or b"")) as picture:
+        assert (picture.format, picture.width >= 16) == ("JPEG", True)
+
+
+async def test_an_approximate_image_is_labelled(house: House) -> None:
+    async with house.worker():
+        await house.submit("a", num_inference_steps=20, step_cache=1.0)
+        await house.submit("b")
+        labelled, exact = [await house.ended(job_id) for job_id in ("a", "b")]
+    assert (labelled.approximate, exact.approximate) == (("step_cache",), ())
+    found = [read_parameters(await house.results.get(job.images[0].key)) for job in (labelled, exact)]
+    assert [each.get("approximate") for each in found] == [["step_cache"], None]
+
+
+async def test_a_device_that_is_full_is_tried_again_and_then_told(house: House) -> None:
+    class Full(Runner):
+        def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+            raise OutOfMemory("the device had not enough memory")
+
+    async with house.worker(runner=Full(house.runner.family)):
+        await house.submit("a", num_images=2)
+        job = await house.ended("a")
+    assert job.error is not None
+    assert (job.state, job.attempt, job.error.code) == (JobState.FAILED, 3, "out_of_memory")
+
+
 async def test_text_that_another_version_had_encoded_ahead_is_not_counted(house: House) -> None:
     """During a rollout, the ingress may have an encoder whose units are not this replica's."""
     await house.submit("a")
@@ -186,12 +386,13 @@ async def test_a_cancelled_job_s_text_is_not_encoded_ahead(house: House) -> None
             left.set()
 
     service = ImageService(
-        model=house.model,
+        models={house.model.name: house.model},
+        fleet=Fleet((house.placement,)),
         limits=LimitSettings(),
         jobs=house.jobs,
-        planner=house.planner,
+        planners={house.model.name: house.planner},
         prepare=prepare,
-        results=open_store(ResultSettings(), house.folder),
+        results=house.results,
         pools={},
         metrics=house.metrics,
     )

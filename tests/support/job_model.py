@@ -3,8 +3,12 @@
 from dataclasses import dataclass, field
 
 from serve.domain import ImageRequest, Job, JobState
+from serve.jobs.store import Want
 
 MAX_ATTEMPTS = 2
+
+Told = tuple[JobState, int, int | None, bytes | None]
+"""An event: state, step, and of a preview the image's index and the file."""
 
 
 @dataclass
@@ -18,10 +22,11 @@ class Expected:
     fence: int = 0
     step: int = 0
     cancel: bool = False
+    waited: bool = False
     lapsed: bool = False
     overdue: bool = False
     settled: tuple[int, str] | None = None
-    history: list[tuple[JobState, int]] = field(default_factory=lambda: [(JobState.QUEUED, 0)])
+    history: list[Told] = field(default_factory=lambda: [(JobState.QUEUED, 0, None, None)])
     frozen: Job | None = None
 
     @property
@@ -29,12 +34,24 @@ class Expected:
         """The next sweep ends it."""
         return self.overdue and not self.state.terminal
 
+    def satisfies(self, want: Want) -> bool:
+        fits = self.request.model == want.model and want.above < self.request.pixels <= want.upto
+        return fits and not self.overdue and (self.waited or not want.waited_s)
+
     def become(self, state: JobState) -> None:
         self.state = state
-        self.lapsed = False
+        self.lapsed = self.waited = False
         if state is JobState.QUEUED:
             self.step = 0
-        self.history.append((state, self.step))
+        if state is not JobState.RUNNING:
+            self.history = [told for told in self.history if told[2] is None]
+        self.tell(self.step)
+
+    def tell(self, step: int, index: int | None = None, preview: bytes | None = None) -> None:
+        """The newest event; of the previews of an image the stream keeps the last."""
+        if index is not None:
+            self.history = [told for told in self.history if told[2] != index]
+        self.history.append((self.state, step, index, preview))
 
     def retry(self) -> None:
         if self.cancel:

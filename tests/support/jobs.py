@@ -7,22 +7,36 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from serve.domain import ImageRef, ImageRequest, JobError, JobEvent, JobState, Tier, Timings, Truncation
+from serve.domain import ImageRef, ImageRequest, JobError, JobEvent, JobState, Preview, Tier, Timings, Truncation
 from serve.jobs.events import follow
-from serve.jobs.store import Claim, JobStore
+from serve.jobs.store import Claim, JobStore, Want
 from serve.settings import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MODEL = "shapes"
+ANY = (Want(MODEL, 0, 2**31),)
 BROKEN = JobError(code="generation_failed", message="it broke")
 CUT = Truncation(field="prompt", encoder="clip-l", tokens=80, limit=75, text="the rest — 剩")
 IMAGE = ImageRef(index=0, key="a/0.png", seed=7, width=64, height=64, content_type="image/png", bytes=99)
 
 
-def a_request(prompt: str = "a red circle ☃ \x00", model: str = MODEL, steps: int = 4) -> ImageRequest:
+def a_request(
+    prompt: str = "a red circle ☃ \x00", model: str = MODEL, steps: int = 4, side: int = 64, **other: Any
+) -> ImageRequest:
     return ImageRequest(
-        model=model, prompt=prompt, width=64, height=64, num_inference_steps=steps, guidance_scale=5.5, seed=2**32 - 1
+        model=model,
+        prompt=prompt,
+        width=side,
+        height=side,
+        num_inference_steps=steps,
+        guidance_scale=5.5,
+        seed=2**32 - 1,
+        **other,
     )
+
+
+def a_preview(index: int, step: int, steps: int, data: bytes = b"\xff\xd8\x00 a picture") -> Preview:
+    return Preview("a run", index, step, steps, data)
 
 
 class Bench:
@@ -34,7 +48,7 @@ class Bench:
 
     async def claimed(self, job_id: str = "a", **request: Any) -> Claim:
         await self.store.submit(job_id, a_request(**request))
-        claim = await self.store.claim("worker", [MODEL])
+        claim = await self.store.claim("worker", ANY)
         assert claim is not None
         return claim
 

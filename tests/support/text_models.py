@@ -18,10 +18,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaTokenizer,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -63,6 +66,15 @@ def sdxl_folder(
     )
 
 
+def sdxl_refiner_folder(
+    path: Path, seed: int = 0, *, open_seed: int | None = None, dtype: torch.dtype = torch.float32
+) -> Path:
+    """SDXL's refiner: OpenCLIP alone, in the second role."""
+    _openclip(path, _or(open_seed, seed), dtype)
+    options = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+    return _index(path, "StableDiffusionXLImg2ImgPipeline", ("unet", "UNet2DConditionModel"), options)
+
+
 def sd3_folder(
     path: Path,
     seed: int = 0,
@@ -95,6 +107,29 @@ def flux_folder(
     _clip_l(path, _or(clip_seed, seed), dtype)
     t5_part(path, "text_encoder_2", _or(t5_seed, seed), dtype)
     return _index(path, "FluxPipeline", ("transformer", "FluxTransformer2DModel"))
+
+
+def pixart_folder(
+    path: Path,
+    seed: int = 0,
+    *,
+    sigma: bool = True,
+    t5_seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """PixArt-Sigma, or Alpha, whose text is shorter: T5 alone."""
+    t5_part(path, "text_encoder", _or(t5_seed, seed), dtype)
+    pipeline = "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline"
+    return _index(path, pipeline, ("transformer", "PixArtTransformer2DModel"))
+
+
+def auraflow_folder(path: Path, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Path:
+    """AuraFlow: UMT5 with a tokenizer of Llama's kind."""
+    tokenizer = llama_tokenizer()
+    tokenizer.save_pretrained(path / "tokenizer")
+    config = UMT5Config(**T5, vocab_size=-(-len(tokenizer) // 128) * 128)
+    _save(UMT5EncoderModel(config), path / "text_encoder", seed, dtype)
+    return _index(path, "AuraFlowPipeline", ("transformer", "AuraFlowTransformer2DModel"))
 
 
 def clip_part(
@@ -150,6 +185,32 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=T5_SENTINELS, model_max_length=T5_TOKENS)
 
 
+def llama_tokenizer() -> LlamaTokenizer:
+    """A real BPE tokenizer, laid out as Pile-T5's: the same words, built up letter by letter, and bytes for all else.
+
+    It puts an end after a text, and nothing before it.
+    """
+    pieces = t5_tokenizer().get_vocab()
+    words = sorted(piece for piece in pieces if piece.startswith("▁") and len(piece) > 1)
+    tokens = ("<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    for piece in (*string.ascii_lowercase, *string.digits, *string.punctuation, "▁"):
+        vocabulary.setdefault(piece, len(vocabulary))
+    merges = {}
+    for word in words:
+        for end in range(1, len(word)):
+            merges[word[:end], word[end]] = None
+            vocabulary.setdefault(word[: end + 1], len(vocabulary))
+    return LlamaTokenizer(
+        vocab=vocabulary,
+        merges=list(merges),
+        pad_token="<pad>",
+        add_bos_token=False,
+        add_eos_token=True,
+        model_max_length=T5_TOKENS,
+    )
+
+
 def fill(model: PreTrainedModel, seed: int) -> None:
     """Every parameter from `seed` and its own name, so that equal trunks under different heads are equal.
 
@@ -197,9 +258,10 @@ def _index(path: Path, pipeline: str, denoiser: tuple[str, str], options: Mappin
     for number in ("", "_2", "_3") if pipeline == "StableDiffusion3Pipeline" else ("", "_2"):
         encoder = path / f"text_encoder{number}" / "config.json"
         cls = json.loads(encoder.read_text())["architectures"][0] if encoder.is_file() else None
-        if cls is None and pipeline == "StableDiffusionPipeline":
+        if cls is None and pipeline.startswith(("StableDiffusionPipeline", "PixArt", "AuraFlow")):
             continue
-        tokenizer = {None: None, "T5EncoderModel": "T5TokenizerFast"}.get(cls, "CLIPTokenizer")
+        tokenizers = {None: None, "T5EncoderModel": "T5TokenizerFast", "UMT5EncoderModel": "LlamaTokenizerFast"}
+        tokenizer = tokenizers.get(cls, "CLIPTokenizer")
         library = cls and "transformers"
         index |= {f"text_encoder{number}": [library, cls], f"tokenizer{number}": [library, tokenizer]}
     _write(path / "model_index.json", index)

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from serve.devices import best_device, check_dtype, claim_device
+from serve.devices import best_device, check_dtype, check_memory, claim_device
 from serve.errors import OperatorError
 from serve.settings import EncoderSettings
 
@@ -39,3 +41,16 @@ def test_bfloat16_that_a_gpu_only_emulates_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(OperatorError, match=r"encoder.dtype: this GPU has no bfloat16"):
         check_dtype(torch.device("cuda"), "bfloat16", "encoder.dtype")
+
+
+def test_a_card_smaller_than_its_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def card(device: object) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=4_100_000_000)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
+    check_memory("cuda", 4, "diffusion.gpu_class")
+    check_memory("cuda", 4.2, "diffusion.gpu_class")
+    check_memory("cpu", 11, "diffusion.gpu_class")
+    with pytest.raises(OperatorError, match=r"11 GB, the GPU here 4.1 GB") as raised:
+        check_memory("cuda", 11, "placements.large.gpu_class")
+    assert raised.value.param == "placements.large.gpu_class"

@@ -1,4 +1,4 @@
-"""What fits on a machine, and which setting is at fault where it does not."""
+"""What fits on one machine, and which setting is at fault where it does not."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pytest
 
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
-from serve.local import fit
 from serve.models.text_parts import TextPart
+from serve.placements import Placement
 from serve.settings import DiffusionSettings, EncoderSettings, HttpSettings, Settings
+from serve.shares import fit
 
 
 def encoder(name: str, **options: object) -> Encoder:
@@ -35,15 +36,36 @@ def encoder(name: str, **options: object) -> Encoder:
     )
 
 
+def placements(settings: Settings) -> list[Placement]:
+    """As `plan_placements` names them, without looking at a model."""
+    names = settings.placements or ("m",)
+    owns = {name: settings.placement_named(name) for name in names}
+    return [
+        Placement(name=name, model="m", gpu_class=None, settings=own, max_pixels=64)
+        for name, own in owns.items()
+        if own.replicas
+    ]
+
+
+def fitted(settings: Settings, *encoders: Encoder, cpus: float = 16.0, gpus: float = 0.0) -> Settings:
+    machine = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return fit(settings, encoders, placements(settings), machine)
+
+
 def share(gpus: int, *encoders: Encoder, **options: object) -> float:
     settings = Settings(diffusion=DiffusionSettings(**options))
-    return fit(settings, encoders, {"CPU": 16.0, "GPU": float(gpus)}).diffusion.num_gpus
+    return fitted(settings, *encoders, gpus=float(gpus)).diffusion.num_gpus
+
+
+def shares(gpus: int, *encoders: Encoder, **tables: dict[str, object]) -> dict[str, float]:
+    """Of each placement."""
+    settings = fitted(Settings(placements=tables), *encoders, gpus=float(gpus))
+    return {name: settings.placement_named(name).num_gpus for name in tables}
 
 
 def at_fault(settings: Settings, *encoders: Encoder, cpus: float = 16.0, gpus: float = 0.0) -> str:
-    machine = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     with pytest.raises(OperatorError) as raised:
-        fit(settings, encoders, machine)
+        fitted(settings, *encoders, cpus=cpus, gpus=gpus)
     assert raised.value.message.startswith(f"{raised.value.param}: ")
     assert raised.value.param is not None
     return raised.value.param
@@ -79,7 +101,7 @@ def test_an_encoder_that_takes_the_only_gpu_leaves_none_to_diffusion(least: int)
     t5 = encoder("t5-xxl", num_gpus=1.0, min_replicas=least)
     assert at_fault(Settings(), t5, gpus=1.0) == "encoder.num_gpus"
     assert at_fault(Settings(diffusion=DiffusionSettings(num_gpus=0.5)), t5, gpus=1.0) == "diffusion.num_gpus"
-    fit(Settings(diffusion=DiffusionSettings(device="cpu")), [t5], {"CPU": 16.0, "GPU": 1.0})
+    fitted(Settings(diffusion=DiffusionSettings(device="cpu")), t5, gpus=1.0)
 
 
 def test_the_setting_at_fault_is_named() -> None:
@@ -94,3 +116,29 @@ def test_the_setting_at_fault_is_named() -> None:
     assert at_fault(Settings(diffusion=DiffusionSettings(num_gpus=1.0))) == "diffusion.num_gpus"
     assert at_fault(Settings(diffusion=DiffusionSettings(num_cpus=2.0)), encoder("a"), cpus=2.0) == "diffusion.num_cpus"
     assert at_fault(Settings(http=HttpSettings(num_cpus=3.0)), cpus=2.0) == "http.num_cpus"
+
+
+def test_placements_without_a_share_divide_what_the_others_leave() -> None:
+    clip = encoder("clip-l", num_gpus=0.2)
+    assert shares(1, a={}, b={}) == {"a": 0.5, "b": 0.5}
+    assert shares(1, a={"replicas": 2}, b={}) == pytest.approx({"a": 0.3333, "b": 0.3333}, abs=1e-3)
+    assert shares(1, clip, a={"num_gpus": 0.5}, b={}) == pytest.approx({"a": 0.5, "b": 0.3}, abs=1e-3)
+    assert shares(2, a={"num_gpus": 1}, b={}) == {"a": 1.0, "b": 1.0}
+    assert shares(1, a={"device": "cpu"}, b={}) == {"a": 0.0, "b": 1.0}
+    assert shares(1, a={"num_gpus": 0.5}, b={"num_gpus": 0.25}) == {"a": 0.5, "b": 0.25}
+    assert shares(1, a={}, b={"replicas": 0}) == {"a": 1.0, "b": 0.0}
+    assert shares(0, a={}, b={}) == {"a": 0.0, "b": 0.0}
+
+
+def test_the_placement_at_fault_is_named() -> None:
+    def settings(**tables: dict[str, object]) -> Settings:
+        return Settings(diffusion=DiffusionSettings(num_cpus=0.1), placements=tables)
+
+    whole = {"num_gpus": 1.0}
+    assert at_fault(settings(a=whole, b=whole), gpus=1.0) == "placements.b.num_gpus"
+    assert at_fault(settings(a=whole)) == "placements.a.num_gpus"
+    assert at_fault(settings(a=whole, b={}), gpus=1.0) == "placements.a.num_gpus"
+    assert at_fault(settings(a={"num_gpus": 0.7, "replicas": 2}, b={}), gpus=1.0) == "placements.a.num_gpus"
+    assert at_fault(settings(a={}, b={"num_cpus": 5}), cpus=4.0) == "placements.b.num_cpus"
+    tree = Settings(diffusion=DiffusionSettings(num_gpus=0.6), placements={"a": {}, "b": {}})
+    assert at_fault(tree, gpus=1.0) == "diffusion.num_gpus"

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from serve.domain import Task
 from serve.errors import OperatorError
 from serve.models import SHIPPED, Denoiser, ModelFolder, TextPart, resolve
 from serve.settings import ModelSettings
@@ -67,7 +68,17 @@ def test_the_shipped_model() -> None:
             size_multiple=8,
             vae_scale_factor=8,
             latent_channels=4,
+            in_channels=4,
             prediction_type="v_prediction",
+            process="diffusion",
+            guidance="classifier_free",
+            tasks=frozenset(Task),
+            default_num_inference_steps=20,
+            default_guidance_scale=3.0,
+            default_strength=0.8,
+            parameters=4_349_867,
+            denoiser_width=48,
+            vae_width=16,
         ),
     )
 
@@ -108,8 +119,10 @@ def test_a_folder_without_an_index(tmp_path: Path) -> None:
 
 
 def test_another_family_is_named(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name="KandinskyPipeline")
+    assert "is a KandinskyPipeline; this version serves StableDiffusionPipeline, " in refusal(folder)
     edit(folder / "model_index.json", _class_name="FluxPipeline")
-    assert "FluxPipeline" in refusal(folder)
+    assert "text_encoder_2 is missing; T5EncoderModel is what the flux family has" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +130,22 @@ def test_another_family_is_named(folder: Path) -> None:
     [
         ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}, "unet is UNet3DConditionModel"),
         ("model_index.json", {"vae": None}, "vae is missing"),
-        ("unet/config.json", {"in_channels": 9}, "9 channels"),
+        ("unet/config.json", {"in_channels": 8}, "8 channels (in_channels)"),
+        ("unet/config.json", {"in_channels": 9}, "conv_in.weight has the shape [48, 4, 3, 3]"),
+        ("unet/config.json", {"out_channels": 8}, "predicts 8 channels"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type is text_time"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is timestep"),
+        ("unet/config.json", {"time_cond_proj_dim": 64}, "time_embedding.cond_proj.weight"),
+        ("unet/config.json", {"quantization_config": {"load_in_4bit": True}}, "quantized"),
+        ("unet/config.json", {"sample_size": [1, 2, 3]}, "sample_size"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "trained with"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "x0"}, "prediction_type is x0"),
         ("unet/config.json", {"cross_attention_dim": 768}, "768 wide"),
         ("unet/config.json", {"block_out_channels": None}, "block_out_channels"),
         ("unet/config.json", {"block_out_channels": [320, 640]}, "conv_in.weight"),
         ("vae/config.json", {"latent_channels": "four"}, "four"),
+        ("vae/config.json", {"latent_channels": 16}, "16 latent channels"),
+        ("vae/config.json", {"block_out_channels": [16, 32, 48, 128]}, "encoder.conv_out.weight"),
         ("text_encoder/config.json", {"vocab_size": 49408}, "the text encoder 49408"),
         ("text_encoder/config.json", {"max_position_embeddings": 64}, "64 tokens"),
         ("text_encoder/config.json", {"hidden_size": None}, "hidden_size"),

@@ -13,13 +13,31 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.text_models import CLIP_L, clip_part, flux_folder, sd3_folder, sd_folder, sdxl_folder
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from support.text_models import (
+    CLIP_L,
+    auraflow_folder,
+    clip_part,
+    flux_folder,
+    pixart_folder,
+    sd3_folder,
+    sd_folder,
+    sdxl_folder,
+    sdxl_refiner_folder,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from serve.errors import OperatorError
 from serve.models import SHIPPED, ModelFolder, resolve
 from serve.models.sources import hub_files
-from serve.models.tensor_tables import clip_table, stored_names, t5_table
+from serve.models.tensor_tables import Kind, clip_table, stored_names, t5_table
 from serve.models.text_parts import CLASSES
 from serve.settings import ModelSettings
 
@@ -67,6 +85,9 @@ def test_what_the_families_have(tmp_path: Path) -> None:
         "sdxl": sdxl_folder(tmp_path / "b"),
         "sd3": sd3_folder(tmp_path / "c"),
         "flux": flux_folder(tmp_path / "d"),
+        "sdxl_refiner": sdxl_refiner_folder(tmp_path / "e"),
+        "pixart": pixart_folder(tmp_path / "f"),
+        "auraflow": auraflow_folder(tmp_path / "g"),
     }
     for family, folder in made.items():
         model = find(folder)
@@ -78,6 +99,11 @@ def test_what_the_families_have(tmp_path: Path) -> None:
             assert part.row_tokens == (77 if part.kind == "clip" else None)
     assert [part.projection for part in find(made["sdxl"]).text] == [None, 28]
     assert [part.projection for part in find(made["sd3"]).text] == [20, 28, None]
+    assert [part.projection for part in find(made["sdxl_refiner"]).text] == [28]
+    alpha = find(pixart_folder(tmp_path / "h", sigma=False))
+    assert [find(made[name]).text[-1].longest_row for name in ("flux", "pixart", "auraflow")] == [None, 300, None]
+    assert (alpha.family, alpha.text[0].longest_row) == ("pixart", 120)
+    assert find(made["auraflow"]).text[0].kind == "umt5"
     assert [part.projection for part in find(made["flux"]).text] == [None, None]
     assert [part.name for part in find(made["sd3"]).text] == ["clip-32x3", "clip-48x2", "t5-96x2"]
     assert {family: find(folder).context_width for family, folder in made.items()} == {
@@ -85,6 +111,9 @@ def test_what_the_families_have(tmp_path: Path) -> None:
         "sdxl": 32 + 48,
         "sd3": 96,
         "flux": 96,
+        "sdxl_refiner": 48,
+        "pixart": 96,
+        "auraflow": 96,
     }
 
 
@@ -170,18 +199,18 @@ def test_sd3_whose_parts_do_not_fit_together(sd3: Path) -> None:
     assert find(sd3).context_width == 96
 
 
-def test_other_families_are_drawn_nowhere_yet(sd3: Path) -> None:
+def test_a_folder_with_text_alone_is_drawn_nowhere(sd3: Path) -> None:
     with pytest.raises(OperatorError) as raised:
         resolve(ModelSettings(source=str(sd3)), Path("unused"))
     assert raised.value.param == "model.source"
-    assert "of the sd3 family this version serves the text alone" in raised.value.message
+    assert "vae/config.json is missing" in raised.value.message
 
 
 def test_pipelines_that_are_not_served(flux: Path) -> None:
     edit(flux / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", text_encoder=[None, None])
-    assert "SDXL's refiner" in refusal(flux)
-    edit(flux / "model_index.json", _class_name="PixArtAlphaPipeline")
-    assert "PixArtAlphaPipeline" in refusal(flux)
+    assert "CLIPTextModelWithProjection is what the sdxl_refiner family has" in refusal(flux)
+    edit(flux / "model_index.json", _class_name="KolorsPipeline")
+    assert "KolorsPipeline" in refusal(flux)
     edit(flux / "model_index.json", _class_name=None)
     assert "this version serves StableDiffusionPipeline" in refusal(flux)
 
@@ -369,12 +398,13 @@ def test_the_clip_table_is_transformers_own(
 @settings(max_examples=30, deadline=None)
 @given(
     width=sizes, inner=sizes, heads=sizes, head=sizes, layers=sizes, vocab=sizes, buckets=st.sampled_from([4, 32]),
-    act=st.sampled_from(["relu", "gated-gelu", "gated-silu"]),
+    act=st.sampled_from(["relu", "gated-gelu", "gated-silu"]), kind=st.sampled_from(["t5", "umt5"]),
 )  # fmt: skip
 def test_the_t5_table_is_transformers_own(
-    width: int, inner: int, heads: int, head: int, layers: int, vocab: int, buckets: int, act: str
+    width: int, inner: int, heads: int, head: int, layers: int, vocab: int, buckets: int, act: str, kind: Kind
 ) -> None:
-    config = T5Config(
+    configuration, encoder = (T5Config, T5EncoderModel) if kind == "t5" else (UMT5Config, UMT5EncoderModel)
+    config = configuration(
         d_model=width,
         d_ff=inner,
         num_heads=heads,
@@ -387,12 +417,14 @@ def test_the_t5_table_is_transformers_own(
         eos_token_id=0,
     )
     with torch.device("meta"):
-        promised = {name: tuple(tensor.shape) for name, tensor in T5EncoderModel(config).state_dict().items()}
+        promised = {name: tuple(tensor.shape) for name, tensor in encoder(config).state_dict().items()}
     written = config.to_dict()
-    table = {name: promised[stored] for name, stored in stored_names(promised, "t5").items()}
-    assert table == t5_table(written)
+    table = {name: promised[stored] for name, stored in stored_names(promised, kind).items()}
+    assert table == t5_table(written, kind)
     derived = {key: value for key, value in written.items() if key not in ("dense_act_fn", "is_gated_act")}
-    assert table == t5_table(derived), "older configurations write feed_forward_proj alone"
+    assert table == t5_table(derived, kind), "older configurations write feed_forward_proj alone"
+    if act == {"t5": "relu", "umt5": "gated-gelu"}[kind]:
+        assert table == t5_table({key: value for key, value in derived.items() if key != "feed_forward_proj"}, kind)
 
 
 def test_a_hub_id_needs_a_commit_and_its_text_alone(

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -112,6 +112,41 @@ def test_a_fault_inside_a_list_or_a_table_has_the_origin_of_the_whole(tmp_path: 
     assert refused(encoders__t5__dtype="float8").endswith("(from command line)")
 
 
+def test_classes_and_placements_come_from_all_origins(tmp_path: Path) -> None:
+    file = yaml(
+        tmp_path,
+        "models: [{source: /b}]\ngpu_classes: {4gb: {memory_gb: 4}}\n"
+        "diffusion: {max_batch_size: 3}\nplacements: {small: {gpu_class: 4gb, max_pixels: 65536}}",
+    )
+    environ = {"TANDEM_GPU_CLASSES": '{"11gb": {"memory_gb": 11, "label": "big"}}'}
+    overrides = {"placements.small.max_batch_size": 2, "placements.large": '{"gpu_class": "11gb"}'}
+    settings = load(file, environ, overrides).settings
+    assert settings.gpu_classes["4gb"].dtypes == ("bfloat16", "float16", "float32")
+    assert settings.gpu_classes["11gb"].label == "big"
+    small, large = settings.placement_named("small"), settings.placement_named("large")
+    assert (small.max_batch_size, small.max_pixels, small.gpu_class) == (2, 65536, "4gb")
+    assert (large.max_batch_size, large.max_pixels, large.gpu_class) == (3, None, "11gb")
+    assert [model.source for model in settings.models] == ["/b"]
+
+
+def test_a_group_that_says_nothing_is_there(tmp_path: Path) -> None:
+    settings = load(yaml(tmp_path, "http: {}\nplacements: {small: {}}"), {"TANDEM_HTTP__PORT": "1001"}).settings
+    assert settings.placements == {"small": {}}
+    assert settings.http.port == 1001
+
+
+def test_a_wrong_placement_names_the_place_and_the_origin(tmp_path: Path) -> None:
+    assert "placements.small.gpu_clas: no such setting" in refused(yaml(tmp_path, "placements: {small: {gpu_clas: a}}"))
+    assert refused(placements__small__replicas="few").startswith("placements.small.replicas: ")
+    assert refused(placements__small__replicas="few").endswith("(from command line)")
+    message = refused(yaml(tmp_path, "gpu_classes: {a: {memory_gb: 4}}\nplacements: {small: {gpu_class: b}}"))
+    assert message.startswith("placements.small.gpu_class: there is no GPU class b; gpu_classes has a (from file")
+    assert refused(diffusion__gpu_class="a").startswith("diffusion.gpu_class: there is no GPU class a")
+    assert "placements.a/b" in refused(yaml(tmp_path, "placements: {a/b: {}}"))
+    assert "gpu_classes.a.memory_gb" in refused(yaml(tmp_path, "gpu_classes: {a: {memory_gb: 0}}"))
+    assert "gpu_classes.a: dtypes is empty" in refused(yaml(tmp_path, "gpu_classes: {a: {memory_gb: 4, dtypes: []}}"))
+
+
 def test_an_override_that_may_stand_on_another_is_checked_by_itself_alone(tmp_path: Path) -> None:
     """The registry knows which of them are one encoder's."""
     encoders = "encoders: {t5-xxl: {max_replicas: 4}, t5-xxl-abc123: {min_replicas: 2}}"
@@ -155,8 +190,11 @@ def test_every_setting_is_described_and_named_as_the_environment_can_spell_it() 
             assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name)
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 described(field.annotation)
-            else:
-                assert field.description, f"{model.__name__}.{name} has no description"
+                continue
+            assert field.description, f"{model.__name__}.{name} has no description"
+            for inside in get_args(field.annotation):
+                if isinstance(inside, type) and issubclass(inside, BaseModel):
+                    described(inside)
 
     described(Settings)
 

@@ -6,8 +6,12 @@
 --   tandem:deadlines  sorted set  job id -> end of its time     exactly the jobs that have not ended
 --   tandem:sequence   counter     number of the latest submission
 --   tandem:job:ID     hash        the record; has a time to live once the job has ended
---   tandem:events:ID  stream      the job's transitions and steps; has the same time to live
--- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew.
+--   tandem:events:ID  stream      the job's transitions, steps and previews; has the same time to live
+--   tandem:previews:ID  hash      a running job's previews, the latest of each image: field I holds the file, field
+--                                 I:entry the stream's entry that tells of it
+-- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew, tandem:cancel:ID when a running
+-- job is no longer wanted.
+-- A preview's file lies beside the stream: a stream gives the memory of a deleted entry back only with its neighbours'.
 -- All times are milliseconds of this server's clock. ARGV[1] is the time to live of an ended job's record.
 
 local QUEUE, LEASES, DEADLINES = 'tandem:queue', 'tandem:leases', 'tandem:deadlines'
@@ -21,6 +25,8 @@ local ended = {}
 
 local function job_key(id) return 'tandem:job:' .. id end
 local function events_key(id) return 'tandem:events:' .. id end
+local function previews_key(id) return 'tandem:previews:' .. id end
+local function cancel_channel(id) return 'tandem:cancel:' .. id end
 local function exists(id) return redis.call('EXISTS', job_key(id)) == 1 end
 local function get(id, ...) return unpack(redis.call('HMGET', job_key(id), ...)) end
 local function set(id, ...) redis.call('HSET', job_key(id), ...) end
@@ -32,7 +38,19 @@ local function emit(id)
   redis.call('PUBLISH', events_key(id), '')
 end
 
+-- Previews of an attempt that is over are nobody's news.
+local function forget_previews(id)
+  for _, field in ipairs(redis.call('HKEYS', previews_key(id))) do
+    if string.find(field, ':entry', 1, true) then
+      redis.call('XDEL', events_key(id), redis.call('HGET', previews_key(id), field))
+    end
+  end
+  redis.call('DEL', previews_key(id))
+end
+
+-- `waiting` is when the job last joined the queue: for how long no idle worker has taken it.
 local function enqueue(id)
+  set(id, 'waiting', now)
   redis.call('ZADD', QUEUE, get(id, 'sequence'), id)
   emit(id)
   redis.call('PUBLISH', 'tandem:work', '')
@@ -41,6 +59,7 @@ end
 -- Back to the job's old place in the queue.
 local function requeue(id)
   redis.call('ZREM', LEASES, id)
+  forget_previews(id)
   redis.call('HDEL', job_key(id), 'worker', 'started')
   set(id, 'state', 'queued', 'step', 0)
   enqueue(id)
@@ -51,6 +70,7 @@ local function finish(id, state, ...)
   redis.call('ZREM', QUEUE, id)
   redis.call('ZREM', LEASES, id)
   redis.call('ZREM', DEADLINES, id)
+  forget_previews(id)
   set(id, 'state', state, 'finished', now, ...)
   emit(id)
   redis.call('PEXPIRE', job_key(id), TTL_MS)

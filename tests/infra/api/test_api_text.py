@@ -345,7 +345,8 @@ async def test_a_bad_order_names_its_field_and_encodes_nothing(
         (b'{"prompt": "a", "width": NaN}', 422, "width"),
         (b'{"prompt": "a", "clip_skip": Infinity}', 422, "clip_skip"),
         (b'{"prompt": "a\\ud800"}', 422, "prompt"),
-        (b'{"prompt": "' + b"x" * 1_000_000 + b'"}', 413, "body"),
+        (b'{"prompt": "' + b"x" * 1_000_000 + b'"}', 422, "prompt"),
+        pytest.param(b'{"prompt": "' + b"x" * (32 << 20) + b'"}', 413, "body", id="over 32 MiB"),
     ],
 )
 async def test_a_bad_body_is_refused(texts: Any, refused: Any, body: bytes, status: int, param: str) -> None:

@@ -11,11 +11,15 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from serve import errors
+from serve import errors, service
 from serve.api.errors import STATUS, install
 from serve.api.middleware import BodyLimit, RequestIds
 
-TREE = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, errors.TandemError)]
+TREE = [
+    each
+    for each in {**vars(errors), **vars(service)}.values()
+    if inspect.isclass(each) and issubclass(each, errors.TandemError)
+]
 EXPECTED = {
     errors.TandemError: 500,
     errors.ClientError: 400,
@@ -31,6 +35,8 @@ EXPECTED = {
     errors.DeviceLost: 500,
     errors.LeaseLost: 500,
     errors.OperatorError: 500,
+    service.NotOffered: 404,
+    service.Busy: 429,
 }
 LIMIT = 1000
 

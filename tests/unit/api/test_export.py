@@ -3,11 +3,20 @@
 import inspect
 import json
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AuraFlowPipeline,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import load
 
 from serve.domain import Conditioning
@@ -41,6 +50,10 @@ FAMILIES: list[tuple[str, dict[str, bool], dict[str, tuple[int, ...]]]] = [
         {"pooled": True, "negative": False},
         {"prompt_embeds": CONTEXT, "pooled_prompt_embeds": VECTOR, "text_ids": (TOKENS, 3)},
     ),
+    ("sdxl_refiner", {"pooled": True, "time_ids": True}, ALL | {"add_time_ids": (1, 6)}),
+    ("pixart", {}, BOTH | {"prompt_attention_mask": (1, TOKENS), "negative_prompt_attention_mask": (1, TOKENS)}),
+    ("auraflow", {}, BOTH | {"prompt_attention_mask": (1, TOKENS), "negative_prompt_attention_mask": (1, TOKENS)}),
+    ("pixart", {"negative": False}, {"prompt_embeds": CONTEXT, "prompt_attention_mask": (1, TOKENS)}),
 ]
 
 
@@ -64,10 +77,43 @@ def test_the_names_are_the_stock_pipelines_arguments(family: str, has: dict[str,
         "sdxl": StableDiffusionXLPipeline,
         "sd3": StableDiffusion3Pipeline,
         "flux": FluxPipeline,
+        "sdxl_refiner": StableDiffusionXLImg2ImgPipeline,
+        "pixart": PixArtSigmaPipeline,
+        "auraflow": AuraFlowPipeline,
     }
     arguments = inspect.signature(pipelines[family].__call__).parameters
     foreign = {name for name in shapes(conditioning(**has), family) if name not in arguments}
-    assert foreign == {"sdxl": {"add_time_ids"}, "flux": {"text_ids"}}.get(family, set())
+    ids = {"sdxl": {"add_time_ids"}, "sdxl_refiner": {"add_time_ids"}, "flux": {"text_ids"}}
+    assert foreign == ids.get(family, set())
+
+
+def test_the_refiner_has_ids_for_both_sides() -> None:
+    ids = torch.tensor([64.0, 64.0, 0.0, 0.0, 6.0])
+    text = replace(conditioning(), time_ids=ids, negative_time_ids=ids - 3.5)
+    read = load(to_safetensors(text, "sdxl_refiner", {}, "bfloat16"))
+    assert torch.equal(read["negative_add_time_ids"], ids[None] - 3.5)
+
+
+@pytest.mark.parametrize("negative", [1, 9])
+def test_sides_of_pixart_are_padded_to_one_length_and_masked(negative: int) -> None:
+    text = replace(conditioning(), negative=torch.randn(negative, WIDTH))
+    read = load(to_safetensors(text, "pixart", {}, "float16"))
+    longest = max(negative, TOKENS)
+    for side, length in (("prompt", TOKENS), ("negative_prompt", negative)):
+        embeds, mask = read[f"{side}_embeds"], read[f"{side}_attention_mask"]
+        assert embeds.shape == (1, longest, WIDTH)
+        assert mask.tolist() == [[1] * length + [0] * (longest - length)]
+        assert mask.dtype == torch.int64
+        assert not embeds[0, length:].any()
+    assert torch.equal(read["prompt_embeds"][0, :TOKENS], text.positive.half())
+
+
+def test_zeros_that_fill_auraflow_s_context_are_masked() -> None:
+    text = conditioning()
+    text.positive[3:] = 0
+    read = load(to_safetensors(text, "auraflow", {}, "float32"))
+    assert read["prompt_attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    assert read["negative_prompt_attention_mask"].tolist() == [[1] * TOKENS]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one line for each mistake, files, and what Ctrl-C leaves behind."""
 
+import base64
 import json
 import os
 import signal
@@ -54,6 +55,24 @@ def test_a_picture_is_saved_and_reported(
     assert f"{file}  (seed 9)" in report
     assert "prompt has 80 tokens, 75 fit into clip-l; cut: ' and more'" in report
     assert "1 from memory, 0 from Redis, 1 encoded" in report
+
+
+def test_an_image_is_a_file_here_or_a_picture_there(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tmp_path / "start.png"
+    start.write_bytes(b"a picture")
+    there = f"{'0' * 32}/mask"
+    options = ("--image", start, "--mask", there, "--strength", 0.5, "--scheduler", "euler_a", "--aspect", "16:9")
+    out = ("--true-cfg", 2, "--url", script.url, "-o", tmp_path)
+    assert tandem(monkeypatch, "generate", "a heart", *options, *out) == 0
+    order = {"image": base64.b64encode(b"a picture").decode(), "mask": there, "strength": 0.5}
+    order |= {"scheduler": "euler_a", "aspect_ratio": "16:9", "true_cfg_scale": 2.0}
+    assert script.orders[-1].items() >= order.items()
+    capsys.readouterr()
+    assert tandem(monkeypatch, "generate", "a heart", "--image", tmp_path / "none.png", *out) == 2
+    assert "none.png: No such file" in one_line(capsys)
+    assert len(script.orders) == 1
 
 
 def test_several_pictures_get_numbers(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from serve.diffusion.engine import Engine, Work
+from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import ImageRequest
+from serve.domain import ImageRequest, Schedule
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
@@ -31,13 +33,22 @@ def runner(model: ModelFolder) -> Runner:
 
 @pytest.fixture(scope="session")
 def work(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Work]:
-    """work(run_id, prompt, **parameters) -> a job whose text is encoded."""
+    """work(run_id, prompt, image=, mask=, **parameters) -> a job whose text is encoded."""
     registry = register([model], Settings(data_dir=tmp_path_factory.mktemp("data")))
     planner = Planner(model, registry.sources(model.name))
     tower = TextTower.load(registry.encoders[0], "cpu")
 
-    def make(run_id: str, prompt: str = "a red circle on a blue background", **parameters: object) -> Work:
+    def make(
+        run_id: str,
+        prompt: str = "a red circle on a blue background",
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        **parameters: object,
+    ) -> Work:
         values = {
+            "image": None if image is None else f"{run_id}/image.png",
+            "mask": None if mask is None else f"{run_id}/mask.png",
+            "strength": None if image is None else 0.8,
             "model": model.name,
             "width": 128,
             "height": 128,
@@ -49,13 +60,14 @@ def work(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callab
         plan = planner.plan(request.text)
         outputs = tower.encode([Row(unit.token_ids) for unit in plan.units])
         embeddings = {unit.key: pack(row[unit.output]) for unit, row in zip(plan.units, outputs, strict=True)}
-        return Work(run_id, request, compose(plan, embeddings))
+        return Work(run_id, request, Schedule.constant(compose(plan, embeddings)), image, mask)
 
     return make
 
 
 @pytest.fixture
 def engine(runner: Runner) -> Iterator[Engine]:
-    engine = Engine(runner, StepScheduler(4), InProcessMetrics())
+    profile = Profile(4)
+    engine = Engine(runner, StepScheduler(profile), profile, InProcessMetrics())
     yield engine
     engine.stop()

@@ -1,29 +1,20 @@
-"""The step loop on the shipped model: parity with diffusers, mixing, joining, leaving, failing alone."""
+"""The step loop on the shipped model: joining, leaving, overtaking, failing alone."""
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from pathlib import Path
 from threading import Event
 
-import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from hypothesis import HealthCheck, given, settings
-from PIL import Image
+from support.parity import difference, drawn
 
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.diffusion.families import SdFamily
-from serve.diffusion.runner import Runner, open_runner
+from serve.diffusion.profile import Profile
+from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row, StepScheduler
-from serve.domain import Conditioning, StepEvent
-from serve.errors import DeviceLost, GenerationFailed
-from serve.models import ModelFolder
-from serve.settings import DiffusionSettings
+from serve.domain import Conditioning, Schedule, StepEvent
+from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
 from serve.telemetry.metrics import InProcessMetrics
 
 MakeWork = Callable[..., Work]
@@ -33,113 +24,56 @@ def ignore(event: StepEvent) -> None:
     pass
 
 
-def difference(a: Image.Image, b: Image.Image) -> int:
-    """Largest difference of a channel, in 1/255."""
-    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+def open_engine(runner: Runner, max_batch_size: int = 4) -> Engine:
+    profile = Profile(max_batch_size)
+    return Engine(runner, StepScheduler(profile), profile, InProcessMetrics())
 
 
-def alone(runner: Runner, work: Work) -> list[Image.Image]:
-    """The job's images, drawn with nothing beside them, without the engine."""
-    rows = runner.rows(work.run_id, work.request)
-    images = []
-    for row in rows:
-        runner.begin(row, work.request, work.conditioning)
-        for _ in range(row.steps):
-            assert not runner.step([row])
-        images.append(runner.finish(row))
-    return images
+class WatchedRunner(Runner):
+    """Keeps what stepped together; no step is made before `gate` is set."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner.family)
+        self.steps: list[list[Row]] = []
+        self.under_way = Event()
+        self.gate = Event()
+
+    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+        self.steps.append(list(rows))
+        self.under_way.set()
+        assert self.gate.wait(60)
+        return super().step(rows)
 
 
-@pytest.fixture(scope="module")
-def stock(model: ModelFolder) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(model.path, local_files_only=True, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def by_stock(pipeline: StableDiffusionPipeline, job: Work) -> Image.Image:
-    image: Image.Image = pipeline(
-        job.request.prompt,
-        negative_prompt=job.request.negative_prompt,
-        num_inference_steps=job.request.num_inference_steps,
-        guidance_scale=job.request.guidance_scale,
-        generator=torch.Generator().manual_seed(job.request.seed),
-    ).images[0]
-    return image
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_equals_the_stock_pipeline(
-    engine: Engine, work: MakeWork, stock: StableDiffusionPipeline, guidance_scale: float
-) -> None:
-    job = work("parity", "a green star on yellow", seed=11, guidance_scale=guidance_scale, negative_prompt="red")
-    rendered = engine.submit(job, ignore).result(60)
-    assert difference(rendered.images[0], by_stock(stock, job)) <= 1
-
-
-@pytest.mark.parametrize(
-    ("sampler", "options"),
-    [
-        ("PNDMScheduler", {"skip_prk_steps": True}),  # Stable Diffusion 1.5's own: one forward more than steps
-        ("HeunDiscreteScheduler", {}),  # two forwards a step
-        ("EulerAncestralDiscreteScheduler", {}),  # adds noise
-        ("DDIMScheduler", {}),  # an old configuration, without clip_sample and steps_offset
-        ("UniPCMultistepScheduler", {}),
-    ],
-)
-def test_a_folder_with_another_sampler_equals_the_stock_pipeline(
-    tmp_path: Path, work: MakeWork, model: ModelFolder, sampler: str, options: dict[str, object]
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(model.path, folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", sampler]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    old = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    kept = {name: old[name] for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
-    config = {"_class_name": sampler, "num_train_timesteps": 1000} | kept | options
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    stock = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    stock.set_progress_bar_config(disable=True)
-    runner = open_runner(replace(model, path=folder), DiffusionSettings(device="cpu", torch_threads=1))
-    job = work("sampler", "a blue ring on white", seed=5)
-    assert difference(alone(runner, job)[0], by_stock(stock, job)) <= 1
-
-
-mixes = st.lists(
-    st.fixed_dictionaries(
-        {
-            "prompt": st.sampled_from(["a red circle on a blue background", "a green star", "a pink heart on black"]),
-            "negative_prompt": st.sampled_from(["", "yellow"]),
-            "num_inference_steps": st.integers(2, 9),
-            "guidance_scale": st.sampled_from([0.0, 1.0, 2.5, 7.0]),
-            "seed": st.integers(0, 2**32 - 2),
-            "num_images": st.integers(1, 2),
-            "width": st.sampled_from([128, 160]),
-        }
-    ),
-    min_size=2,
-    max_size=6,
-)
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mix=mixes)
-def test_a_mix_equals_its_solo_runs(engine: Engine, runner: Runner, work: MakeWork, mix: list[dict]) -> None:
-    jobs = [work(f"job{number}", **parameters) for number, parameters in enumerate(mix)]
-    futures = [engine.submit(job, ignore) for job in jobs]
-    mixed = [future.result(120) for future in futures]
-    for job, rendered in zip(jobs, mixed, strict=True):
-        for together, solo in zip(rendered.images, alone(runner, job), strict=True):
-            assert difference(together, solo) <= 1
+def test_a_4_step_job_behind_eight_50_step_jobs_finishes_first(runner: Runner, work: MakeWork) -> None:
+    """And slows none of them by more than its own four steps."""
+    watched = WatchedRunner(runner)
+    engine = open_engine(watched, max_batch_size=8)
+    ended: list[str] = []
+    names = [*(f"long{n}" for n in range(8)), "short"]
+    futures = []
+    for name in names:
+        job = work(name, num_inference_steps=4 if name == "short" else 50, width=64, height=64)
+        future = engine.submit(job, ignore)
+        future.add_done_callback(lambda _, name=name: ended.append(name))
+        futures.append(future)
+        assert watched.under_way.wait(60)
+    watched.gate.set()
+    wait(futures, 120)
+    engine.stop()
+    assert ended[0] == "short"
+    assert len(ended) == 9
+    # The first joined alone, so that its steps are one ahead of the others'.
+    assert len(watched.steps) <= 1 + 50 + 4
 
 
 def test_a_late_short_job_overtakes_a_long_one(engine: Engine, work: MakeWork) -> None:
     under_way = Event()
     ended: list[str] = []
+    late = work("short", num_inference_steps=3)
     long = engine.submit(work("long", num_inference_steps=60), lambda event: under_way.set())
     assert under_way.wait(60)
-    short = engine.submit(work("short", num_inference_steps=3), ignore)
+    short = engine.submit(late, ignore)
     for name, future in (("long", long), ("short", short)):
         future.add_done_callback(lambda _, name=name: ended.append(name))
     wait([long, short], 120)
@@ -148,8 +82,11 @@ def test_a_late_short_job_overtakes_a_long_one(engine: Engine, work: MakeWork) -
 
 def test_steps_are_told_in_order(engine: Engine, work: MakeWork) -> None:
     told: list[StepEvent] = []
-    engine.submit(work("told", num_inference_steps=5, num_images=2), told.append).result(60)
+    rendered = engine.submit(work("told", num_inference_steps=5, num_images=2), told.append).result(60)
     assert told == [StepEvent("told", step, 5) for step in range(1, 6)]
+    assert rendered.denoise_s > 0
+    assert rendered.decode_s > 0
+    assert rendered.approximate == ()
 
 
 def test_images_of_a_job_take_successive_seeds(engine: Engine, work: MakeWork) -> None:
@@ -159,46 +96,111 @@ def test_images_of_a_job_take_successive_seeds(engine: Engine, work: MakeWork) -
     assert difference(both.images[0], second.images[0]) > 10
 
 
-def test_a_cancelled_job_leaves_and_the_others_go_on(engine: Engine, work: MakeWork) -> None:
-    under_way = Event()
-    gone = engine.submit(work("gone", num_inference_steps=150), lambda event: under_way.set())
-    stays = engine.submit(work("stays", num_inference_steps=20), ignore)
-    assert under_way.wait(60)
-    engine.cancel("gone")
+def test_cancel_frees_its_rows_within_one_step(runner: Runner, work: MakeWork) -> None:
+    watched = WatchedRunner(runner)
+    engine = open_engine(watched)
+    gone = engine.submit(work("gone", num_inference_steps=150, num_images=2), ignore)
+    assert watched.under_way.wait(60)
+    stays = engine.submit(work("stays", num_inference_steps=6), ignore)
+    engine.cancel("gone")  # while its first step is being made
+    engine.cancel("nobody")
+    watched.gate.set()
     with pytest.raises(GenerationFailed, match="cancelled"):
         gone.result(60)
     assert len(stays.result(60).images) == 1
+    engine.stop()
+    assert [{row.run_id for row in rows} for rows in watched.steps] == [{"gone"}, *[{"stays"}] * 6]
 
 
-def test_not_a_number_fails_its_job_alone(engine: Engine, work: MakeWork) -> None:
+def test_a_run_that_is_here_is_not_begun_again(engine: Engine, work: MakeWork) -> None:
+    under_way = Event()
+    other = work("same")
+    first = engine.submit(work("same", num_inference_steps=60), lambda event: under_way.set())
+    assert under_way.wait(60)
+    with pytest.raises(GenerationFailed):
+        engine.submit(other, ignore).result(60)
+    assert len(first.result(60).images) == 1
+
+
+def test_not_a_number_fails_its_job_drawn(engine: Engine, work: MakeWork) -> None:
     good = work("good")
-    text = good.conditioning
-    poison = Work("bad", good.request, Conditioning(torch.full_like(text.positive, torch.nan), text.negative))
-    bad, fine = engine.submit(poison, ignore), engine.submit(good, ignore)
+    text = good.schedule.at(0)
+    nan = Schedule.constant(Conditioning(torch.full_like(text.positive, torch.nan), text.negative))
+    bad, fine = engine.submit(replace(good, run_id="bad", schedule=nan), ignore), engine.submit(good, ignore)
     with pytest.raises(GenerationFailed, match="not-a-number"):
         bad.result(60)
     assert len(fine.result(60).images) == 1
     assert engine.alive
 
 
-def test_a_job_that_breaks_the_step_fails_and_the_loop_goes_on(engine: Engine, work: MakeWork) -> None:
-    good = work("after")
-    wrong = Conditioning(torch.zeros(77, 3), torch.zeros(77, 3))
-    with pytest.raises(GenerationFailed):
-        engine.submit(Work("wrong", good.request, wrong), ignore).result(60)
-    assert len(engine.submit(good, ignore).result(60).images) == 1
+class Poisoned(WatchedRunner):
+    """Any step with a row of the run `wrong` in it fails as a whole."""
+
+    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+        if any(row.run_id == "wrong" for row in rows):
+            self.steps.append(list(rows))
+            self.under_way.set()
+            assert self.gate.wait(60)
+            raise RuntimeError("no such kernel")
+        return super().step(rows)
 
 
-def test_a_job_that_breaks_the_step_leaves_its_neighbours_unharmed(
-    engine: Engine, runner: Runner, work: MakeWork
-) -> None:
-    good = [work(f"good{n}", seed=n, num_inference_steps=12) for n in range(3)]
-    wrong = Work("wrong", good[0].request, Conditioning(torch.zeros(77, 3), torch.zeros(77, 3)))
-    futures = [engine.submit(job, ignore) for job in (good[0], wrong, *good[1:])]
-    with pytest.raises(GenerationFailed):
-        futures.pop(1).result(60)
+def test_a_job_that_breaks_the_step_leaves_its_neighbours_unharmed(runner: Runner, work: MakeWork) -> None:
+    poisoned = Poisoned(runner)
+    engine = open_engine(poisoned)
+    good = [work(f"good{n}", seed=n, num_inference_steps=6) for n in range(3)]
+    futures = [engine.submit(job, ignore) for job in good]
+    wrong = engine.submit(work("wrong"), ignore)
+    poisoned.gate.set()
+    with pytest.raises(GenerationFailed, match="the denoiser failed"):
+        wrong.result(60)
     for job, future in zip(good, futures, strict=True):
-        assert difference(future.result(60).images[0], alone(runner, job)[0]) <= 1
+        assert difference(future.result(60).images[0], drawn(runner, job)[0]) <= 1
+    engine.stop()
+
+
+class SmallDevice(WatchedRunner):
+    """A device that has memory for so many lanes."""
+
+    most = 3
+
+    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+        if sum(row.lanes for row in rows) > self.most:
+            self.steps.append(list(rows))
+            assert self.gate.wait(60)
+            raise OutOfMemory("the denoiser: the device ran out of memory")
+        return super().step(rows)
+
+
+def test_out_of_memory_halves_the_batch_and_is_remembered(runner: Runner, work: MakeWork) -> None:
+    small = SmallDevice(runner)
+    profile, metrics = Profile(8), InProcessMetrics()
+    engine = Engine(small, StepScheduler(profile), profile, metrics)
+    jobs = [work(f"job{n}", seed=n, num_inference_steps=5, guidance_scale=3.0 * (n % 2)) for n in range(5)]
+    futures = [engine.submit(job, ignore) for job in jobs]
+    small.gate.set()
+    for job, future in zip(jobs, futures, strict=True):
+        assert difference(future.result(60).images[0], drawn(runner, job)[0]) <= 1
+    engine.stop()
+    too_large = [number for number, rows in enumerate(small.steps) if sum(row.lanes for row in rows) > small.most]
+    assert too_large
+    assert len(too_large) <= 4, "the loop went on asking for more than there is"
+    assert profile.lanes((16, 16)) <= small.most
+    assert profile.lanes((8, 8)) == 16
+    assert metrics.value("tandem_engine_out_of_memory_total") == len(too_large)
+
+
+def test_an_image_that_never_fits_fails_drawn(runner: Runner, work: MakeWork) -> None:
+    small = SmallDevice(runner)
+    small.most = 1
+    small.gate.set()
+    engine = open_engine(small)
+    guided = engine.submit(work("guided"), ignore)
+    plain = engine.submit(work("plain", guidance_scale=1.0), ignore)
+    with pytest.raises(OutOfMemory):
+        guided.result(60)
+    assert len(plain.result(60).images) == 1
+    engine.stop()
 
 
 class LostDevice(Runner):
@@ -208,22 +210,72 @@ class LostDevice(Runner):
         raise DeviceLost("the device failed")
 
 
-def test_a_lost_device_ends_the_loop_and_every_future(model: ModelFolder, work: MakeWork) -> None:
-    broken = LostDevice(SdFamily(model, torch.device("cpu"), torch.float32))
-    engine = Engine(broken, StepScheduler(4), InProcessMetrics())
+def test_a_lost_device_ends_the_loop_and_every_future(runner: Runner, work: MakeWork) -> None:
+    engine = open_engine(LostDevice(runner.family))
     futures = [engine.submit(work(f"lost{n}"), ignore) for n in range(3)]
     for future in futures:
         assert isinstance(future.exception(60), DeviceLost)
+    engine.stop()
     assert not engine.alive
     assert isinstance(engine.submit(work("late"), ignore).exception(60), DeviceLost)
+    assert isinstance(engine.measure((8, 8), 1, 1).exception(60), DeviceLost)
+    assert engine.busy_s == 0
+
+
+def test_a_callback_that_raises_fails_its_run_drawn(engine: Engine, work: MakeWork) -> None:
+    def broken(event: StepEvent) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    deaf = engine.submit(work("deaf"), broken)
+    fine = engine.submit(work("fine"), ignore)
+    with pytest.raises(GenerationFailed):
+        deaf.result(60)
+    assert len(fine.result(60).images) == 1
+    assert engine.alive
+
+
+def test_steps_are_measured_between_those_of_users(runner: Runner, work: MakeWork) -> None:
+    watched = WatchedRunner(runner)
+    engine = open_engine(watched)
+    measured: list[int] = []
+    future = engine.submit(work("user", num_inference_steps=5), lambda event: measured.append(len(calls)))
+    assert watched.under_way.wait(60)
+    calls: list[int] = []
+    real = watched.measure
+    watched.measure = lambda shape, lanes: (calls.append(lanes), real(shape, lanes))[1]  # type: ignore[method-assign]
+    asked = engine.measure((16, 16), 4, steps=3)
+    watched.gate.set()
+    seconds = asked.result(60)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+    assert len(future.result(60).images) == 1
+    assert measured == [0, 0, 1, 2, 3], "more than one between two steps of the user"
+    assert len(engine.measure((8, 8), 2, steps=2).result(60)) == 2, "and with nothing else to do"
+    engine.stop()
+
+
+def test_a_measurement_that_does_not_fit_fails_drawn(runner: Runner, work: MakeWork) -> None:
+    watched = WatchedRunner(runner)
+    watched.gate.set()
+
+    def full(shape: tuple[int, int], lanes: int) -> float:
+        raise OutOfMemory("the device ran out of memory")
+
+    watched.measure = full  # type: ignore[method-assign]
+    engine = open_engine(watched)
+    with pytest.raises(OutOfMemory):
+        engine.measure((16, 16), 64, 3).result(60)
+    assert len(engine.submit(work("after"), ignore).result(60).images) == 1
     engine.stop()
 
 
 def test_stop_finishes_what_was_submitted(runner: Runner, work: MakeWork) -> None:
-    metrics = InProcessMetrics()
-    engine = Engine(runner, StepScheduler(8), metrics)
+    metrics, profile = InProcessMetrics(), Profile(8)
+    engine = Engine(runner, StepScheduler(profile), profile, metrics)
     futures: list[Future[Rendered]] = [engine.submit(work(f"last{n}", seed=n), ignore) for n in range(4)]
     engine.stop()
     assert all(future.done() and len(future.result().images) == 1 for future in futures)
     assert not engine.alive
     assert metrics.value("tandem_engine_steps_total") < 4 * 8, "the jobs did not step together"
+    assert metrics.value("tandem_engine_decode_seconds") == 4
+    assert profile.step_ms((16, 16), 8) > 0, "nothing was learned of the steps"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.text_models import clip_part, flux_folder, sd3_folder, sdxl_folder, t5_part
+from support.text_models import auraflow_folder, clip_part, flux_folder, sd3_folder, sdxl_folder, t5_part
 from transformers import T5EncoderModel
 
 from serve.encoders.registry import Encoder, register
@@ -16,9 +16,10 @@ WIDE_T5 = {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_layers": 4, "num_heads"
 
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Encoder]:
-    """Small random ones, as the registry has them: `clip` has no projection, the others are SD 3's."""
+    """Small random ones, as the registry has them: `clip` has no projection; `umt5` is AuraFlow's, others SD 3's."""
     root = tmp_path_factory.mktemp("encoders")
     folders = {"sdxl": sdxl_folder(root / "sdxl"), "sd3": sd3_folder(root / "sd3", seed=1)}
+    folders["auraflow"] = auraflow_folder(root / "auraflow", seed=2)
     models = [check_folder(folder, name, text_only=True) for name, folder in folders.items()]
     served = register(models, Settings(data_dir=root / "data")).encoders
     by_role = {(encoder.models[0], encoder.part.role): encoder for encoder in served}
@@ -27,6 +28,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Encoder]:
         "clip-projected": by_role["sd3", "text_encoder"],
         "openclip": by_role["sd3", "text_encoder_2"],
         "t5": by_role["sd3", "text_encoder_3"],
+        "umt5": by_role["auraflow", "text_encoder"],
     }
 
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.towers import all_outputs, cosines, make, random_rows
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, UMT5EncoderModel
 
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 
-KINDS = ("clip", "clip-projected", "openclip", "t5")
+KINDS = ("clip", "clip-projected", "openclip", "t5", "umt5")
 CLOSE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """Most that a row's values (of size 1) may differ between a forward alone and one with others, by dtype."""
 
@@ -24,8 +24,12 @@ CLOSE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 def stock(encoder: Encoder, rows: list[Row], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Every output, by name, as `encode_prompt` of diffusers 0.42 reads them."""
     part, ids = encoder.part, torch.tensor([row.token_ids for row in rows])
-    if part.kind == "t5":
-        model = T5EncoderModel.from_pretrained(part.weights, dtype=dtype).eval()
+    if part.kind != "clip":
+        model = (
+            {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}[part.kind]
+            .from_pretrained(part.weights, dtype=dtype)
+            .eval()
+        )
         norm = model.encoder.final_layer_norm
     elif part.projection is not None:
         model = CLIPTextModelWithProjection.from_pretrained(part.weights, dtype=dtype).eval()
@@ -37,7 +41,7 @@ def stock(encoder: Encoder, rows: list[Row], dtype: torch.dtype = torch.float32)
         plain, deep = model(ids), model(ids, output_hidden_states=True)
         found = {"hidden": plain.last_hidden_state}
         # T5's last state is tied to the normed one, and nobody reads it without.
-        for n in range(1 if part.kind == "t5" else 0, part.layers + 1):
+        for n in range(0 if part.kind == "clip" else 1, part.layers + 1):
             found[f"skip:{n}"] = deep.hidden_states[-(n + 1)]
             found[f"skip:{n}:norm"] = norm(deep.hidden_states[-(n + 1)])
         if part.projection is not None:
@@ -61,9 +65,10 @@ def test_every_output_is_the_stock_models(encoders: Mapping[str, Encoder], kind:
             assert found[name].device.type == "cpu"
 
 
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
 @pytest.mark.parametrize("length", [1, 2, 77, 300])
-def test_t5_rows_have_any_length(encoders: Mapping[str, Encoder], length: int) -> None:
-    encoder = encoders["t5"]
+def test_t5_rows_have_any_length(encoders: Mapping[str, Encoder], kind: str, length: int) -> None:
+    encoder = encoders[kind]
     rows = random_rows(encoder, 2, length)
     expected = stock(encoder, rows)["hidden"]
     for found, tensor in zip(make(encoder).encode(rows), expected, strict=True):
@@ -199,12 +204,12 @@ def test_two_models_with_one_trunk_read_their_own_projections(encoders: Mapping[
     assert torch.allclose(found["projected:other"], -2 * found[f"projected:{first}"], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["openclip", "t5"])
+@pytest.mark.parametrize("kind", ["openclip", "t5", "umt5"])
 def test_weights_in_several_files_are_the_same_encoder(
     encoders: Mapping[str, Encoder], tmp_path: Path, kind: str
 ) -> None:
     whole = encoders[kind]
-    cls = T5EncoderModel if kind == "t5" else CLIPTextModelWithProjection
+    cls = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}.get(kind, CLIPTextModelWithProjection)
     cls.from_pretrained(whole.part.weights).save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     moved = replace(whole.part, weights=tmp_path)

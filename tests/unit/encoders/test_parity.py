@@ -1,5 +1,6 @@
 """The whole text side against the stock pipelines: plan, batched encoding, codec, composition = `encode_prompt`."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,17 +9,38 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
     FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.text_models import flux_folder, sd3_folder, sd_folder, sdxl_folder
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from support.text_models import (
+    auraflow_folder,
+    flux_folder,
+    pixart_folder,
+    sd3_folder,
+    sd_folder,
+    sdxl_folder,
+    sdxl_refiner_folder,
+)
+from torch import nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    LlamaTokenizerFast,
+    T5EncoderModel,
+    T5TokenizerFast,
+    UMT5EncoderModel,
+)
 
 from serve.domain import Conditioning, EncodeUnit, TextRequest
 from serve.encoders.codec import pack
@@ -26,6 +48,7 @@ from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Registry, register
 from serve.models.folder import SHIPPED, ModelFolder, check_folder
+from serve.prompts.families import UNPADDED
 from serve.prompts.plan import Planner
 from serve.settings import Settings
 
@@ -37,12 +60,17 @@ FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "sd3": sd3_folder,
     "sd3-without-t5": lambda path: sd3_folder(path, with_t5=False),
     "flux": flux_folder,
+    "sdxl_refiner": sdxl_refiner_folder,
+    "pixart-sigma": pixart_folder,
+    "pixart-alpha": lambda path: pixart_folder(path, sigma=False),
+    "auraflow": auraflow_folder,
 }
 TEXTS = {
     "plain": ("a red circle on a blue background", "blurry, a square"),
     "unguided": ("a green ring", None),
     "empty-negative": ("a red circle", ""),
     "empty": ("", "red"),
+    "capitals": ("  A RED Circle\n", "Ugly, İstanbul ΟΔΟΣ "),
     "odd": ("!!! Großes 緑の星 \U0001f600 <|endoftext|> red </s> circle!", " "),
     "cut": ("a tiny purple star, " * 120, "low quality " * 50),
 }
@@ -76,7 +104,7 @@ class House:
         plan = self.planners[name].plan(request)
         shared = {(unit.encoder, len(unit.token_ids)) for unit in plan.units}
         strangers = [unit for unit in beside if (unit.encoder, len(unit.token_ids)) in shared]
-        assert not beside or strangers
+        assert not beside or strangers or self.models[name].family in UNPADDED
         return compose(plan, self.encode((*strangers, *plan.units)))
 
 
@@ -110,13 +138,18 @@ class Stock:
         self.zero_empty = model.zero_empty_negative
         self.width = model.context_width
         parts: dict[str, Any] = {}
-        for role in ("text_encoder", "text_encoder_2", "text_encoder_3")[: {"sd": 1, "sd3": 3}.get(self.family, 2)]:
+        self.longest = next((part.longest_row for part in model.text), None)
+        roles = {"sd": 1, "sd3": 3, "pixart": 1, "auraflow": 1}.get(self.family, 2)
+        for role in ("text_encoder", "text_encoder_2", "text_encoder_3")[:roles]:
             part = next((part for part in model.text if part.role == role), None)
             parts |= {role: None, role.replace("text_encoder", "tokenizer"): None}
             if part is not None:
                 encoder = CLIPTextModel if part.projection is None else CLIPTextModelWithProjection
-                encoder = T5EncoderModel if part.kind == "t5" else encoder
-                tokenizer = T5TokenizerFast if part.kind == "t5" else CLIPTokenizer
+                encoder, tokenizer = {
+                    "clip": (encoder, CLIPTokenizer),
+                    "t5": (T5EncoderModel, T5TokenizerFast),
+                    "umt5": (UMT5EncoderModel, LlamaTokenizerFast),
+                }[part.kind]
                 parts[role] = encoder.from_pretrained(part.weights, dtype=torch.float32).eval()
                 if encoder is CLIPTextModel:
                     # diffusers 0.42 looks for the final norm where transformers 4 had it. Set past nn.Module, which
@@ -133,7 +166,15 @@ class Stock:
             return StableDiffusionPipeline(**parts, **rest, **unused, requires_safety_checker=False)
         if self.family == "sdxl":
             zero = {"force_zeros_for_empty_prompt": self.zero_empty, "add_watermarker": False}
-            return StableDiffusionXLPipeline(**parts, **rest, unet=_unet(parts["text_encoder_2"]), **zero)
+            return StableDiffusionXLPipeline(**parts, **rest, unet=_unet(parts["text_encoder_2"], 6), **zero)
+        if self.family == "sdxl_refiner":
+            told = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False, "add_watermarker": False}
+            return StableDiffusionXLImg2ImgPipeline(**parts, **rest, unet=_unet(parts["text_encoder_2"], 5), **told)
+        if self.family == "auraflow":
+            return AuraFlowPipeline(**parts, **rest, transformer=None)
+        if self.family == "pixart":
+            pipeline = PixArtAlphaPipeline if self.longest == 120 else PixArtSigmaPipeline
+            return pipeline(**parts, **rest, transformer=None)
         if self.family == "flux":
             return FluxPipeline(**parts, **rest, transformer=None)
         narrow = {"num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "caption_projection_dim": 8}
@@ -145,6 +186,8 @@ class Stock:
         pipeline, guided = self.pipeline, request.negative_prompt is not None
         negative = request.negative_prompt or None
         options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1}
+        if self.family in UNPADDED:
+            return self._masked(request, options)
         if self.family != "flux":
             options |= {"do_classifier_free_guidance": guided, "clip_skip": request.clip_skip}
         if request.max_sequence_length is not None:
@@ -152,11 +195,16 @@ class Stock:
         if self.family == "sd":
             found = pipeline.encode_prompt(request.prompt, negative_prompt=negative, **options)
             return _alone(*found)
-        if self.family == "sdxl":
+        if self.family.startswith("sdxl"):
             found = pipeline.encode_prompt(request.prompt, negative_prompt=negative, **options)
             size = (request.height, request.width)
             width = found[2].shape[1]
-            return _alone(*found, pipeline._get_add_time_ids(size, (0, 0), size, torch.float32, width))
+            if self.family == "sdxl":
+                return _alone(*found, pipeline._get_add_time_ids(size, (0, 0), size, torch.float32, width))
+            scores = _default(pipeline, "aesthetic_score"), _default(pipeline, "negative_aesthetic_score")
+            told = (size, (0, 0), size, *scores, size, (0, 0), size, torch.float32, width)
+            ids, negative_ids = pipeline._get_add_time_ids(*told)
+            return _alone(*found, ids, negative_ids if guided else None)
         if self.family == "sd3":
             if not request.use_t5:
                 pipeline = self._build(self.parts | {"text_encoder_3": None, "tokenizer_3": None})
@@ -168,12 +216,40 @@ class Stock:
         minus, minus_pooled, _ = pipeline.encode_prompt(request.negative_prompt, None, **options)
         return _alone(positive, minus, pooled, minus_pooled)
 
+    def _masked(self, request: TextRequest, options: dict[str, Any]) -> Conditioning:
+        """What PixArt's transformer is let see of the text, which is padded to a length that ours never has.
+
+        AuraFlow's reads zeros in the padding's place; before the text, but it gives text no positions.
+        """
+        guided = request.negative_prompt is not None
+        length = request.max_sequence_length or _default(self.pipeline, "max_sequence_length")
+        text, mask, minus, minus_mask = self.pipeline.encode_prompt(
+            request.prompt,
+            do_classifier_free_guidance=guided,
+            negative_prompt=request.negative_prompt or "",
+            max_sequence_length=length,
+            **options,
+        )
+        assert text.shape[1] == length
+        # AuraFlow's pipeline spreads its mask over the width.
+        sides = [
+            None if side is None else side[0][told.view(length, -1)[:, 0] == 1]
+            for side, told in ((text, mask), (minus, minus_mask))
+        ]
+        if self.family == "auraflow":
+            sides = [None if side is None else nn.functional.pad(side, (0, 0, 0, length - len(side))) for side in sides]
+        return Conditioning(*sides)
+
+
+def _default(pipeline: Any, argument: str) -> Any:
+    return inspect.signature(pipeline.__call__).parameters[argument].default
+
 
 def _alone(*tensors: torch.Tensor | None) -> Conditioning:
     return Conditioning(*(None if tensor is None else tensor[0] for tensor in tensors))
 
 
-def _unet(second: CLIPTextModelWithProjection) -> UNet2DConditionModel:
+def _unet(second: CLIPTextModelWithProjection, time_ids: int) -> UNet2DConditionModel:
     """SDXL's pipeline asks its U-Net how many time ids it takes."""
     return UNet2DConditionModel(
         block_out_channels=(4,),
@@ -183,7 +259,7 @@ def _unet(second: CLIPTextModelWithProjection) -> UNet2DConditionModel:
         attention_head_dim=4,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + second.config.projection_dim,
+        projection_class_embeddings_input_dim=time_ids * 4 + second.config.projection_dim,
     )
 
 
@@ -193,7 +269,7 @@ def stocks(house: House) -> Mapping[str, Stock]:
 
 
 def assert_equal(got: Conditioning, expected: Conditioning) -> None:
-    for name in ("positive", "negative", "pooled", "negative_pooled", "time_ids"):
+    for name in ("positive", "negative", "pooled", "negative_pooled", "time_ids", "negative_time_ids"):
         ours, theirs = getattr(got, name), getattr(expected, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:
@@ -213,7 +289,10 @@ def test_conditioning_equals_the_stock_pipeline(
 
 @pytest.mark.parametrize(
     ("name", "clip_skip"),
-    [("sd", 0), ("sd", 1), ("sd", 2), ("sdxl", 0), ("sdxl", 1), ("sdxl-encoded-empty", 1), ("sd3", 0), ("sd3", 1)],
+    [
+        *[("sd", 0), ("sd", 1), ("sd", 2), ("sdxl", 0), ("sdxl", 1), ("sdxl-encoded-empty", 1), ("sd3", 0), ("sd3", 1)],
+        *[("sdxl_refiner", 0), ("sdxl_refiner", 1)],
+    ],
 )
 @pytest.mark.parametrize("negative", [None, "", "a square"])
 def test_clip_skip_equals_the_stock_pipeline(
@@ -227,8 +306,13 @@ def test_clip_skip_equals_the_stock_pipeline(
     assert torch.equal(got.positive, plain.positive) == (clip_skip == 0)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3-without-t5", "flux"])
-@pytest.mark.parametrize("length", [1, 9, 77, 512])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *((name, length) for name in ("sd3", "sd3-without-t5", "flux") for length in (1, 9, 77, 512)),
+        *((name, length) for name in ("pixart-sigma", "pixart-alpha", "auraflow") for length in (1, 9, 77, 120)),
+    ],
+)
 def test_t5_lengths_equal_the_stock_pipeline(house: House, stocks: Mapping[str, Stock], name: str, length: int) -> None:
     for prompt, negative in (TEXTS["plain"], TEXTS["cut"]):
         request = replace(REQUEST, prompt=prompt, negative_prompt=negative, max_sequence_length=length)
@@ -246,13 +330,15 @@ def test_sd3_with_its_t5_left_unread_equals_the_stock_pipeline_without_one(
 
 
 def test_families_share_the_encoders_that_they_share(house: House) -> None:
-    """CLIP-L of sd, sdxl, sd3 and flux, OpenCLIP of sdxl and sd3, T5 of sd3 and flux are one tower each."""
+    """CLIP-L of sd, sdxl, sd3 and flux, OpenCLIP of sdxl, its refiner and sd3, T5 of sd3, flux and PixArt are one tower
+    each."""
     found = {encoder.part.kind: [] for encoder in house.registry.encoders}
     for encoder in house.registry.encoders:
         found[encoder.part.kind].append(set(encoder.models))
-    assert found["t5"] == [{"sd3", "flux"}]
+    assert found["umt5"] == [{"auraflow"}]
+    assert found["t5"] == [{"sd3", "flux", "pixart-sigma", "pixart-alpha"}]
     assert {"sd", "sdxl", "sd3", "sd3-without-t5", "flux"} in found["clip"]
-    assert {"sdxl", "sd3", "sd3-without-t5"} in found["clip"]
+    assert {"sdxl", "sdxl_refiner", "sd3", "sd3-without-t5"} in found["clip"]
 
 
 WORDS = ["red", "(blue:1.4)", "[circle]", "a", "star,", "緑", "!", "on a (white background:0.6)"]
@@ -263,11 +349,11 @@ def asked(draw: st.DrawFn) -> tuple[str, TextRequest]:
     name = draw(st.sampled_from(sorted(FOLDERS)))
     text = st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join)
     request = replace(REQUEST, prompt=draw(text), negative_prompt=draw(st.none() | text))
-    if name.startswith(("sd3", "flux")):
+    if name.startswith(("sd3", "flux", "pixart", "auraflow")):
         request = replace(request, max_sequence_length=draw(st.sampled_from([16, 77])))
     if name == "sd3":
         request = replace(request, use_t5=draw(st.booleans()))
-    if not name.startswith("flux"):
+    if not name.startswith(("flux", "pixart", "auraflow")):
         request = replace(request, clip_skip=draw(st.sampled_from([None, 0, 1])))
     return name, request
 

@@ -2,7 +2,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from support.text_models import flux_folder, sd3_folder, sd_folder, sdxl_folder
+from support.text_models import (
+    auraflow_folder,
+    flux_folder,
+    pixart_folder,
+    sd3_folder,
+    sd_folder,
+    sdxl_folder,
+    sdxl_refiner_folder,
+)
 
 from serve.models.folder import SHIPPED, ModelFolder, check_folder
 from serve.prompts.plan import Planner, Source
@@ -15,6 +23,10 @@ FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "sd3": sd3_folder,
     "sd3-without-t5": lambda path: sd3_folder(path, with_t5=False),
     "flux": flux_folder,
+    "sdxl_refiner": sdxl_refiner_folder,
+    "pixart": pixart_folder,
+    "auraflow": auraflow_folder,
+    "pixart-alpha": lambda path: pixart_folder(path, sigma=False),
 }
 
 

@@ -46,6 +46,13 @@ READ = {
         (SECOND, f"projected:of-{SECOND}"),
     ],
     "flux": [(SECOND, "hidden"), (FIRST, "pooled")],
+    "sdxl_refiner": [(SECOND, "skip:1"), (SECOND, f"projected:of-{SECOND}")],
+    "pixart": [(FIRST, "hidden")],
+    "auraflow": [(FIRST, "hidden")],
+}
+TIME_IDS = {
+    "sdxl": ((64, 128, 0, 0, 64, 128), None),
+    "sdxl_refiner": ((64, 128, 0, 0, 6.0), (64, 128, 0, 0, 2.5)),
 }
 
 
@@ -54,8 +61,9 @@ def test_each_family_reads_its_outputs(planners: Mapping[str, Planner], family: 
     plan = planners[family].plan(request("red", "blue"))
     assert outputs(plan) == outputs(plan, negative=True) == READ[family]
     assert len(plan.units) == 2 * len(READ[family])
-    assert plan.time_ids == ((64, 128, 0, 0, 64, 128) if family == "sdxl" else None)
+    assert (plan.time_ids, plan.negative_time_ids) == TIME_IDS.get(family, (None, None))
     assert plan.zero_rows == 0
+    assert planners[family].plan(request("red", None)).negative_time_ids is None
 
 
 def test_outputs_of_one_row_share_its_ids(planners: Mapping[str, Planner]) -> None:
@@ -71,7 +79,7 @@ def test_an_empty_negative_prompt_of_sdxl_is_zeros(planners: Mapping[str, Planne
         assert plan.units == planners["sdxl"].plan(request("red", None)).units
     assert not planners["sdxl"].plan(request("red", " ")).negative.zero
     assert not planners["sdxl"].plan(request("", "blue")).positive.zero
-    for name in ("sd", "sdxl-encoded-empty", "sd3", "flux"):
+    for name in ("sd", "sdxl-encoded-empty", "sdxl_refiner", "sd3", "flux", "pixart"):
         negative = planners[name].plan(request("red", "")).negative
         assert not negative.zero
         assert negative.reads
@@ -98,6 +106,39 @@ def test_length_of_a_t5_row(planners: Mapping[str, Planner], family: str, role: 
         assert raised.value.param == "max_sequence_length"
 
 
+def test_a_context_of_auraflow_is_filled_up_with_zeros(planners: Mapping[str, Planner]) -> None:
+    for length, expected in ((None, 256), (40, 40)):
+        plan = planners["auraflow"].plan(request("Red circle", max_sequence_length=length))
+        (read,) = plan.positive.reads
+        assert len(read.unit.token_ids) < 20
+        assert plan.context_tokens == expected
+    assert read.unit != planners["auraflow"].plan(request("red circle")).positive.reads[0].unit, "capitals are read"
+    assert planners["pixart"].plan(request("red")).context_tokens == 0
+
+
+@pytest.mark.parametrize(("name", "most"), [("pixart", 300), ("pixart-alpha", 120)])
+def test_a_row_of_pixart_ends_with_its_text(planners: Mapping[str, Planner], name: str, most: int) -> None:
+    """Nobody looks at its padding, and the longest text is the pipeline's, not the family's."""
+    planner = planners[name]
+    for prompt, length, expected in (
+        ("red circle", None, 3),
+        ("red circle", 2, 2),
+        ("", None, 1),
+        ("red " * 400, None, most),
+    ):
+        plan = planner.plan(request(prompt, max_sequence_length=length))
+        (read,) = plan.positive.reads
+        assert len(read.unit.token_ids) == expected
+        assert read.unit.token_ids[-1] == 1, "the end of text"
+        assert bool(plan.truncated) == (expected < len(prompt.split()) + 1)
+    assert planner.plan(request(" a RED\nCircle ")).units == planner.plan(request("a red\ncircle")).units
+    weighted = planner.plan(request("RED (Circle:1.5)")).positive.reads[0]
+    assert weighted.unit == planner.plan(request("red circle")).positive.reads[0].unit
+    assert weighted.weights == (1.0, 1.5, 1.0)
+    with pytest.raises(InvalidRequest, match=f"max_sequence_length: must be between 1 and {most}"):
+        planner.plan(request("red", max_sequence_length=most + 1))
+
+
 @pytest.mark.parametrize(
     ("family", "field", "value", "reason"),
     [
@@ -108,6 +149,11 @@ def test_length_of_a_t5_row(planners: Mapping[str, Planner], family: str, role: 
         ("flux", "use_t5", False, "flux can't do without its T5"),
         ("flux", "clip_skip", 1, "flux reads no layers of CLIP"),
         ("flux", "clip_skip", 0, "flux reads no layers of CLIP"),
+        ("pixart", "clip_skip", 1, "pixart reads no layers of CLIP"),
+        ("pixart", "use_t5", False, "pixart can't do without its T5"),
+        ("auraflow", "use_t5", False, "auraflow can't do without its T5"),
+        ("auraflow", "max_sequence_length", 257, "must be between 1 and 256"),
+        ("sdxl_refiner", "use_t5", False, "sdxl_refiner has no T5"),
         ("sd", "clip_skip", 3, "must be between 0 and 2"),
         ("sd", "clip_skip", -1, "must be between 0 and 2"),
         ("sdxl", "clip_skip", 2, "must be between 0 and 1"),
@@ -279,7 +325,7 @@ def test_rows_and_reports_always_fit(planner: Planner, tokenizer: PromptTokenize
     plan = planner.plan(request(prompt))
     (read,) = plan.positive.reads
     assert len(read.unit.token_ids) == len(read.weights or read.unit.token_ids) == 77
-    assert read.unit.token_ids[0] == tokenizer.bos
+    assert read.unit.token_ids[0] == tokenizer.before[0]
     assert plan == planner.plan(request(prompt))
     for cut in plan.truncated:
         assert cut.tokens > cut.limit == 75

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.models.folder import ModelFolder
-from serve.prompts.grammar import parse
-from serve.prompts.rows import lay_out
+from serve.prompts.grammar import Span, parse
+from serve.prompts.rows import lay_out, lowered
 from serve.prompts.tokenizers import PromptTokenizer
 
 
@@ -83,6 +83,33 @@ def test_weights_on_text_that_was_cut_are_no_weights(tokenizer: PromptTokenizer,
         assert row.weights is None
         assert row.token_ids == lay_out(reader, parse("red " * 101), 77).token_ids
         assert row.rest.endswith("blue")
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 16])
+def test_a_row_without_padding_is_the_padded_one_up_to_its_end(t5: PromptTokenizer, length: int) -> None:
+    for prompt in ("red blue", "a (red:1.5) (blue:0.5) star", ""):
+        padded = lay_out(t5, parse(prompt), length)
+        row = lay_out(t5, parse(prompt), length, padded=False)
+        assert row.token_ids == padded.token_ids[: padded.used + 1]
+        assert row.weights == (None if padded.weights is None else padded.weights[: padded.used + 1])
+        assert (row.used, row.cut, row.rest) == (padded.used, padded.cut, padded.rest)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.text(alphabet="aÉİΣσ ß\n x") | st.text(), st.sampled_from([1.0, 0.5])), max_size=6))
+def test_small_letters_are_those_of_the_whole_text(parts: list[tuple[str, float]]) -> None:
+    spans = [Span(text, weight) for text, weight in parts]
+    text = "".join(span.text for span in spans)
+    low = lowered(spans)
+    assert "".join(span.text for span in low) == text.lower().strip()
+    assert all(span.text for span in low)
+
+
+def test_small_letters_keep_their_weights() -> None:
+    """A capital may become two letters, and a Greek sigma depends on what follows it."""
+    spans = [Span("  İİ", 1.5), Span("ΟΔΟΣ", 1.0), Span("Σ ", 0.5), Span(" ", 2.0)]
+    assert lowered(spans) == (Span("i\u0307i\u0307", 1.5), Span("οδοσ", 1.0), Span("ς", 0.5))
+    assert lowered([Span(" ", 2.0)]) == ()
 
 
 def test_unknown_text_is_counted_where_it_is_used(t5: PromptTokenizer) -> None:

@@ -3,19 +3,24 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, LlamaTokenizerFast, T5TokenizerFast
 
 from serve.errors import OperatorError
 from serve.models.folder import SHIPPED, ModelFolder
 from serve.models.text_parts import TextPart
 from serve.prompts.tokenizers import PromptTokenizer
 
-ROLES = [("sd", "text_encoder"), ("sdxl", "text_encoder_2"), ("sd3", "text_encoder_3"), ("flux", "text_encoder_2")]
-"""A plain CLIP, one that pads with "!", two T5s."""
+ROLES = [
+    *[("sd", "text_encoder"), ("sdxl", "text_encoder_2"), ("sd3", "text_encoder_3"), ("flux", "text_encoder_2")],
+    ("auraflow", "text_encoder"),
+]
+"""A plain CLIP, one that pads with "!", two T5s, a UMT5."""
+CLASSES = {"clip": CLIPTokenizer, "t5": T5TokenizerFast, "umt5": LlamaTokenizerFast}
 TEXTS = [
     "",
     " ",
@@ -32,12 +37,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def pairs(models: Mapping[str, ModelFolder]) -> list[tuple[PromptTokenizer, CLIPTokenizer | T5TokenizerFast]]:
-    """Ours, and what the stock pipeline loads."""
+def pairs(models: Mapping[str, ModelFolder]) -> list[tuple[PromptTokenizer, Any]]:
+    """Ours, and what the stock pipeline loads. Llama's pads before the text, which matters to nobody who hides it."""
     found = []
     for model, role in ROLES:
         (part,) = (part for part in models[model].text if part.role == role)
-        whole = (T5TokenizerFast if part.kind == "t5" else CLIPTokenizer).from_pretrained(part.tokenizer)
+        whole = CLASSES[part.kind].from_pretrained(part.tokenizer, padding_side="right")
         found.append((PromptTokenizer(part), whole))
     return found
 
@@ -45,7 +50,7 @@ def pairs(models: Mapping[str, ModelFolder]) -> list[tuple[PromptTokenizer, CLIP
 def assert_equal_to_transformers(tokenizer: PromptTokenizer, whole: CLIPTokenizer, text: str) -> None:
     ids = tokenizer.tokenize(text).ids
     assert list(ids) == whole(text, add_special_tokens=False).input_ids
-    for length in (77,) if tokenizer.kind == "clip" else (1, 16, 77, 512):
+    for length in (77,) if tokenizer.kind == "clip" else (-tokenizer.room(0), 16, 77, 512):
         row = whole(text, padding="max_length", truncation=True, max_length=length, add_special_tokens=True).input_ids
         assert list(tokenizer.row(ids[: tokenizer.room(length)], length)) == row
 
@@ -116,6 +121,29 @@ def test_t5_without_tokenizer_json_is_refused(tmp_path: Path, models: Mapping[st
     (part.tokenizer / "tokenizer.json").rename(part.tokenizer / "spiece.model")
     with pytest.raises(OperatorError, match=r"model.source: .*tokenizer_2 holds no tokenizer.json"):
         PromptTokenizer(part)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(True, True), (True, False), (False, True)])
+def test_what_is_around_a_text_of_umt5_is_the_folders_own(
+    tmp_path: Path, models: Mapping[str, ModelFolder], begin: bool, end: bool
+) -> None:
+    part = llama(models, tmp_path, begin, end)
+    ours, whole = PromptTokenizer(part), LlamaTokenizerFast.from_pretrained(part.tokenizer, padding_side="right")
+    assert (ours.before, ours.after) == ((ours.before[0],) if begin else (), (ours.eos,) if end else ())
+    for text in TEXTS:
+        assert_equal_to_transformers(ours, whole, text)
+
+
+def test_a_text_with_nothing_around_it_is_refused(tmp_path: Path, models: Mapping[str, ModelFolder]) -> None:
+    with pytest.raises(OperatorError, match=r"model.source: .*puts neither a begin nor an end around a text"):
+        PromptTokenizer(llama(models, tmp_path, False, False))
+
+
+def llama(models: Mapping[str, ModelFolder], folder: Path, begin: bool, end: bool) -> TextPart:
+    part = models["auraflow"].text[0]
+    whole = LlamaTokenizerFast.from_pretrained(part.tokenizer, add_bos_token=begin, add_eos_token=end)
+    whole.save_pretrained(folder)
+    return replace(part, tokenizer=folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {"type": "BPE", "vocab": 3}}'])

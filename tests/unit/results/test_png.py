@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from serve.domain import ImageRequest
 from serve.errors import InvalidRequest
-from serve.results.png import as_text, encode_png, read_parameters
+from serve.results.png import as_text, encode_png, parameters, read_parameters
 
 IMAGE = Image.frombytes("RGB", (3, 2), bytes(range(18)))
 PARAMETERS = {
@@ -29,6 +30,57 @@ def test_the_text_is_what_a1111_writes() -> None:
     )
     plain = as_text({**PARAMETERS, "negative_prompt": "", "guidance_scale": 5.0, "model": "a, b: c"})
     assert plain.endswith('on blue\nSteps: 20, CFG scale: 5, Seed: 4294967295, Size: 64x96, Model: "a, b: c"')
+
+
+REQUEST = ImageRequest(
+    model="flux, dev",
+    prompt="a red circle",
+    width=64,
+    height=96,
+    num_inference_steps=20,
+    guidance_scale=3.5,
+    true_cfg_scale=2.0,
+    seed=7,
+    num_images=4,
+    scheduler="flow_euler",
+    image=f"{'0' * 32}/image.png",
+    mask=f"{'0' * 32}/mask.png",
+    strength=0.5,
+    clip_skip=1,
+    preview_every=2,
+    step_cache=0.1,
+    salt="a tenant's",
+)
+
+
+def test_a_picture_says_how_it_alone_is_made_again() -> None:
+    told = parameters(REQUEST, 2, ("step_cache",))
+    assert read_parameters(encode_png(IMAGE, told)) == told
+    assert told == {
+        "prompt": "a red circle",
+        "negative_prompt": "",
+        "model": "flux, dev",
+        "width": 64,
+        "height": 96,
+        "num_inference_steps": 20,
+        "guidance_scale": 3.5,
+        "true_cfg_scale": 2.0,
+        "seed": 9,
+        "scheduler": "flow_euler",
+        "image": f"{'0' * 32}/image",
+        "mask": f"{'0' * 32}/mask",
+        "strength": 0.5,
+        "clip_skip": 1,
+        "use_t5": True,
+        "step_cache": 0.1,
+        "tiny_vae": False,
+        "approximate": ["step_cache"],
+    }
+    assert as_text(told) == (
+        "a red circle\nSteps: 20, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 3.5, Seed: 9, Size: 64x96, "
+        'Model: "flux, dev", Denoising strength: 0.5, Clip skip: 2'
+    )
+    assert "approximate" not in parameters(REQUEST, 0)
 
 
 def test_pixels_are_exact_and_equal_input_gives_equal_bytes() -> None:

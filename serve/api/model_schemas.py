@@ -1,0 +1,78 @@
+"""The JSON of models: what each can be asked for, and how fast it steps here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from serve.api.schemas import Name, Schema
+from serve.domain import Task
+from serve.models.denoiser import Guidance
+from serve.offers import StepTime
+
+
+class ModelView(Schema):
+    """A served model, what it can be asked for, and what an order to it gets by default. Sizes are pixels.
+
+    All but the first four are null or empty for a model whose text alone is served (`POST /v1/embeddings`).
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    family: str
+    images: bool
+    """Whether jobs may name it."""
+    tasks: tuple[Task, ...] = ()
+    """`txt2img`: text alone; `img2img`: an image; `inpaint`: an image and a mask."""
+    default_width: int | None = None
+    default_height: int | None = None
+    size_multiple: int | None = None
+    """Widths and heights are multiples of it."""
+    max_side: int | None = None
+    """Longest width or height."""
+    max_pixels: int | None = None
+    """Most pixels (width x height) that a GPU here holds."""
+    aspect_ratios: dict[str, tuple[int, int]] = {}
+    """Width and height by the name that `aspect_ratio` takes."""
+    schedulers: tuple[str, ...] = ()
+    """The names that `scheduler` takes."""
+    guidance: Guidance | None = None
+    """What `guidance_scale` is to the model: the weight of classifier-free guidance, an input, or nothing."""
+    default_num_inference_steps: int | None = None
+    default_guidance_scale: float | None = None
+    default_strength: float | None = None
+    step_cache: bool | None = None
+    """Whether orders may ask for it."""
+    tiny_vae: bool | None = None
+    """Whether orders may ask for it."""
+
+
+class BenchmarkOrder(Schema):
+    """What to time. Every field has a default; an unknown field is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"num_inference_steps": 5}]})
+
+    model: Name | None = None
+    """One of `GET /v1/models` that draws; by default the first."""
+    width: int | None = None
+    """Pixels; by default the model's own size."""
+    height: int | None = None
+    """Pixels; by default the model's own size."""
+    num_inference_steps: int = 5
+    """Steps to time for each batch size."""
+
+
+class BenchmarkReport(Schema):
+    """By placement, how long a step takes with 1, 2, 4, ... entries, on one replica, between the steps of its jobs."""
+
+    model: str
+    width: int
+    height: int
+    steps: int
+    placements: dict[str, tuple[StepTime, ...]]
+
+
+class ModelList(Schema):
+    object: Literal["list"] = "list"
+    data: tuple[ModelView, ...]

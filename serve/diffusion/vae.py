@@ -1,0 +1,212 @@
+"""Pixels <-> latents. Nothing here touches the denoiser, so it may run beside a step, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from serve.diffusion.families.load import load_part, loading
+from serve.errors import GenerationFailed, OperatorError
+from serve.models import ModelFolder
+from serve.settings import DiffusionSettings
+
+log = logging.getLogger(__name__)
+
+TINY = "diffusion.tiny_vae"
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A VAE's own latents z <-> those that the denoiser reads: (z - mean) * factor / std."""
+
+    factor: float
+    mean: torch.Tensor | float = 0.0
+    std: torch.Tensor | float = 1.0
+
+    @classmethod
+    def of(cls, vae: Any) -> Scaling:
+        """`scaling_factor` with `shift_factor` (SD 3, FLUX), or with a mean and a std of each channel (Playground)."""
+        config = vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return cls(config.scaling_factor, config.get("shift_factor") or 0.0)
+        return cls(config.scaling_factor, *(torch.tensor(each).view(1, -1, 1, 1) for each in (mean, std)))
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = self._like(latents)
+        scaled: torch.Tensor = (latents - mean) * self.factor / std
+        return scaled
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = self._like(latents)
+        unscaled: torch.Tensor = latents * std / self.factor + mean
+        return unscaled
+
+    def _like(self, latents: torch.Tensor) -> list[Any]:
+        return [each.to(latents) if isinstance(each, torch.Tensor) else each for each in (self.mean, self.std)]
+
+
+class Vae:
+    """Owns: the VAE's weights on the device, and a small VAE's (TAESD) where the placement has one.
+
+    Latents outside of this class are scaled as the denoiser reads them. One image at a time: a batch would multiply
+    the memory of a decoder, whose activations are the largest of all, and decoders gain nothing from it.
+
+    `retries` counts the decodings that had to be made again in float32. Thread-safe: calls take turns.
+    """
+
+    def __init__(self, vae: Any, device: torch.device, dtype: torch.dtype, *, tiny: Any = None, upcast: bool = False):
+        """`upcast`: compute in float32 where the VAE's `force_upcast` says so, as SDXL's stock pipelines do."""
+        self.scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.retries = 0
+        self._device = device
+        self._dtype = dtype
+        upcast = upcast and bool(vae.config.force_upcast)
+        # SDXL's VAE overflows in float16; bfloat16 has the range, but stock encodes in float32 there too.
+        self._encode_dtype = torch.float32 if upcast else dtype
+        self._decode_dtype = torch.float32 if upcast and dtype == torch.float16 else dtype
+        self._vae = _cast(vae.to(device), self._decode_dtype)
+        self._tiny = None if tiny is None else _cast(tiny.to(device), dtype)
+        self._scaling = Scaling.of(vae)
+        self._lock = threading.Lock()
+
+    @property
+    def has_tiny(self) -> bool:
+        return self._tiny is not None
+
+    def encode(self, pixels: torch.Tensor) -> Moments:
+        """The distribution of the latents of (1, 3, H, W) pixels in [-1, 1]."""
+        _one(pixels)
+        with self._lock, _computing(self._vae, self._encode_dtype), torch.inference_mode():
+            moments = self._vae.encode(pixels.to(self._device, self._encode_dtype)).latent_dist
+            _wait(self._device)
+        return Moments(moments, self._scaling, self._dtype)
+
+    def decode(self, latents: torch.Tensor, *, tiny: bool = False) -> torch.Tensor:
+        """Pixels (3, H, W) of latents (1, C, h, w): float32, on the CPU, nominally in [-1, 1].
+
+        Pixels that are not finite are decoded once more in float32. Raises GenerationFailed where they still are not:
+        never a black image.
+        """
+        _one(latents)
+        vae, dtype = (self._tiny, self._dtype) if tiny else (self._vae, self._decode_dtype)
+        if vae is None:
+            raise GenerationFailed("this server has no small VAE")
+        with self._lock:
+            pixels = self._decode(vae, latents, dtype)
+            if not _finite(pixels) and dtype != torch.float32 and _finite(latents):
+                self.retries += 1
+                log.warning("an image overflowed the VAE's %s and is decoded once more in float32", dtype)
+                pixels = self._decode(vae, latents, torch.float32)
+        if not _finite(pixels):
+            raise GenerationFailed("the image came out as not-a-number; try other parameters")
+        return pixels
+
+    def _decode(self, vae: Any, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        scaling = self._scaling if vae is self._vae else Scaling.of(vae)
+        with _computing(vae, dtype), torch.inference_mode():
+            latents = scaling.unscale(latents.to(self._device, dtype))
+            pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0][0]
+            return pixels.float().cpu()
+
+
+class Moments:
+    """Latents before they are drawn: a diagonal Gaussian (Kingma & Welling 2013)."""
+
+    def __init__(self, distribution: Any, scaling: Scaling, dtype: torch.dtype) -> None:
+        self._distribution = distribution
+        self._scaling = scaling
+        self._dtype = dtype
+
+    def sample(self, generator: torch.Generator) -> torch.Tensor:
+        """Latents (1, C, h, w), scaled; the noise is drawn from a CPU generator as diffusers does."""
+        return self._finish(self._distribution.sample(generator))
+
+    def mode(self) -> torch.Tensor:
+        """Their mean, scaled."""
+        return self._finish(self._distribution.mode())
+
+    def _finish(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._scaling.scale(latents.to(self._dtype))
+
+
+def open_vae(
+    model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: DiffusionSettings, *, upcast: bool = False
+) -> Vae:
+    """The model's VAE, and the small one of the settings.
+
+    Raises OperatorError naming `model.source` or `diffusion.tiny_vae`.
+    """
+    with loading(model.name):
+        vae = load_part(AutoencoderKL, model.path / "vae", dtype)
+    tiny = None
+    if settings.tiny_vae is not None:
+        folder = Path(settings.tiny_vae).expanduser()
+        with loading(str(folder), TINY):
+            tiny = load_part(AutoencoderTiny, folder, dtype)
+        _check_tiny(tiny, vae, folder)
+    if settings.channels_last is not False:
+        for part in (vae, tiny):
+            if part is not None:
+                part.to(memory_format=torch.channels_last)
+    return Vae(vae, device, dtype, tiny=tiny, upcast=upcast)
+
+
+def _check_tiny(tiny: Any, vae: Any, folder: Path) -> None:
+    channels = vae.config.latent_channels
+    if tiny.config.latent_channels != channels:
+        found = tiny.config.latent_channels
+        raise OperatorError(f"{TINY}: {folder} reads latents of {found} channels, the model's have {channels}", TINY)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    # By what it does: the configuration of an AutoencoderTiny has no such number.
+    weight = next(tiny.parameters())
+    with torch.inference_mode():
+        side = tiny.decode(torch.zeros(1, channels, 2, 2).to(weight), return_dict=False)[0].shape[-1] // 2
+    if side != factor:
+        raise OperatorError(f"{TINY}: {folder} makes {side} pixels of a latent, the model's VAE {factor}", TINY)
+
+
+@contextmanager
+def _computing(vae: Any, dtype: torch.dtype) -> Iterator[None]:
+    """The VAE in `dtype`, and after it as it was: half-precision weights come back from float32 exactly.
+
+    In place, so that no second copy stays in memory.
+    """
+    before = vae.dtype
+    if before == dtype:
+        yield
+        return
+    try:
+        _cast(vae, dtype)
+        yield
+    finally:
+        _cast(vae, before)
+        _wait(vae.device)
+
+
+def _cast(vae: Any, dtype: torch.dtype) -> Any:
+    # Parameters made in inference mode could never leave it; and diffusers' own `to` warns of every cast.
+    with torch.inference_mode(False):
+        return torch.nn.Module.to(vae, dtype)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device is done: another thread's stream may read the tensors next."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _one(images: torch.Tensor) -> None:
+    assert images.shape[0] == 1, "one image at a time"

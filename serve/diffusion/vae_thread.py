@@ -1,0 +1,56 @@
+"""The thread beside the step loop: whatever the VAE does, it never makes a step wait."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+Task = Callable[[], None]
+
+
+class VaeThread:
+    """One piece of work at a time, in order of arrival; previews after everything else.
+
+    A task raises nothing: whoever hands it over tells of its outcome inside it.
+
+    Owns: the thread.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: queue.PriorityQueue[tuple[bool, int, Task | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._busy_since: float | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="vae", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the task under way began; 0 between tasks."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, task: Task, *, preview: bool = False) -> None:
+        self._tasks.put((preview, next(self._numbers), task))
+
+    def close(self) -> None:
+        """Begin no other task, and end the thread once the one under way is done. Returns at once."""
+        self._closed = True
+        self._tasks.put((False, next(self._numbers), None))  # wakes it where it waits
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            task = self._tasks.get()[2]
+            if task is None or self._closed:
+                return
+            self._busy_since = time.monotonic()
+            try:
+                task()
+            finally:
+                self._busy_since = None

@@ -1,0 +1,59 @@
+"""The samplers that a request may name, by the names that the field uses. Names only: `serve.diffusion.samplers` builds
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Process = Literal["diffusion", "flow"]
+"""What a model was trained on: a noise schedule (DDPM, whatever it predicts), or rectified flow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """`label` is AUTOMATIC1111's name, which goes into image files. `cls` is diffusers' class, `options` what differs
+    from the model's own scheduler configuration. `most_steps` bounds a request's steps, where the method does."""
+
+    label: str
+    process: Process
+    cls: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    most_steps: int | None = None
+
+
+_CONSISTENCY_STEPS = 50
+"""The steps among which a consistency model was trained to jump: `original_inference_steps`."""
+_KARRAS = {"use_karras_sigmas": True}
+_DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+_SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddim": Sampler("DDIM", "diffusion", "DDIMScheduler"),
+    "ddpm": Sampler("DDPM", "diffusion", "DDPMScheduler"),
+    "deis": Sampler("DEIS", "diffusion", "DEISMultistepScheduler"),
+    "dpm2": Sampler("DPM2", "diffusion", "KDPM2DiscreteScheduler"),
+    "dpm2_a": Sampler("DPM2 a", "diffusion", "KDPM2AncestralDiscreteScheduler"),
+    "dpmpp_2m": Sampler("DPM++ 2M", "diffusion", "DPMSolverMultistepScheduler", _DPMPP_2M),
+    "dpmpp_2m_karras": Sampler("DPM++ 2M Karras", "diffusion", "DPMSolverMultistepScheduler", _DPMPP_2M | _KARRAS),
+    "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", "diffusion", "DPMSolverMultistepScheduler", _SDE),
+    "dpmpp_2m_sde_karras": Sampler("DPM++ 2M SDE Karras", "diffusion", "DPMSolverMultistepScheduler", _SDE | _KARRAS),
+    "euler": Sampler("Euler", "diffusion", "EulerDiscreteScheduler"),
+    "euler_karras": Sampler("Euler Karras", "diffusion", "EulerDiscreteScheduler", _KARRAS),
+    "euler_a": Sampler("Euler a", "diffusion", "EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("Heun", "diffusion", "HeunDiscreteScheduler"),
+    "lcm": Sampler("LCM", "diffusion", "LCMScheduler", most_steps=_CONSISTENCY_STEPS),
+    "pndm": Sampler("PLMS", "diffusion", "PNDMScheduler", {"skip_prk_steps": True}),
+    "tcd": Sampler("TCD", "diffusion", "TCDScheduler", most_steps=_CONSISTENCY_STEPS),
+    "unipc": Sampler("UniPC", "diffusion", "UniPCMultistepScheduler"),
+    "unipc_karras": Sampler("UniPC Karras", "diffusion", "UniPCMultistepScheduler", _KARRAS),
+    "flow_euler": Sampler("Euler", "flow", "FlowMatchEulerDiscreteScheduler"),
+    "flow_heun": Sampler("Heun", "flow", "FlowMatchHeunDiscreteScheduler"),
+}
+"""Each is tested against the stock pipelines. LMS is not among them: diffusers' needs scipy."""
+
+
+def sampler_names(process: Process) -> tuple[str, ...]:
+    """What requests to a model of that kind may name."""
+    return tuple(name for name, sampler in SAMPLERS.items() if sampler.process == process)

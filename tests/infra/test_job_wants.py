@@ -1,0 +1,138 @@
+"""Which job a worker gets: the wants of a claim against the queue."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.jobs import ANY, BROKEN, MODEL, Bench, a_request, on
+
+from serve.embedded import EmbeddedRedis
+from serve.jobs.store import Want
+
+SIDES = (8, 16, 24, 64)
+EVERYTHING = 2**31
+LONG_S = 600.0
+"""Longer than a test takes: only what was made to have waited has waited."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    model: str
+    side: int
+    waited: bool
+    overdue: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.side**2
+
+    def satisfies(self, want: Want) -> bool:
+        fits = self.model == want.model and want.above < self.pixels <= want.upto
+        return fits and not self.overdue and (self.waited or not want.waited_s)
+
+
+JOBS = st.builds(Queued, st.sampled_from(["shapes", "other"]), st.sampled_from(SIDES), st.booleans(), st.booleans())
+BOUNDS = st.sampled_from([0, 64, 256, 300, 576, 4096])
+WANTS = st.builds(Want, st.sampled_from(["shapes", "other"]), BOUNDS, BOUNDS, st.sampled_from([0.0, LONG_S]))
+
+
+async def queue(bench: Bench, jobs: Sequence[Queued]) -> None:
+    for number, job in enumerate(jobs):
+        job_id = f"job{number}"
+        await bench.store.submit(job_id, a_request(model=job.model, side=job.side))
+        if job.waited:
+            await bench.store._redis.hset(f"tandem:job:{job_id}", "waiting", 1)
+        if job.overdue:
+            await bench.store._redis.zadd("tandem:deadlines", {job_id: 1})
+
+
+def test_a_claim_is_the_oldest_job_of_the_first_want_that_any_satisfies(redis_server: EmbeddedRedis) -> None:
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(JOBS, max_size=12), st.lists(WANTS, max_size=4))
+    def holds(jobs: list[Queued], wants: list[Want]) -> None:
+        async def story(bench: Bench) -> None:
+            await bench.store._redis.flushall()
+            await queue(bench, jobs)
+            left = dict(enumerate(jobs))
+            while True:
+                claim = await bench.store.claim("worker", wants)
+                ranked = (
+                    (rank, number)
+                    for rank, want in enumerate(wants)
+                    for number, job in left.items()
+                    if job.satisfies(want)
+                )
+                expected = min(ranked, default=None)
+                assert (claim and claim.job_id) == (expected and f"job{expected[1]}")
+                if expected is None:
+                    break  # so no job is left that any want covers
+                del left[expected[1]]
+
+        on(redis_server.url, story)
+
+    holds()
+
+
+def test_large_only_work_goes_first_and_smaller_work_fills_in(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        small, large = Want(MODEL, 0, 256), Want(MODEL, 256, 4096)
+        for job_id, side in (("s1", 8), ("l1", 64), ("s2", 16), ("l2", 24)):
+            await bench.store.submit(job_id, a_request(side=side))
+        claims = [await bench.store.claim("large card", [large, small]) for _ in range(3)]
+        assert [claim and claim.job_id for claim in claims] == ["l1", "l2", "s1"]
+        assert await bench.store.claim("large card", [large]) is None
+        last = await bench.store.claim("small card", [small])
+        assert last is not None
+        assert last.job_id == "s2"
+
+    on(redis_url, story)
+
+
+def test_a_want_that_waits_leaves_the_job_to_others_and_then_takes_it(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        patient = [Want(MODEL, 0, EVERYTHING, 0.25)]
+        await bench.store.submit("a", a_request())
+        assert await bench.store.claim("busy", patient) is None
+        await asyncio.wait_for(_claimed(bench, patient), 5)
+        job = await bench.store.get("a")
+        assert job.started_at is not None
+        assert job.started_at - job.created_at >= 0.25
+
+    on(redis_url, story)
+
+
+@pytest.mark.parametrize("back", ["retry", "release"])
+def test_a_job_that_comes_back_has_not_waited_and_keeps_its_place(redis_url: str, back: str) -> None:
+    async def story(bench: Bench) -> None:
+        claim = await bench.claimed("a")
+        await bench.store._redis.hset("tandem:job:a", "waiting", 1)
+        await bench.store.submit("b", a_request())
+        if back == "retry":
+            await bench.store.fail(claim, BROKEN, retry=True)
+        else:
+            await bench.store.release(claim)
+        assert await bench.store.claim("busy", [Want(MODEL, 0, EVERYTHING, LONG_S)]) is None
+        again = await bench.store.claim("idle", ANY)
+        assert again is not None
+        assert again.job_id == "a"
+
+    on(redis_url, story)
+
+
+def test_a_record_of_an_older_version_counts_as_the_smallest(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.store.submit("a", a_request())
+        await bench.store._redis.hdel("tandem:job:a", "pixels", "waiting")
+        assert await bench.store.claim("worker", [Want(MODEL, 1, EVERYTHING)]) is None
+        assert await bench.store.claim("worker", [Want(MODEL, 0, 64, LONG_S)]) is None
+        assert await bench.store.claim("worker", [Want(MODEL, 0, 64)])
+
+    on(redis_url, story)
+
+
+async def _claimed(bench: Bench, wants: Sequence[Want]) -> None:
+    while await bench.store.claim("busy", wants) is None:
+        pass

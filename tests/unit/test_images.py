@@ -1,0 +1,251 @@
+"""Images and masks from strangers: what is read, what is refused by name, what is left of a file."""
+
+import base64
+import contextlib
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers.image_processor import VaeImageProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from serve.errors import InvalidRequest
+from serve.images import MAX_SCANS, image_png, inspect, mask_png, written_file
+from serve.settings import LimitSettings
+
+LIMITS = LimitSettings()
+SIZE = (24, 16)
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
+    noise = np.random.default_rng(5).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    noise[..., 3] |= 1
+    return Image.fromarray(noise, "RGBA").convert("RGB").convert(mode) if mode != "RGBA" else Image.fromarray(noise)
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def drawn(data: bytes, size: tuple[int, int] = SIZE) -> Image.Image:
+    return Image.open(io.BytesIO(image_png(inspect("image", data, LIMITS), *size)))
+
+
+def refusal(data: bytes, limits: LimitSettings = LIMITS, field: str = "image") -> str:
+    """Why the file is refused, at its header or when it is decoded."""
+    with pytest.raises(InvalidRequest) as refused:
+        image_png(inspect(field, data, limits), *SIZE)
+    assert refused.value.param == field
+    return refused.value.message
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", m) for m in ("1", "L", "LA", "P", "RGB", "RGBA")])
+def test_every_kind_of_png_is_what_pillow_makes_rgb_of_it(kind: str, mode: str) -> None:
+    data = saved(picture(mode), kind)
+    assert drawn(data).mode == "RGB"
+    assert drawn(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg_and_webp(mode: str) -> None:
+    data = saved(picture(mode), "JPEG", progressive=True)
+    assert drawn(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+    for lossless in (True, False):
+        data = saved(picture("RGBA"), "WEBP", lossless=lossless)
+        assert drawn(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
+    deep = np.arange(SIZE[0] * SIZE[1], dtype=np.uint16).reshape(SIZE[::-1]) * 170
+    red = np.asarray(drawn(saved(Image.fromarray(deep))))[..., 0]
+    assert (red == deep >> 8).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_a_picture_is_held_upright(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(picture(), kind, exif=exif)
+    upright = Image.open(io.BytesIO(data))
+    upright = ImageOps.exif_transpose(upright).convert("RGB")
+    upload = inspect("image", data, LIMITS)
+    assert (upload.width, upload.height) == upright.size
+    assert drawn(data, upright.size).tobytes() == upright.tobytes()
+
+
+def test_an_image_is_resized_as_diffusers_does_it() -> None:
+    big = picture(size=(70, 50))
+    stock = VaeImageProcessor(vae_scale_factor=8, do_normalize=False).preprocess(big, height=16, width=24)
+    ours = np.asarray(drawn(saved(big))).astype(np.float32).transpose(2, 0, 1) / 255
+    assert np.abs(stock.numpy()[0] - ours).max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [SIZE, (70, 50)])
+def test_a_mask_is_made_as_diffusers_does_it(size: tuple[int, int]) -> None:
+    grey = picture("L", size)
+    processor = VaeImageProcessor(vae_scale_factor=8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    stock = processor.preprocess(grey, height=16, width=24).numpy()[0, 0]
+    mask = Image.open(io.BytesIO(mask_png(inspect("mask", saved(grey), LIMITS), *SIZE)))
+    assert mask.mode == "L"
+    assert (np.asarray(mask) == stock * 255).all()
+
+
+def test_nothing_of_the_file_but_its_pixels_survives() -> None:
+    notes = PngInfo()
+    notes.add_text("secret", "a note")
+    data = saved(picture(), "PNG", pnginfo=notes, icc_profile=b"secret profile" * 20, exif=b"Exif\0\0secret")
+    kept = image_png(inspect("image", data + b"PK\x03\x04 secret archive", LIMITS), *SIZE)
+    assert b"secret" not in kept
+    assert Image.open(io.BytesIO(kept)).info == {}
+    assert b"iCCP" not in kept
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "empty"),
+        (b"hello", "no image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><!-- x --><svg/>", "SVG"),
+        (saved(picture(), "GIF"), "GIF"),
+        (saved(picture(), "BMP"), "BMP"),
+        (saved(picture(), "TIFF"), "TIFF"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\0\0\0\x20ftypavif", "AVIF"),
+        (saved(picture(size=(1, 1))), "8 pixels or more"),
+        (saved(picture(size=(400, 7)), "JPEG"), "8 pixels or more"),
+        (saved(picture(), "PNG", save_all=True, append_images=[picture("L").convert("RGB")]), "animated"),
+        (saved(picture(), "WEBP", save_all=True, append_images=[picture("L").convert("RGB")]), "animated"),
+        (saved(picture(), "WEBP")[:40], "broken"),
+        (saved(picture(), "JPEG")[:300], "broken"),
+        (saved(picture())[:200], "broken"),
+        (saved(picture())[:24], "broken"),
+        (saved(picture(), "JPEG") + b"\xff\xda" * MAX_SCANS, "scans"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(data: bytes, named: str) -> None:
+    assert named in refusal(data)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises that size, and whose pixels are not there."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def webp_of(width: int, height: int) -> bytes:
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + bytes(12)
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    data = bytearray(saved(picture(), "JPEG"))
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data", [png_of(100_000, 100_000), png_of(2**31 - 1, 2**31 - 1), webp_of(16_384, 16_384), jpeg_of(65_500, 65_500)]
+)
+def test_a_bomb_is_refused_before_it_is_decoded(data: bytes) -> None:
+    assert f"at most {LIMITS.max_image_pixels} pixels" in refusal(data)
+
+
+def test_the_limits_are_the_settings() -> None:
+    data = saved(picture(size=(128, 128)))
+    assert "4096 pixels" in refusal(data, LimitSettings(max_image_pixels=4096), "mask")
+    assert "over 1024 bytes" in refusal(data, LimitSettings(max_image_bytes=1024))
+    with pytest.raises(InvalidRequest, match="over 1024 bytes"):
+        written_file("image", base64.b64encode(data).decode(), LimitSettings(max_image_bytes=1024))
+
+
+def test_a_file_is_written_as_base64_or_as_a_data_url() -> None:
+    data = saved(picture())
+    plain = base64.b64encode(data).decode()
+    for text in (plain, f"data:image/png;base64,{plain}", f"DATA:image/webp;name=a.png;BASE64,{plain}"):
+        assert written_file("image", text, LIMITS) == data
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("https://example.com/a.png", "not fetched"),
+        ("file:///etc/passwd", "not fetched"),
+        ("data:image/svg+xml;base64,PHN2Zy8+", "SVG"),
+        ("data:text/html;base64,AAAA", "data URL"),
+        ("data:image/png,%89PNG", "data URL"),
+        ("data:image/png;base64", "data URL"),
+        ("data:", "data URL"),
+        ("AAA", "base64"),
+        ("AA\nAA", "base64"),
+        ("é", "base64"),
+        ("\ud800AAA", "base64"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name(text: str, named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named) as refused:
+        written_file("mask", text, LIMITS)
+    assert refused.value.param == "mask"
+
+
+FILES = [
+    saved(picture()),
+    saved(picture("P")),
+    saved(picture("CMYK"), "JPEG", progressive=True),
+    saved(picture(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    saved(picture("RGBA"), "WEBP"),
+    saved(picture(), "WEBP", lossless=True),
+    saved(picture(), "PNG", save_all=True, append_images=[picture("L").convert("RGB")]),
+]
+
+
+@contextlib.contextmanager
+def refusing(field: str) -> Iterator[None]:
+    """The block may refuse, by name and in fit words; it raises nothing else."""
+    refused = None
+    try:
+        yield
+    except InvalidRequest as error:
+        refused = error
+    assert refused is None or (refused.param == field and refused.message.isprintable())
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    data=st.sampled_from(FILES),
+    changes=st.lists(st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=6)), max_size=6),
+    cut=st.none() | st.integers(0, 5000),
+)
+def test_no_file_breaks_the_decoder(data: bytes, changes: list[tuple[int, bytes]], cut: int | None) -> None:
+    broken = bytearray(data)
+    for place, value in changes:
+        place %= len(broken)
+        broken[place : place + len(value)] = value
+    with refusing("image"):
+        upload = inspect("image", bytes(broken[:cut]), LIMITS)
+        for make in (image_png, mask_png):
+            assert Image.open(io.BytesIO(make(upload, *SIZE))).size == SIZE
+
+
+@given(text=st.text(max_size=60) | st.binary(max_size=60).map(lambda data: base64.b64encode(data).decode()))
+def test_no_text_breaks_the_reading(text: str) -> None:
+    with refusing("mask"):
+        inspect("mask", written_file("mask", text, LIMITS), LIMITS)
