@@ -17,7 +17,8 @@ from deployments.ingress import Ingress
 from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import open_catalog
 from serve.encoders.registry import Encoder
-from serve.placements import GPU_CLASS_LABEL, Placement, plan_placements
+from serve.errors import OperatorError
+from serve.placements import GPU_CLASS_LABEL, HERE, Placement, plan_placements, setting_of
 from serve.settings import EncoderSettings, Settings
 
 POLICY = "deployments.autoscaling:QueuedTokens"
@@ -48,12 +49,21 @@ def build(settings: Settings) -> serve.Application:
 
 
 def denoiser(placement: Placement, settings: Settings, encoders: Mapping[str, serve.Application]) -> serve.Application:
-    """One model on one GPU class: replicas that run on nodes with the class's label, and anywhere where it has none."""
+    """One model on one GPU class: replicas that run on nodes with the class's label, and anywhere where it has none.
+
+    Raises OperatorError for replicas that would compute on a class's cards without Ray knowing of it: it gives the same
+    card to others, and starts them by the dozen. (`tandem up` shares out its GPUs before, and may have none.)
+    """
     own = placement.settings
     actor: dict[str, Any] = {"num_cpus": own.num_cpus, "num_gpus": own.num_gpus}
     if placement.gpu_class is not None:
         label = settings.gpu_classes[placement.gpu_class].label or placement.gpu_class
         actor["label_selector"] = {GPU_CLASS_LABEL: label}
+        if not own.num_gpus and own.device in ("auto", "cuda") and label != HERE:
+            place = setting_of(settings, placement.name, "num_gpus")
+            raise OperatorError(
+                f"{place}: it is 0, and {placement.gpu_class} is a class of GPUs; say 1, or which share of one", place
+            )
     return serve.deployment(
         Diffusion,
         name=f"Diffusion-{placement.name}",
@@ -66,8 +76,11 @@ def denoiser(placement: Placement, settings: Settings, encoders: Mapping[str, se
 
 
 def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:
-    """The pool of one text encoder, which all models share that have it."""
+    """The pool of one text encoder, which all models share that have it. OperatorError for a share of several GPUs."""
     own = encoder.settings
+    if own.num_gpus > 1 and own.num_gpus % 1:
+        place = encoder.setting("num_gpus")
+        raise OperatorError(f"{place}: {own.num_gpus:g}: above 1 it must be whole", place)
     return serve.deployment(
         TextEncoder,
         name=f"TextEncoder-{encoder.name}",

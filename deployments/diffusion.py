@@ -9,6 +9,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -16,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.metrics import tell_device
 from deployments.parts import Parts, open_parts, open_text
+from deployments.step_times import StepTimes
 from serve.devices import check_memory
 from serve.diffusion.engine import Engine
 from serve.diffusion.profile import Profile, open_profile
@@ -24,6 +26,7 @@ from serve.diffusion.scheduler import StepScheduler
 from serve.placements import Placement, plan_placements, setting_of
 from serve.prompts.plan import Planner
 from serve.settings import Settings
+from serve.wants import batch_of
 from serve.worker import Worker
 
 
@@ -40,16 +43,17 @@ class Diffusion:
         parts = await open_parts(settings)
         place = next(each for each in plan_placements(settings, parts.catalog.drawn) if each.name == placement)
         model = parts.catalog.drawn[place.model]
-        runner, self._profile = await asyncio.to_thread(_load, settings, place, parts)
+        assert model.denoiser is not None  # models that are drawn have one
+        runner, profile = await asyncio.to_thread(_load, settings, place, parts)
         # The node first: which of them holds what is seen in the jobs' records.
         node = ray.get_runtime_context().get_node_id()
         name = f"{node}:{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._factor = runner.family.vae.scale_factor
         self._stall_s = place.settings.stall_s
         self._metrics = parts.metrics
         self._jobs = parts.jobs
         self._text = open_text(settings, parts, encoders, "diffusion", name)
-        self._engine = Engine(runner, StepScheduler(self._profile), self._profile, parts.metrics)
+        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics)
+        self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
         self._worker = Worker(
             name=name,
             placement=place,
@@ -60,20 +64,15 @@ class Diffusion:
             engine=self._engine,
             results=parts.results,
             metrics=parts.metrics,
+            batch=partial(batch_of, model.denoiser, profile.lanes),
         )
 
     def describe(self) -> str:
         return f"{self._worker.rows} images in hand"
 
     async def benchmark(self, width: int, height: int, steps: int) -> dict[int, list[float]]:
-        """Seconds of synthetic steps by batch entries: 1, 2, 4, ... up to the most that step together at this size.
-
-        They run between the steps of the jobs in hand, which they slow down for as long. Raises OutOfMemory.
-        """
-        shape = (height // self._factor, width // self._factor)
-        most = self._profile.lanes(shape)
-        sizes = sorted({1 << power for power in range(most.bit_length())} | {most})
-        return {lanes: await asyncio.wrap_future(self._engine.measure(shape, lanes, steps)) for lanes in sizes}
+        """`StepTimes.measure`: it slows the jobs in hand down for as long. Raises Busy, OutOfMemory."""
+        return await self._step_times.measure(width, height, steps)
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

@@ -59,6 +59,9 @@ class ImageRequest:
 
     `preview_every` asks for a preview after every so many steps, 0 for none. `step_cache` above 0 and `tiny_vae` trade
     exactness for time: the image is then labelled approximate.
+
+    `output_format` is `png`, `jpeg` or `webp`; `output_compression` the quality of the latter two, 0 to 100, None for
+    a PNG; `bit_depth` 8, or 16 for a PNG.
     """
 
     model: str
@@ -80,6 +83,9 @@ class ImageRequest:
     preview_every: int = 0
     step_cache: float = 0.0
     tiny_vae: bool = False
+    output_format: str = "png"
+    output_compression: int | None = None
+    bit_depth: int = 8
     salt: str = ""
 
     @property

@@ -1,7 +1,7 @@
 """An image or mask as a client sends it -> the PNG that jobs start from. Everything about it is distrusted.
 
-The size is read from the file's first bytes before any decoder sees it; only PNG, JPEG and WebP are decoded, whatever
-else the bytes may be; and what is kept is encoded anew from the pixels, so that nothing else of the file survives.
+Only PNG, JPEG and WebP are read, whatever else the bytes may be; their pieces are counted and their size is read before
+any of them is decoded; and what is kept is encoded anew from the pixels, so that nothing else of the file survives.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from serve.errors import InvalidRequest
+from serve.image_files import TooMuch, kind_of, walk, webp_size
 from serve.settings import LimitSettings
 
 MIN_SIDE = 8
 """Pixels; nothing can be drawn from less, and no model's grid is finer."""
-MAX_SCANS = 100
-"""Scans of a JPEG. Usual progressive files have about ten; each costs a pass over the whole image, however few bytes
-it takes."""
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp", "application/octet-stream")
 """What a data URL may say; the bytes decide."""
 WHITE_FROM = 128
@@ -29,7 +27,6 @@ WHITE_FROM = 128
 
 _READABLE = "PNG, JPEG and WebP are read"
 _SOME = 1024
-_ORIENTATION = 0x0112
 _UPRIGHT: Mapping[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,12 +41,14 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A file whose header was found good; its pixels are not decoded yet. `width` and `height` are those of the image
-    held upright, as its EXIF orientation says. `field` is the order's field that it came in."""
+    """A file whose header was found good; its pixels are not decoded yet, and `data` has little else left. `width` and
+    `height` are those of the image held upright, as its EXIF `orientation` says. `field` is the order's field that it
+    came in."""
 
     field: str
     data: bytes
     format: str
+    orientation: int
     width: int
     height: int
 
@@ -79,29 +78,30 @@ def written_file(field: str, text: str, limits: LimitSettings) -> bytes:
 def inspect(field: str, data: bytes, limits: LimitSettings) -> Upload:
     """Check the file's kind and size without decoding it. Raises InvalidRequest that names `field`."""
     _bound(field, len(data), limits)
-    kind = _kind(data)
+    kind = kind_of(data)
     if kind is None:
         raise InvalidRequest(f"{field} is {_named(data)}; {_READABLE}", field)
     with _Guard(field):
         if kind == "WEBP":  # its decoder takes memory for the whole image when it is made
-            _check_size(field, *_webp_size(data), limits)
-        elif kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-            raise InvalidRequest(f"{field} is a JPEG of more than {MAX_SCANS} scans", field)
-        with _OPEN[kind](io.BytesIO(data)) as image:
+            _check_size(field, *webp_size(data), limits)
+        file = walk(kind, data)
+        with _OPEN[kind](io.BytesIO(file.data)) as image:
             _check_size(field, *image.size, limits)
-            if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:
+            if file.animated or (kind == "WEBP" and getattr(image, "n_frames", 1) > 1):
                 raise InvalidRequest(f"{field} is animated; send one picture", field)
+            if image.mode == "CMYK":
+                raise InvalidRequest(f"{field} is CMYK, whose colours depend on a printer; send RGB", field)
             width, height = image.size
-            if _orientation(image) in _SIDEWAYS:
+            if file.orientation in _SIDEWAYS:
                 width, height = height, width
-    return Upload(field, data, kind, width, height)
+    return Upload(field, file.data, kind, file.orientation, width, height)
 
 
 def image_png(upload: Upload, width: int, height: int) -> bytes:
     """The picture as an RGB PNG of width x height, resized as diffusers does it (Lanczos).
 
-    As there, transparency is dropped and not blended with anything; CMYK is converted by formula, colour profiles are
-    not read; of 16 bits the upper 8 are kept. Raises InvalidRequest for a file that is broken.
+    As there, transparency is dropped and not blended with anything; colour profiles are not read; of 16 bits the upper
+    8 are kept. Raises InvalidRequest for a file that is broken.
     """
     with _Guard(upload.field):
         image = _pixels(upload).convert("RGB")
@@ -126,6 +126,8 @@ class _Guard:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, TooMuch):
+            raise InvalidRequest(f"{self._field} is {error}", self._field) from None
         if isinstance(error, Exception) and not isinstance(error, InvalidRequest | MemoryError):
             raise InvalidRequest(f"{self._field} is broken or cut short", self._field) from None
 
@@ -144,14 +146,6 @@ def _check_size(field: str, width: int, height: int, limits: LimitSettings) -> N
         raise InvalidRequest(f"{field} is {width} x {height}; each side must have {MIN_SIDE} pixels or more", field)
 
 
-def _kind(data: bytes) -> str | None:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
 def _named(data: bytes) -> str:
     """What a file that is not read looks like."""
     start = data[:_SOME].lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
@@ -168,19 +162,6 @@ def _named(data: bytes) -> str:
 _OTHERS: Mapping[bytes, str] = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%PDF": "PDF"}
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Of the canvas: https://developers.google.com/speed/webp/docs/riff_container. ValueError where there is none."""
-    chunk = data[12:16]
-    if len(data) < 30 or chunk not in (b"VP8X", b"VP8L", b"VP8 "):
-        raise ValueError("not a WebP image")
-    if chunk == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if chunk == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-
-
 # Pillow's classes themselves, because `Image.open` takes a JPEG with several pictures for another format.
 _OPEN: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -189,27 +170,16 @@ _OPEN: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 }
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 where the file says nothing readable. Read from the header alone, so that the size is known early."""
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        value = int(exif.get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  a broken note about the picture is no broken picture
-        return 1
-    return value if value in _UPRIGHT else 1
-
-
 def _pixels(upload: Upload) -> Image.Image:
     """Decoded and held upright."""
     image: Image.Image = _OPEN[upload.format](io.BytesIO(upload.data))
-    orientation = _orientation(image)
     image.load()
     if image.mode.startswith("I"):  # Pillow would cut what is above 255 instead of scaling it
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "P":
         image = image.convert("RGBA")
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    held = _UPRIGHT.get(upload.orientation)
+    return image if held is None else image.transpose(held)
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:

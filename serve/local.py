@@ -26,7 +26,7 @@ from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
 from serve.errors import OperatorError, Unavailable
 from serve.origins import Loaded
-from serve.placements import GPU_CLASS_LABEL, plan_placements, setting_of
+from serve.placements import GPU_CLASS_LABEL, HERE, plan_placements, setting_of
 from serve.results.store import open_store
 from serve.settings import Settings
 from serve.shares import fit
@@ -38,8 +38,7 @@ NAME = "tandem"
 WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
 RAY_END_S = 2.0
-HERE = "this-machine"
-"""The GPU class of the one node: every placement is to run on it, whichever classes there are."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 APPLICATION = "deployments.app:build"
 """The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
 
@@ -62,8 +61,8 @@ def run(loaded: Loaded) -> None:
 def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, Catalog, list[EmbeddedRedis]]:
     """Check what can be checked before the slow start, and start the Redis servers that are not given.
 
-    Returns the settings with every path absolute, every URL filled in and every GPU class on this machine, what is
-    served, and the servers. Raises OperatorError naming the setting.
+    Returns the settings as `on_this_machine` and with every path absolute and every URL filled in, what is served, and
+    the servers. Raises OperatorError naming the setting.
     """
     _check_port(settings.http.host, settings.http.port)
     data_dir = settings.data_dir.absolute()
@@ -97,9 +96,19 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     filled = {
         "jobs": settings.jobs.model_copy(update={"redis_url": jobs_url}),
         "cache": settings.cache.model_copy(update={"redis_url": cache_url}),
-        "gpu_classes": {name: each.model_copy(update={"label": HERE}) for name, each in settings.gpu_classes.items()},
     }
-    return settings.model_copy(update=filled), catalog, servers
+    return on_this_machine(settings.model_copy(update=filled)), catalog, servers
+
+
+def on_this_machine(settings: Settings) -> Settings:
+    """The settings with what the operator left open and one machine answers: every GPU class is here, and whoever may
+    reach the server may have it measure itself where only this machine can."""
+    http = settings.http
+    benchmark = http.host in LOOPBACK if http.benchmark is None else http.benchmark
+    classes = {name: each.model_copy(update={"label": HERE}) for name, each in settings.gpu_classes.items()}
+    return settings.model_copy(
+        update={"http": http.model_copy(update={"benchmark": benchmark}), "gpu_classes": classes}
+    )
 
 
 def _watch(servers: Sequence[EmbeddedRedis]) -> None:

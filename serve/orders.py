@@ -14,6 +14,7 @@ from serve.models.presets import AUTO, auto, presets
 from serve.models.samplers import SAMPLERS, sampler_names
 from serve.placements import Fleet
 from serve.prompts.grammar import parse
+from serve.results.encode import quality_of
 from serve.settings import LimitSettings
 
 MAX_SEED = 2**32 - 1
@@ -52,6 +53,9 @@ class NewImage:
     preview_every: int = 0
     step_cache: float = 0.0
     tiny_vae: bool = False
+    output_format: str = "png"
+    output_compression: int | None = None
+    bit_depth: int = 8
     salt: str = ""
 
 
@@ -82,11 +86,12 @@ def complete(
     parse(new.negative_prompt, "negative_prompt")  # also where, without guidance, nobody will read it
     steps = _default(new.num_inference_steps, denoiser.default_num_inference_steps)
     guidance = _default(new.guidance_scale, denoiser.default_guidance_scale)
-    seed = secrets.randbelow(MAX_SEED + 1) if new.seed is None else new.seed
     within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
     within("guidance_scale", guidance, 0.0, limits.max_guidance_scale)
     within("num_images", new.num_images, 1, limits.max_num_images)
-    within("seed", seed, 0, MAX_SEED)
+    last = MAX_SEED + 1 - new.num_images  # image i has the seed seed + i
+    seed = secrets.randbelow(last + 1) if new.seed is None else new.seed
+    within("seed", seed, 0, last)
     within("preview_every", new.preview_every, 0, steps)
     if new.scheduler is not None and new.scheduler not in sampler_names(denoiser.process):
         raise InvalidRequest(f"scheduler: {model.name} has {', '.join(sampler_names(denoiser.process))}", "scheduler")
@@ -114,6 +119,9 @@ def complete(
         preview_every=new.preview_every,
         step_cache=_step_cache(new, model, fleet),
         tiny_vae=_tiny_vae(new, model, fleet),
+        output_format=new.output_format,
+        output_compression=quality_of(new.output_format, new.output_compression, new.bit_depth, max(width, height)),
+        bit_depth=new.bit_depth,
         salt=new.salt,
     )
 

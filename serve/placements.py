@@ -17,6 +17,8 @@ from serve.settings import DiffusionSettings, Settings
 
 GPU_CLASS_LABEL = "tandem.dev/gpu-class"
 """The node label that says which GPU class a node's cards are of."""
+HERE = "this-machine"
+"""Its value on the one node of `tandem up`: every placement is to run there, whichever classes there are."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Of one number, by dtype."""
 USABLE = 0.9
@@ -24,12 +26,14 @@ USABLE = 0.9
 the allocator can't join."""
 LANES = 2
 """Batch entries of one image with guidance, the least that must fit."""
-STEP_TENSORS = 32
+STEP_TENSORS = 28
 """Tensors as wide as the denoiser's first block that one entry of a step has alive at its peak: U-Net skips, the hidden
 layers of feed-forwards, queries, keys and values. Counted: 26 in SD 1.5, 20 in FLUX, 16 in SDXL, 14 in SD 3."""
 DECODE_TENSORS = 6
 """Tensors as wide as the VAE's last block that a decoding has alive at its peak: three of the twice as wide block
 before it, at full size."""
+DECODE_TILE_PIXELS = 1024 * 1024
+"""The VAE decodes an image of up to so many pixels whole, and a larger one in tiles of as many."""
 GRID = 16
 """Pixels; every family's sizes are multiples of it or may be."""
 
@@ -128,24 +132,28 @@ def held_size(width: int, height: int, pixels: int) -> tuple[int, int]:
     return (side, other) if width <= height else (other, side)
 
 
-def bytes_per_pixel(denoiser: Denoiser, dtype: str) -> float:
-    """What an image's working memory is estimated to grow by for each of its pixels, in bytes.
+def bytes_per_pixel(denoiser: Denoiser, dtype: str) -> tuple[float, float]:
+    """What each pixel of an image is estimated to take while it is stepped and while it is decoded, in bytes.
 
     A step holds STEP_TENSORS x denoiser_width numbers for each latent (for each patch of latents, where the model reads
-    patches, which the grid of its sizes shows) and lane. Meanwhile another image may be decoded, which takes
-    DECODE_TENSORS x vae_width numbers for each pixel, in float32 because a decoding that overflows is repeated in it.
+    patches, which the grid of its sizes shows) and lane. A decoding holds DECODE_TENSORS x vae_width numbers for each
+    pixel of a tile, in float32 because one that overflows is repeated in it.
     """
     step = LANES * STEP_TENSORS * denoiser.denoiser_width * BYTES[dtype] / denoiser.size_multiple**2
-    return step + DECODE_TENSORS * denoiser.vae_width * BYTES["float32"]
+    return step, float(DECODE_TENSORS * denoiser.vae_width * BYTES["float32"])
 
 
 def estimated_pixels(denoiser: Denoiser, dtype: str, memory_bytes: float) -> int:
     """The largest image that so much memory holds beside the weights; 0 or less where not even they fit.
 
-    An estimate from counts of parameters and channels, to be replaced by measurements of each model on each card.
+    While an image is stepped, another one of its size may be decoded: pixels p with
+    step x p + decode x min(p, DECODE_TILE_PIXELS) <= USABLE x memory - weights. An estimate from counts of parameters
+    and channels, to be replaced by measurements of each model on each card.
     """
-    weights = denoiser.parameters * BYTES[dtype]
-    return math.floor((USABLE * memory_bytes - weights) / bytes_per_pixel(denoiser, dtype))
+    step, decode = bytes_per_pixel(denoiser, dtype)
+    free = USABLE * memory_bytes - denoiser.parameters * BYTES[dtype]
+    whole = free / (step + decode)
+    return math.floor(whole if whole <= DECODE_TILE_PIXELS else (free - decode * DECODE_TILE_PIXELS) / step)
 
 
 def _settled(settings: Settings, drawn: Mapping[str, ModelFolder]) -> Iterable[Placement]:

@@ -9,9 +9,9 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.domain import EncodeUnit, Job, JobEvent, Tier
-from serve.errors import ClientError, TandemError, Unavailable
-from serve.inputs import PNG, Inputs, given
+from serve.domain import EncodeUnit, ImageRequest, Job, JobEvent, Tier, Truncation
+from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
+from serve.inputs import Inputs, given, settled
 from serve.jobs.events import follow
 from serve.jobs.store import JobStore
 from serve.models import ModelFolder
@@ -19,6 +19,7 @@ from serve.offers import ModelInfo, SelfTest, model_info, step_times
 from serve.orders import NewImage, complete, drawn, size_of, within
 from serve.placements import Fleet
 from serve.prompts.plan import Planner
+from serve.results.keys import content_type
 from serve.results.store import ResultStore
 from serve.settings import LimitSettings
 from serve.telemetry.metrics import Metrics
@@ -27,6 +28,7 @@ from serve.text import count_prompts
 log = logging.getLogger(__name__)
 
 MAX_MEASURED_STEPS = 50
+_ASK_AGAIN_S = 1.0
 
 Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
 """Has units encoded and kept where the replica that claims the job will find them; where each came from."""
@@ -67,7 +69,7 @@ Probe = Callable[[], Awaitable[PoolState]]
 class ImageService:
     """Submit, look up, follow and cancel image jobs.
 
-    Owns: the tasks that have a queued job's text encoded.
+    Owns: the tasks that have a queued job's text encoded, and those that cancel what nobody waits for.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class ImageService:
         self._measuring = asyncio.Lock()
         self._inputs = Inputs(jobs, results, limits)
         self._ahead: dict[str, asyncio.Task[None]] = {}
+        self._withdrawing: set[asyncio.Task[None]] = set()
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What images can be ordered from; empty on a server that only encodes text."""
@@ -115,7 +118,7 @@ class ImageService:
         request = complete(new, self._models, self._fleet, self._limits, given(job_id, uploads))
         plan = self._planners[request.model].plan(request.text)
         async with self._inputs.kept(job_id, uploads, request.width, request.height):
-            job = await self._jobs.submit(job_id, request, truncated=plan.truncated)
+            job = await self._logged(job_id, request, plan.truncated)
         count_prompts(self._metrics, plan)
         task = self._ahead[job.id] = asyncio.create_task(self._encode_ahead(job.id, plan.units))
         task.add_done_callback(lambda _: self._ahead.pop(job.id, None))
@@ -123,7 +126,7 @@ class ImageService:
 
     async def close(self) -> None:
         """The text of queued jobs is left to the replicas that claim them."""
-        for task in list(self._ahead.values()):
+        for task in (*self._ahead.values(), *self._withdrawing):
             task.cancel()
 
     async def get(self, job_id: str) -> Job:
@@ -131,7 +134,7 @@ class ImageService:
 
     async def wait(self, job_id: str) -> Job:
         """The job when it has ended. Raises JobNotFound or BackendUnavailable; the job goes on."""
-        async with contextlib.aclosing(follow(self._jobs, job_id)) as events:
+        async with contextlib.aclosing(follow(self._jobs, job_id, previews=False)) as events:
             async for _ in events:
                 pass
         return await self._jobs.get(job_id)
@@ -147,11 +150,23 @@ class ImageService:
             ahead.cancel()
         return job
 
+    async def withdraw(self, job_id: str, within_s: float) -> None:
+        """Cancel a job that nobody waits for. While the job store is away this goes on in the background, for at most
+        `within_s`."""
+        try:
+            await self.cancel(job_id)
+        except Unavailable:
+            task = asyncio.create_task(self._cancel_later(job_id, within_s))
+            self._withdrawing.add(task)
+            task.add_done_callback(self._withdrawing.discard)
+        except JobNotFound:
+            pass  # it ended long ago
+
     async def image(self, job_id: str, name: str) -> StoredImage:
         """`name` is the index of an image that was drawn, or `image` or `mask`: what the job starts from."""
         key = await self._inputs.key(job_id, name)
         url = self._results.url(key)
-        return StoredImage(content_type=PNG, url=url, data=None if url else await self._results.get(key))
+        return StoredImage(content_type=content_type(key), url=url, data=None if url else await self._results.get(key))
 
     async def benchmark(
         self, model: str | None = None, width: int | None = None, height: int | None = None, steps: int = 5
@@ -185,6 +200,24 @@ class ImageService:
             return PoolState(False, "does not answer")
         except TandemError as error:
             return PoolState(False, error.message)
+
+    async def _logged(self, job_id: str, request: ImageRequest, truncated: Sequence[Truncation]) -> Job:
+        """Of a submission that is cancelled meanwhile nobody has the id, so the job goes too."""
+        try:
+            return await settled(self._jobs.submit(job_id, request, truncated=truncated))
+        except asyncio.CancelledError:
+            with contextlib.suppress(TandemError):
+                await settled(self._jobs.cancel(job_id))
+            raise
+
+    async def _cancel_later(self, job_id: str, within_s: float) -> None:
+        with contextlib.suppress(TimeoutError, JobNotFound):
+            async with asyncio.timeout(within_s):
+                while True:
+                    await asyncio.sleep(_ASK_AGAIN_S)
+                    with contextlib.suppress(Unavailable):
+                        await self.cancel(job_id)
+                        return
 
     async def _encode_ahead(self, job_id: str, units: Sequence[EncodeUnit]) -> None:
         """Failure costs time only: the replica that claims the job asks again."""

@@ -33,7 +33,11 @@ class HttpSettings(Room):
     port: int = Field(8000, ge=1, le=65535)
     """Port that the HTTP ingress listens on."""
     max_body_bytes: int = Field(32 * MIB, ge=1024)
-    """Largest request body that is read, images in it included; more is refused with 413."""
+    """Largest request body that is read, images in it included (in base64 a third larger than their files); more is
+    refused with 413."""
+    max_bodies_bytes: int = Field(512 * MIB, ge=1024)
+    """Most bytes of request bodies that one ingress replica holds at once; one that does not fit is refused with 503.
+    At least `max_body_bytes`. While a body is read, its decoded pictures come on top."""
     replicas: int = Field(1, ge=1)
     """Number of ingress replicas."""
     max_connections: int = Field(1000, ge=1)
@@ -41,11 +45,19 @@ class HttpSettings(Room):
     num_cpus: float = Field(0.2, ge=0)
     """CPUs that one ingress replica reserves in Ray."""
     benchmark: bool | None = None
-    """Answer `POST /v1/benchmark`, which takes the diffusion replicas' time; by default only on a loopback `host`."""
+    """Answer `POST /v1/benchmark`, which takes the diffusion replicas' time; by default only under `tandem up` on a
+    loopback `host`."""
+
+    @model_validator(mode="after")
+    def _holds_one_body(self) -> Self:
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(f"max_bodies_bytes {self.max_bodies_bytes} is less than max_body_bytes")
+        return self
 
     @property
     def offers_benchmark(self) -> bool:
-        return self.host in ("127.0.0.1", "::1", "localhost") if self.benchmark is None else self.benchmark
+        """Behind a cluster's proxy, `host` says nothing of who can reach the server: what is left open is a no."""
+        return bool(self.benchmark)
 
 
 class ModelSettings(Room):
@@ -75,8 +87,8 @@ class LimitSettings(Room):
     """Largest width or height, in pixels."""
     max_guidance_scale: float = Field(50.0, ge=1)
     """Largest guidance scale."""
-    max_image_bytes: int = Field(16 * MIB, ge=1024)
-    """Largest file of an image or mask to start from."""
+    max_image_bytes: int = Field(11 * MIB, ge=1024)
+    """Largest file of an image or mask to start from. By default both fit into `http.max_body_bytes`."""
     max_image_pixels: int = Field(4096 * 4096, ge=4096)
     """Most pixels of an image or mask to start from; it is refused before it is decoded."""
 
@@ -214,8 +226,9 @@ class DiffusionSettings(Room):
     """Number of diffusion replicas; with 0 this server only encodes text."""
     num_cpus: float = Field(0.5, ge=0)
     """CPUs that one replica reserves in Ray."""
-    num_gpus: float = Field(0.0, ge=0)
-    """GPUs (fractions allowed) that one replica reserves in Ray."""
+    num_gpus: float = Field(0.0, ge=0, le=1)
+    """Share of a GPU that one replica reserves in Ray, at most 1: a denoiser runs on one. A replica that reserves none
+    must not have a `gpu_class`, unless its `device` is the CPU; `tandem up` shares out what is left open."""
     torch_threads: int | None = Field(None, ge=1)
     """CPU threads of the denoiser, where it runs on a CPU; by default all cores but one."""
     channels_last: bool | None = None
@@ -231,7 +244,8 @@ class DiffusionSettings(Room):
     """Seconds that a replica may take at its first start to find the batch that pays for each size, kept under
     `data_dir`; 0 measures nothing, and a step takes `max_batch_size` images."""
     stall_s: float = Field(120.0, gt=0)
-    """Seconds that one step or one decoding may take before the replica counts as hung and is replaced."""
+    """Seconds that one step or one decoding may take before the replica counts as hung and is replaced. With `compile`
+    the first step of a new size counts too, compiling included: leave it time for that."""
     drain_s: float = Field(120.0, gt=0)
     """Seconds that a replica which is told to stop may take to finish the jobs that it holds."""
 

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from PIL import Image
-
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRef, JobError, Schedule, Timings
+from serve.domain import ImageRequest, JobError, Schedule, Timings
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.compose import compose
-from serve.errors import ClientError, InvalidRequest, JobNotFound, LeaseLost, TandemError
+from serve.errors import ClientError, LeaseLost, TandemError
 from serve.jobs.pulse import Pulse
-from serve.jobs.store import Claim, JobStore, Want
+from serve.jobs.store import Claim, JobStore
 from serve.patience import GivenBack, Patience, Withdrawn, first
 from serve.placements import Placement
 from serve.prompts.plan import Planner
-from serve.results.png import encode_png, parameters
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
+from serve.storing import fetch_input, store_images
 from serve.telemetry.metrics import Metrics
 from serve.text import count_text
+from serve.wants import wants_of
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
-LEFT_TO_OTHERS_S = 0.25
-"""For so long a full replica leaves work to those that have a free row."""
 
 
 class Worker:
@@ -53,7 +49,9 @@ class Worker:
         engine: Engine,
         results: ResultStore,
         metrics: Metrics,
+        batch: Callable[[], int],
     ) -> None:
+        """`batch` says how many images fill a step, as far as that is known by now."""
         self._name = name
         self._placement = placement
         self._settings = settings
@@ -63,6 +61,7 @@ class Worker:
         self._engine = engine
         self._results = results
         self._metrics = metrics
+        self._batch = batch
         self._held: dict[asyncio.Task[None], int] = {}
         self._freed = asyncio.Event()
         self._draining = asyncio.Event()
@@ -100,7 +99,7 @@ class Worker:
         """
         while self._engine.alive and not self._draining.is_set():
             self._freed.clear()
-            wants = wants_of(self._placement, self.rows)
+            wants = wants_of(self._placement, self.rows, self._batch())
             if not wants:
                 await first(self._freed.wait(), self._draining.wait())
                 continue
@@ -111,7 +110,7 @@ class Worker:
                 await first(asyncio.sleep(IDLE_WAIT_S), self._draining.wait())
                 continue
             if claim is None:
-                wait_s = LEFT_TO_OTHERS_S if any(want.waited_s for want in wants) else IDLE_WAIT_S
+                wait_s = min([IDLE_WAIT_S, *(want.waited_s for want in wants if want.waited_s)])
                 await first(self._jobs.wait_for_work(wait_s), self._freed.wait(), self._draining.wait())
                 continue
             task = asyncio.create_task(self._serve(claim))
@@ -162,12 +161,12 @@ class Worker:
         conditioning = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
         text_s = time.monotonic() - started
         self._metrics.observe("tandem_text_wait_seconds", text_s)
-        image = await self._input("image", request.image, patience)
-        mask = await self._input("mask", request.mask, patience)
+        image = await fetch_input(self._results, "image", request.image, patience)
+        mask = await fetch_input(self._results, "mask", request.mask, patience)
         work = Work(f"{claim.job_id}:{claim.fence}", request, Schedule.constant(conditioning), image, mask)
         rendered = await self._render(work, pulse, patience)
         storing = time.monotonic()
-        refs = await self._store(claim, rendered, patience)
+        refs = await store_images(self._results, claim, rendered, patience)
         store_s = time.monotonic() - storing
         timings = Timings(text_s=text_s, denoise_s=rendered.denoise_s, decode_s=rendered.decode_s, store_s=store_s)
         tiers = {key: got.tier for key, got in fetched.items()}
@@ -177,18 +176,9 @@ class Worker:
                 claim, images=refs, cache=tiers, timings=timings, approximate=rendered.approximate
             )
             count_text(self._metrics, plan, cost)
+            log.info("job drawn", extra={"job": claim.job_id, **_performance(request, timings)})
 
         return succeed
-
-    async def _input(self, field: str, key: str | None, patience: Patience) -> Image.Image | None:
-        """A picture that the job starts from, as the service stored it. InvalidRequest where it is no longer there."""
-        if key is None:
-            return None
-        try:
-            data = await patience.repeat(lambda: self._results.get(key))
-        except JobNotFound:
-            raise InvalidRequest(f"the {field} to start from is no longer kept; send it again", field) from None
-        return await asyncio.to_thread(_decoded, data)
 
     async def _render(self, work: Work, pulse: Pulse, patience: Patience) -> Rendered:
         on_preview = pulse.on_preview if work.request.preview_every else None
@@ -201,47 +191,19 @@ class Worker:
                 await drawing
             raise
 
-    async def _store(self, claim: Claim, rendered: Rendered, patience: Patience) -> tuple[ImageRef, ...]:
-        """Put every image; a later attempt of the same job writes the same bytes under the same keys."""
-        refs = []
-        for index, image in enumerate(rendered.images):
-            patience.wanted()
-            known = parameters(claim.request, index, rendered.approximate)
-            data = await asyncio.to_thread(encode_png, image, known)
-            key = f"{claim.job_id}/{index}.png"
-            await patience.repeat(partial(self._results.put, key, data, "image/png"))
-            refs.append(
-                ImageRef(
-                    index=index,
-                    key=key,
-                    seed=claim.request.seed + index,
-                    width=image.width,
-                    height=image.height,
-                    content_type="image/png",
-                    bytes=len(data),
-                )
-            )
-        return tuple(refs)
 
-
-def wants_of(placement: Placement, rows: int) -> list[Want]:
-    """What a replica with so many images in hand would claim, what it wants most first.
-
-    Work that no smaller placement holds goes first, and smaller work fills in. A batch that is full steps in turns, so
-    beyond it there is more to take only where nobody else could: large work at once, the rest when it has waited
-    longer than an idle replica would have let it.
-    """
-    settings, model, smaller = placement.settings, placement.model, placement.smaller
-    if rows >= max(settings.max_rows, settings.max_batch_size):
-        return []
-    wait_s = LEFT_TO_OTHERS_S if rows >= settings.max_batch_size else 0.0
-    if not smaller:
-        return [Want(model, 0, placement.max_pixels, wait_s)]
-    return [Want(model, smaller, placement.max_pixels), Want(model, 0, smaller, wait_s)]
-
-
-def _decoded(data: bytes) -> Image.Image:
-    """A PNG that this server wrote itself."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        image.load()
-        return image
+def _performance(request: ImageRequest, timings: Timings) -> dict[str, object]:
+    """What the log says of a job that was drawn: what was asked for, and the milliseconds of each stage."""
+    asked = {
+        "model": request.model,
+        "images": request.num_images,
+        "size": f"{request.width}x{request.height}",
+        "steps": request.num_inference_steps,
+    }
+    stages = {
+        "text": timings.text_s,
+        "denoise": timings.denoise_s,
+        "decode": timings.decode_s,
+        "store": timings.store_s,
+    }
+    return asked | {f"{name}_ms": round(1e3 * took) for name, took in stages.items() if took is not None}

@@ -28,10 +28,12 @@ def create_app(service: ImageService, texts: TextService, settings: Settings) ->
     )
     app.state.service = service
     app.state.text = texts
+    app.state.job_timeout_s = settings.jobs.timeout_s
     app.state.salt_header = settings.cache.salt_header
     errors.install(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes)
+    http = settings.http
+    app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes, max_bodies_bytes=http.max_bodies_bytes)
     app.add_middleware(RequestIds)
     app.include_router(native.router)
     app.include_router(text.router)

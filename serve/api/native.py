@@ -18,8 +18,11 @@ from serve.api.parts import ImageName, JobId, Root, Service, Tenant, Text
 from serve.api.schemas import JobOrder, JobView
 from serve.api.waiting import ended
 from serve.orders import NewImage
+from serve.results.keys import CONTENT_TYPES
 
 router = APIRouter(prefix="/v1", tags=["native"], responses=documented(503))
+
+_FILE = {"schema": {"type": "string", "format": "binary"}}
 
 Wait = Annotated[bool, Query(description="Answer when the job has ended.")]
 
@@ -27,6 +30,7 @@ Wait = Annotated[bool, Query(description="Answer when the job has ended.")]
 @router.post(
     "/jobs",
     status_code=202,
+    response_model=JobView,
     responses=documented(400, 404, 413, 415, 422)
     | {200: {"model": JobView, "description": "With `wait`: the job has ended, as its `state` says"}},
 )
@@ -38,17 +42,15 @@ async def create_job(
     request: Request,
     response: Response,
     wait: Wait = False,
-) -> JobView:
+) -> Response | JobView:
     """Queue a job. Once this answers, the job survives a restart of any part of the server.
 
     With `?wait=true` it answers when the job has ended; whoever hangs up before cancels it.
     """
     new = NewImage(**order.model_dump(), salt=tenant)
     if wait:
-        job = await ended(request, service, new)
-        response.status_code = 200
-    else:
-        job = await service.submit(new)
+        return await ended(request, service, new, root, request.app.state.job_timeout_s)
+    job = await service.submit(new)
     response.headers["Location"] = f"{root}/v1/jobs/{job.id}"
     return JobView.of(job, root)
 
@@ -81,7 +83,7 @@ async def cancel_job(job_id: JobId, service: Service, root: Root) -> JobView:
     response_class=Response,
     responses=documented(404)
     | {
-        200: {"description": "The image", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"description": "The image", "content": dict.fromkeys(CONTENT_TYPES.values(), _FILE)},
         304: {"description": "The client's copy is the image"},
         307: {"description": "The image is at the URL in `Location` for a while"},
     },

@@ -83,6 +83,12 @@ class JobOrder(Schema):
     """Above 0, up to 1: reuse predictions between steps that hardly differ. The image is labelled approximate."""
     tiny_vae: bool = False
     """Decode with the placement's small VAE, faster and less exactly. The image is labelled approximate."""
+    output_format: Name = "png"
+    """The file of each picture: `png`, `jpeg` or `webp`."""
+    output_compression: int | None = None
+    """Quality of a `jpeg` or `webp`, 0 to 100; by default 90."""
+    bit_depth: int = 8
+    """Bits a channel: 8, or 16 in a `png`."""
 
 
 class CompleteOrder(Schema):
@@ -107,6 +113,9 @@ class CompleteOrder(Schema):
     preview_every: int
     step_cache: float
     tiny_vae: bool
+    output_format: str
+    output_compression: int | None
+    bit_depth: int
 
     @classmethod
     def of(cls, request: ImageRequest) -> CompleteOrder:
@@ -149,7 +158,7 @@ class JobView(Schema):
     timings: Timings
     images: tuple[ImageView, ...]
     approximate: tuple[str, ...]
-    """What kept the images from being exact: `step_cache`, `tiny_vae`."""
+    """What kept the images from being exact: `step_cache`, `tiny_vae`, `tiled_vae`."""
     error: JobError | None
     created_at: float
     started_at: float | None

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
-from PIL import Image
 
 from serve.bench.engine_load import Texts
-from serve.diffusion.run import Work
+from serve.diffusion.run import Picture, Work
 from serve.diffusion.runner import Runner
 from serve.domain import ImageRequest, Schedule
 from serve.models.samplers import sampler_names
@@ -68,7 +67,7 @@ def _savings(runner: Runner, sampler: str, steps: int, works: Sequence[Work]) ->
     ]
 
 
-def _draw(runner: Runner, work: Work) -> tuple[Image.Image, float]:
+def _draw(runner: Runner, work: Work) -> tuple[Picture, float]:
     """The image alone, and the share of its forward passes that were not made."""
     row = runner.rows(work)[0]
     before = runner.reused_predictions
@@ -79,5 +78,5 @@ def _draw(runner: Runner, work: Work) -> tuple[Image.Image, float]:
     return runner.decode(runner.release(row)), (runner.reused_predictions - before) / row.steps
 
 
-def _difference(one: Image.Image, other: Image.Image) -> float:
+def _difference(one: Picture, other: Picture) -> float:
     return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())

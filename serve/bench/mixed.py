@@ -15,7 +15,7 @@ STEPS = (4, 8, 12, 20, 20, 20, 30, 50)
 RATIOS = ("1:1", "1:1", "1:1", "3:2", "2:3", "16:9")
 UNGUIDED = 0.15
 """The share of images without guidance, which take half of the work of the others."""
-SAMPLERS = ("dpmpp_2m_karras", "euler_a", "ddim", "unipc", "euler", "flow_euler")
+SAMPLERS = ("dpmpp_2m_karras", "euler_a", "ddim", "unipc", "euler", "flow_euler", "edm_euler", "edm_dpmpp_2m")
 
 
 def mixed_orders(model: ModelFolder, prompts: Sequence[str], count: int, seed: int) -> list[ImageRequest]:

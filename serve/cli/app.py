@@ -84,7 +84,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows. A1111 weights work: (red:1.3).")],
     number: Annotated[int, typer.Option("-n", "--number", help="How many pictures.")] = 1,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="A folder, or a file that ends in .png.", show_default="here")
+        Path, typer.Option("-o", "--out", help="A folder, or a file: .png, .jpg or .webp.", show_default="here")
     ] = Path(),
     negative: Annotated[str, typer.Option(help="What the picture must not show.")] = "",
     seed: Annotated[int | None, typer.Option(help="Fixes the picture; picture i uses seed + i.")] = None,
@@ -99,6 +99,11 @@ def generate(
         str | None, typer.Option(help="What to repaint of the image, in white: a file, or JOB/mask.")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the steps that the image goes through.")] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="png, jpeg or webp; by default what --out is.", show_default=False)
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="Of a jpeg or webp, 0 to 100.")] = None,
+    bit_depth: Annotated[int | None, typer.Option(help="Bits a channel of a png: 8 or 16.")] = None,
     true_cfg: Annotated[float | None, typer.Option(help="Classifier-free guidance of FLUX; by default none.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of a served model.")] = None,
     url: Url = None,
@@ -120,6 +125,9 @@ def generate(
         "mask": mask,
         "strength": strength,
         "true_cfg_scale": true_cfg,
+        "output_format": file_format,
+        "output_compression": quality,
+        "bit_depth": bit_depth,
         "model": model,
     }
     from serve.cli.generate import generate as story

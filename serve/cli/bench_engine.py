@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from serve.bench.engine import Plan
 
 _ORDERS, _QUICK_ORDERS = 192, 48
-_SECONDS, _QUICK_SECONDS = 120.0, 15.0
+_SECONDS, _QUICK_SECONDS = 300.0, 15.0
 _ROUNDS = 3
 _PROFILE_S, _QUICK_PROFILE_S = 20.0, 3.0
 
@@ -33,7 +33,7 @@ def engine(
     ] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most images of one step.")] = 8,
     seconds: Annotated[
-        float | None, typer.Option(min=1, help="Length of the open loop.", show_default="120; with --quick 15")
+        float | None, typer.Option(min=1, help="Length of the open loop.", show_default="300; with --quick 15")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes orders and arrivals.")] = 0,
     only: Annotated[

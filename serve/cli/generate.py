@@ -16,14 +16,17 @@ from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
 from serve.domain import JobState
 from serve.errors import OperatorError
 
+_SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _REFERENCE = re.compile(r"[0-9a-f]{32}/([0-9]{1,4}|image|mask)")
 
 
 async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:
     """Exit code 0, or 1 when the job did not succeed. Bars go to stderr, the report to stdout.
 
-    `image` and `mask` of the order are files here, or pictures that the server keeps (`<job id>/0`).
+    `image` and `mask` of the order are files here, or pictures that the server keeps (`<job id>/0`). Where it names no
+    format, `out` does if it is a file.
     """
+    order = {**order, "output_format": _format(out, order.get("output_format"))}
     pictures = {field: _picture(field, order.get(field)) for field in ("image", "mask")}
     order = {**order, **pictures}
     _make_folder(out.parent if _is_file(out) else out)
@@ -66,14 +69,26 @@ def _picture(field: str, name: str | None) -> str | None:
 
 def _paths(out: Path, job: RemoteJob) -> list[Path]:
     if not _is_file(out):
-        return [out / f"tandem-{job.id[:8]}-{index}.png" for index in range(job.images)]
+        kinds = [image.get("content_type", "image/png") for image in job.raw.get("images", ())]
+        ends = [{"image/jpeg": "jpg", "image/webp": "webp"}.get(kind, "png") for kind in kinds]
+        return [out / f"tandem-{job.id[:8]}-{index}.{end}" for index, end in enumerate(ends)]
     if job.images == 1:
         return [out]
     return [out.with_stem(f"{out.stem}-{index}") for index in range(job.images)]
 
 
 def _is_file(out: Path) -> bool:
-    return out.suffix.lower() == ".png"
+    return out.suffix.lower() in _SUFFIXES
+
+
+def _format(out: Path, asked: str | None) -> str | None:
+    """None for a PNG that nobody asked for: the server's default."""
+    written = _SUFFIXES.get(out.suffix.lower())
+    if asked is None:
+        return None if written == "png" else written
+    if written not in (None, asked):
+        raise OperatorError(f"--out {out}: with --format {asked} the pictures are no such files", "out")
+    return asked
 
 
 def _make_folder(folder: Path) -> None:

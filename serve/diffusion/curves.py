@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from serve.diffusion.scheduler import LatentShape
 
-WORTH = 0.05
-"""What one more guided image must add to throughput for the batch to grow by it."""
+WORTH = 0.01
+"""What one more guided image must add to throughput for the batch to grow by it. Images that are left out wait for the
+next step, so that whatever adds anything serves all of them; less than this is noise."""
 LONGEST_MS = 2000.0
 """Longest step that a batch may be given whose time was not measured: others wait that long to join or to leave."""
 

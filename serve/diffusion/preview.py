@@ -49,8 +49,10 @@ class PreviewMap:
     def _fit(self) -> torch.Tensor:
         """(3, C + 1): the last column is c."""
         seen, wanted = [], []
-        for pixels in _patterns(_SIDE * self._vae.scale_factor):
-            latents = self._vae.encode(2.0 * pixels.unsqueeze(0) - 1.0).mode()[0].float().cpu().flatten(1)
+        patterns = _patterns(_SIDE * self._vae.scale_factor)
+        encoded = self._vae.encodings(2.0 * pixels.unsqueeze(0) - 1.0 for pixels in patterns)
+        for pixels, moments in zip(patterns, encoded, strict=True):
+            latents = moments.mode()[0].float().cpu().flatten(1)
             seen.append(torch.cat([latents, torch.ones(1, latents.shape[1])]))
             wanted.append(torch.nn.functional.avg_pool2d(pixels, self._vae.scale_factor).flatten(1))
         fitted: torch.Tensor = torch.linalg.lstsq(torch.cat(seen, 1).T, torch.cat(wanted, 1).T, driver="gelsd").solution
@@ -59,7 +61,8 @@ class PreviewMap:
 
 def _patterns(side: int) -> list[torch.Tensor]:
     """Pictures (3, side, side) in [0, 1], the same ones each time: the corners of the colour cube as stripes; greys and
-    colours four to a picture; two colours that run into each other, with blobs of others on them."""
+    colours four to a picture; two colours that run into each other, with blobs of others on them; black and white,
+    twice: as backgrounds they are common, and a tint shows on them most."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
     stripes = corners.T.repeat_interleave(math.ceil(side / 8), dim=1)[:, :side]
@@ -71,6 +74,7 @@ def _patterns(side: int) -> list[torch.Tensor]:
         stripes[:, :, None].expand(3, side, side).contiguous(),
         *large,
         *(_blobs(side, generator) for _ in range(6)),
+        *(torch.full((3, side, side), grey) for grey in (0.0, 1.0, 0.0, 1.0)),
     ]
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,27 +20,30 @@ import torch
 
 from serve.diffusion.curves import Curve
 from serve.diffusion.runner import Runner
+from serve.diffusion.scheduler import LatentShape
 from serve.models import ModelFolder
 from serve.models.weight_files import weight_files
 from serve.settings import DiffusionSettings
 
 log = logging.getLogger(__name__)
 
-SCHEME = "tandem.profile.1"
+SCHEME = "tandem.profile.2"
 """Version of how profiles are measured and written: another one measures again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`cut_s` is the time that was not enough to measure everything, None where it was."""
+    """`too_large` are shapes of which not even one lane fits the memory. `cut_s` is the time that was not enough to
+    measure everything, None where it was."""
 
     curves: tuple[Curve, ...]
+    too_large: tuple[LatentShape, ...]
     cut_s: float | None
 
 
-def read(runner: Runner, model: ModelFolder, settings: DiffusionSettings, data_dir: Path) -> Measured | None:
-    """None where there is none that can be used."""
-    file = _file(_what(runner, model, settings), data_dir)
+def read(what: Mapping[str, Any], data_dir: Path) -> Measured | None:
+    """The profile of that `identity`, None where there is none that can be used."""
+    file = _file(what, data_dir)
     try:
         return _parsed(json.loads(file.read_bytes()))
     except FileNotFoundError:
@@ -49,13 +53,13 @@ def read(runner: Runner, model: ModelFolder, settings: DiffusionSettings, data_d
         return None
 
 
-def write(measured: Measured, runner: Runner, model: ModelFolder, settings: DiffusionSettings, data_dir: Path) -> None:
+def write(measured: Measured, what: Mapping[str, Any], data_dir: Path) -> None:
     """Whole or not at all, whoever else writes. A folder that can't be written only costs measuring again."""
-    what = _what(runner, model, settings)
     file = _file(what, data_dir)
     content = {
         "what": what,
         "cut_s": measured.cut_s,
+        "too_large": measured.too_large,
         "curves": [
             {"shape": curve.shape, "cap": curve.cap, "ms": {str(lanes): ms for lanes, ms in curve.ms.items()}}
             for curve in measured.curves
@@ -90,28 +94,35 @@ def _parsed(content: Any) -> Measured:
         ):
             raise ValueError("numbers that no measurement gives")
         curves.append(Curve((height, width), ms, cap))
+    too_large = tuple((int(height), int(width)) for height, width in content["too_large"])
+    if not curves or any(min(shape) < 1 for shape in too_large):
+        raise ValueError("numbers that no measurement gives")
     cut_s = content["cut_s"]
-    return Measured(tuple(curves), None if cut_s is None else float(cut_s))
+    return Measured(tuple(curves), too_large, None if cut_s is None else float(cut_s))
 
 
-def _file(what: dict[str, Any], data_dir: Path) -> Path:
+def _file(what: Mapping[str, Any], data_dir: Path) -> Path:
     digest = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
     return data_dir / "profiles" / f"{digest}.json"
 
 
-def _what(runner: Runner, model: ModelFolder, settings: DiffusionSettings) -> dict[str, Any]:
-    """All that step times and memory depend on. Of the weights, their shapes: other values take the same time."""
+def identity(
+    runner: Runner, model: ModelFolder, settings: DiffusionSettings, shapes: Sequence[LatentShape]
+) -> dict[str, Any]:
+    """All that step times and memory depend on. Of the weights, their shapes: other values take the same time. Of the
+    VAE, what its memory beside a step depends on: its configuration, which with the family's precision gives its own.
+    """
     parts = [folder for name in ("unet", "transformer") if (folder := model.path / name).is_dir()]
     return {
         "scheme": SCHEME,
         "family": model.family,
-        "configs": [(part / "config.json").read_text() for part in parts],
+        "configs": [(part / "config.json").read_text() for part in [*parts, model.path / "vae"]],
         "weights": [[file.name, file.stat().st_size] for part in parts for file in weight_files(part)],
         "dtype": str(runner.family.dtype),
         "device": _device(runner.family.device),
         "num_gpus": settings.num_gpus,
         "max_batch_size": settings.max_batch_size,
-        "max_pixels": settings.max_pixels,
+        "shapes": [list(shape) for shape in shapes],
         "channels_last": settings.channels_last,
         "compile": settings.compile,
         "torch": torch.__version__,

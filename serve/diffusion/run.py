@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from serve.diffusion.scheduler import LatentShape, Row
+from serve.diffusion.scheduler import Row
 from serve.domain import ImageRequest, Preview, Schedule, StepEvent
+from serve.errors import GenerationFailed, TandemError
+
+log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepEvent], None]
 OnPreview = Callable[[Preview], None]
+Picture = Image.Image | npt.NDArray[np.uint16]
+"""A finished image: RGB of 8 bits; of 16, where the request's `bit_depth` is that, as an array (height, width, 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +39,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The images in order, and what kept them from being exact (`step_cache`, `tiny_vae`).
+    """The images in order, and what kept them from being exact (`step_cache`, `tiny_vae`, `tiled_vae`).
 
     `denoise_s` is the time from joining the step loop to the last image's last step, the steps of others in between
     included. `decode_s` is the time that the VAE's thread worked on this run, encoding of a source included and
     previews not; the waiting for that thread is in neither.
     """
 
-    images: tuple[Image.Image, ...]
+    images: tuple[Picture, ...]
     denoise_s: float
     decode_s: float
     approximate: tuple[str, ...] = ()
@@ -60,7 +68,7 @@ class Run:
     denoise_s: float = 0.0
     decode_s: float = 0.0
     released: set[int] = field(default_factory=set)
-    images: dict[int, Image.Image] = field(default_factory=dict)
+    images: dict[int, Picture] = field(default_factory=dict)
     approximate: set[str] = field(default_factory=set)
     previewing: bool = False
 
@@ -83,12 +91,9 @@ class Run:
         return Rendered(images, self.denoise_s, self.decode_s, tuple(sorted(self.approximate)))
 
 
-@dataclass(slots=True)
-class Measurement:
-    """Synthetic steps that were asked for, and the seconds of those that were made."""
-
-    shape: LatentShape
-    lanes: int
-    steps: int
-    future: Future[list[float]]
-    seconds: list[float] = field(default_factory=list)
+def public(error: Exception) -> TandemError:
+    """What a run's future may tell of an error: one that is nobody's is logged, and told without its text."""
+    if isinstance(error, TandemError):
+        return error
+    log.error("a run failed in the step loop", exc_info=error)
+    return GenerationFailed("the denoiser failed on this request")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -15,7 +16,7 @@ from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family
 from serve.diffusion.families.speed import choose_dtype
 from serve.diffusion.preview import PreviewMap
-from serve.diffusion.run import Work
+from serve.diffusion.run import Picture, Work
 from serve.diffusion.samplers import Track
 from serve.diffusion.scheduler import Group, Row
 from serve.diffusion.state import ImageState, Phases, Source, Start, start_from_image, start_from_noise
@@ -31,11 +32,12 @@ __all__ = ["Latents", "Runner", "Source", "open_runner"]
 @dataclass(frozen=True, slots=True)
 class Latents:
     """Latents on their way to another thread: nobody writes to `tensor` any more. `ready` is when the device has
-    computed them, None on a CPU. `tiny` asks for the small VAE."""
+    computed them, None on a CPU. `tiny` asks for the small VAE, `bit_depth` is the picture's."""
 
     tensor: torch.Tensor
     ready: torch.cuda.Event | None
     tiny: bool
+    bit_depth: int = 8
 
 
 class Runner:
@@ -97,10 +99,10 @@ class Runner:
     def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
         """One forward pass for every row; rows may be at different timesteps, samplers and guidance.
 
-        Returns the rows that failed by themselves: their sampler's trouble, or latents that are not numbers any more.
-        Raises OutOfMemory or GenerationFailed when the forward failed; no row has moved then, and fewer of them may be
-        tried. DeviceLost: no more of anything. Ends when the device has done it all, so that what is told of the step
-        is true and its time is its own.
+        Returns the rows that failed by themselves: their sampler's trouble, or latents that are not numbers any more;
+        all of them where the device failed at that look. Raises OutOfMemory or GenerationFailed when the forward
+        failed; no row has moved then, and fewer of them may be tried. DeviceLost: no more of anything. Ends when the
+        device has done it all, so that what is told of the step is true and its time is its own.
         """
         states = [self._states[row] for row in rows]
         failed: dict[Row, Exception] = {}
@@ -116,22 +118,18 @@ class Runner:
                     raise
                 except Exception as error:  # noqa: BLE001  a sampler's trouble is its own image's alone
                     failed[row] = error
-            sound = torch.stack([state.latents.isfinite().all() for state in states]).tolist()
-        for row, fine in zip(rows, sound, strict=True):
-            if not fine:
-                failed.setdefault(row, GenerationFailed("the image came out as not-a-number; try other parameters"))
-        return failed
+        return self._unsound(rows, states) | failed
 
     def peek(self, row: Row) -> Latents:
         """What the image is going to look like, for a preview: the denoiser's last estimate of it where one is kept,
         else the latents as they are."""
         state = self._states[row]
-        return self._handed_over(state.latents if state.original is None else state.original, tiny=False)
+        return self._handed_over(state.latents if state.original is None else state.original)
 
     def release(self, row: Row) -> Latents:
         """The image's latents, for `decode`; everything else of it is let go of."""
         state = self._states.pop(row)
-        return self._handed_over(state.latents, tiny=state.request.tiny_vae)
+        return self._handed_over(state.latents, state.request.tiny_vae, state.request.bit_depth)
 
     def approximate(self, row: Row) -> tuple[str, ...]:
         """What keeps the image from being exact. To be asked before `release`."""
@@ -143,12 +141,15 @@ class Runner:
         for row in rows:
             self._states.pop(row, None)
 
-    def decode(self, latents: Latents) -> Image.Image:
-        """The finished image. Raises GenerationFailed rather than give a black picture, OutOfMemory, DeviceLost."""
+    def decode(self, latents: Latents, tiled: bool = False) -> Picture:
+        """The finished image: RGB, or uint16 (H, W, 3) where 16 bits are asked for. `tiled` takes less memory and more
+        time. Raises GenerationFailed rather than give a black picture, OutOfMemory, DeviceLost."""
         with device_errors("the VAE"), torch.inference_mode(), self._own_stream(latents):
-            pixels = self.family.vae.decode(latents.tensor, tiny=latents.tiny)
-        pixels = (pixels / 2 + 0.5).clamp(0, 1)
-        return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+            pixels = self.family.vae.decode(latents.tensor, tiny=latents.tiny, tiled=tiled)
+        pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+        if latents.bit_depth == 16:
+            return (pixels * 65535).round().numpy().astype(np.uint16)
+        return Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
 
     def preview(self, latents: Latents) -> bytes:
         """A JPEG file of the latents, one pixel each; enlarged where that would be tiny."""
@@ -194,12 +195,25 @@ class Runner:
         ordered = (outputs[i] for i in range(len(lanes)))
         return [state.guide([next(ordered) for _ in range(state.sides)]) for state in states]
 
-    def _handed_over(self, tensor: torch.Tensor, *, tiny: bool) -> Latents:
+    def _unsound(self, rows: Sequence[Row], states: Sequence[ImageState]) -> dict[Row, Exception]:
+        """The rows whose latents are not numbers. They have moved: where that can't be told, none may be tried again,
+        and all of them have failed. Raises DeviceLost alone."""
+        try:
+            with device_errors("the sampler"):
+                sound = torch.stack([state.latents.isfinite().all() for state in states]).tolist()
+        except DeviceLost:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it is, the rows can't go on
+            return dict.fromkeys(rows, error)
+        trouble = GenerationFailed("the image came out as not-a-number; try other parameters")
+        return {row: trouble for row, fine in zip(rows, sound, strict=True) if not fine}
+
+    def _handed_over(self, tensor: torch.Tensor, tiny: bool = False, bit_depth: int = 8) -> Latents:
         if self._beside is None:
-            return Latents(tensor, None, tiny)
+            return Latents(tensor, None, tiny, bit_depth)
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.family.device))
-        return Latents(tensor, ready, tiny)
+        return Latents(tensor, ready, tiny, bit_depth)
 
     @contextmanager
     def _own_stream(self, latents: Latents | None = None) -> Iterator[None]:
@@ -210,9 +224,8 @@ class Runner:
         with torch.cuda.stream(self._beside):
             if latents is not None and latents.ready is not None:
                 self._beside.wait_event(latents.ready)
-                latents.tensor.record_stream(
-                    self._beside
-                )  # its memory isn't given to another before this stream is done
+                # Its memory isn't given to another before this stream is done.
+                latents.tensor.record_stream(self._beside)
             yield
             self._beside.synchronize()
 
@@ -226,6 +239,8 @@ class Runner:
     def _synchronize(self) -> None:
         if self.family.device.type == "cuda":
             torch.cuda.synchronize(self.family.device)
+        elif self.family.device.type == "mps":
+            torch.mps.synchronize()
 
 
 def open_runner(model: ModelFolder, settings: DiffusionSettings, dtypes: Sequence[str] = ()) -> Runner:

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, LCMScheduler
 from diffusers import schedulers as diffusers_schedulers
 
 from serve.diffusion.families.base import Family
@@ -94,6 +94,12 @@ def _step_options(cls: Any) -> frozenset[str]:
     return frozenset(inspect.signature(cls.step).parameters) & {"eta", "generator"}
 
 
+def _distilled(family: Family) -> bool:
+    """Whether it is a latent consistency model, which was trained to jump."""
+    denoiser = family.model.denoiser
+    return denoiser is not None and denoiser.process == "diffusion" and denoiser.guidance == "embedded"
+
+
 class Track:
     """One image's way down its timesteps.
 
@@ -106,19 +112,25 @@ class Track:
     def __init__(self, family: Family, request: ImageRequest, shape: tuple[int, int]) -> None:
         """Raises InvalidRequest where the sampler can't make that many steps."""
         self.scheduler = new_scheduler(family, request.scheduler)
+        strength = 1.0 if request.strength is None else request.strength
+        kind: Any = type(self.scheduler)
+        jumps = request.task is Task.IMG2IMG and kind is LCMScheduler and _distilled(family)
         try:
-            family.set_timesteps(self.scheduler, request.num_inference_steps, shape)
+            if jumps:
+                # As the stock pipeline: all of the steps, among the timesteps that the image leaves.
+                self.scheduler.set_timesteps(request.num_inference_steps, device="cpu", strength=strength)
+            else:
+                family.set_timesteps(self.scheduler, request.num_inference_steps, shape)
         except ValueError as error:
             message = f"this sampler can't make {request.num_inference_steps} steps"
             raise InvalidRequest(message, "num_inference_steps") from error
         self.total = len(self.scheduler.timesteps)
         self.begin = 0
         self._steps = request.num_inference_steps
-        kind: Any = type(self.scheduler)
         self._options = _step_options(kind)
         self._flow = not hasattr(self.scheduler, "add_noise")
-        if request.task is not Task.TXT2IMG:
-            self._cut(1.0 if request.strength is None else request.strength)
+        if request.task is not Task.TXT2IMG and not jumps:
+            self._cut(strength)
         self.done = 0
 
     def _cut(self, strength: float) -> None:
@@ -183,6 +195,10 @@ class Track:
         if self._flow:
             sigma: torch.Tensor = self.timestep / self.scheduler.config.num_train_timesteps
             return latents - sigma * prediction
+        if hasattr(self.scheduler, "precondition_outputs"):  # EDM
+            level = self.scheduler.sigmas[self.begin + self.done]
+            estimate: torch.Tensor = self.scheduler.precondition_outputs(latents, prediction, level)
+            return estimate
         a, b = self.mixture()
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":

@@ -13,6 +13,8 @@ LatentShape = tuple[int, int]
 
 SHORTEST_MS = 1e-3
 """A step costs at least this, so that the clocks below move whatever was measured."""
+FORGETTING = 0.9
+"""What a step leaves of the slowest before it: one that compiled, or the machine slept through, is soon forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +98,13 @@ class StepScheduler:
     behind, so that it claims no time from before it was there; one that empties is remembered until the others have
     caught up with it.
 
-    Ageing bounds the wait that this may cost a lone row among full batches: a row that has waited `max_wait_ms` (of
-    step time) goes before every deficit, the longest wait first. Each step from then on takes a row that has waited as
-    long or longer, and none of these comes back in front of it. So a row waits at most `max_wait_ms`, and one step for
-    each row that was there when its wait began, itself counted; whatever joins meanwhile.
+    Ageing bounds the wait that this may cost a lone row among full batches: a row that has waited `patience_ms` (of
+    step time) goes before every deficit, the longest wait first. Patience is `max_wait_ms`, or where steps are slow
+    twice the time in which the rows here could step one by one, by the slowest recent step: more than equal time makes
+    a lone row wait among steps as slow as its own, for else it would be ageing that says whose turn it is. Each step
+    beyond it takes a row that has waited as long or longer, and none of these comes back in front of it. So a row waits
+    at most the longest patience meanwhile, and one step for each row that was there when its wait began, itself
+    counted; what joins meanwhile counts for the patience alone.
 
     `caps` bounds the lanes of a step, and its rows; a row always fits alone.
 
@@ -109,6 +114,7 @@ class StepScheduler:
     def __init__(self, caps: Caps, max_wait_ms: float = 1000.0) -> None:
         self._caps = caps
         self._max_wait_ms = max_wait_ms
+        self._slowest_ms = 0.0
         self._now_ms = 0.0
         self._lines: dict[Group, _Line] = {}
         self._progress: dict[Row, _Progress] = {}
@@ -117,6 +123,11 @@ class StepScheduler:
     def __len__(self) -> int:
         """Rows that still have steps to make."""
         return sum(len(line.rows) for line in self._lines.values())
+
+    @property
+    def patience_ms(self) -> float:
+        """The wait beyond which a row goes before every other."""
+        return max(self._max_wait_ms, 2 * len(self) * self._slowest_ms)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Have the rows join behind those of their groups. ValueError for one that is here."""
@@ -151,6 +162,7 @@ class StepScheduler:
             return StepResult((), ())
         cost_ms = step_ms if step_ms > SHORTEST_MS else SHORTEST_MS
         self._now_ms += cost_ms
+        self._slowest_ms = max(cost_ms, FORGETTING * self._slowest_ms)
         if line := self._lines.get(plan.rows[0].group):
             line.clock_ms += cost_ms / len(plan.rows)
         rows = [row for row in plan.rows if row in self._progress]
@@ -194,7 +206,7 @@ class StepScheduler:
         if not lines:
             return None
         oldest = min(lines, key=self._waiting_since)
-        if self._now_ms - self._waiting_since(oldest) >= self._max_wait_ms:
+        if self._now_ms - self._waiting_since(oldest) >= self.patience_ms:
             return oldest
         return min(lines, key=lambda line: (line.clock_ms, self._waiting_since(line)))
 
@@ -220,7 +232,7 @@ class StepScheduler:
         """Forget empty groups that the others have caught up with, and everything when nobody is left."""
         if not any(line.rows for line in self._lines.values()):
             self._lines.clear()
-            self._now_ms = 0.0
+            self._now_ms = self._slowest_ms = 0.0
             return
         floor_ms = self._floor_ms()
         for group in [group for group, line in self._lines.items() if not line.rows and line.clock_ms <= floor_ms]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from serve.settings import DiffusionSettings
 log = logging.getLogger(__name__)
 
 TINY = "diffusion.tiny_vae"
+TILE = 1024
+"""Side of a tile in pixels. Images of no more pixels than a tile has are encoded and decoded whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,9 @@ class Vae:
     """Owns: the VAE's weights on the device, and a small VAE's (TAESD) where the placement has one.
 
     Latents outside of this class are scaled as the denoiser reads them. One image at a time: a batch would multiply
-    the memory of a decoder, whose activations are the largest of all, and decoders gain nothing from it.
+    the memory of a decoder, whose activations are the largest of all, and decoders gain nothing from it. Images of
+    more than TILE x TILE pixels are computed in overlapping tiles of that side, as diffusers does, so that no image
+    needs more memory than a tile.
 
     `retries` counts the decodings that had to be made again in float32. Thread-safe: calls take turns.
     """
@@ -75,6 +79,8 @@ class Vae:
         self._decode_dtype = torch.float32 if upcast and dtype == torch.float16 else dtype
         self._vae = _cast(vae.to(device), self._decode_dtype)
         self._tiny = None if tiny is None else _cast(tiny.to(device), dtype)
+        if tiny is not None:
+            tiny.spatial_scale_factor = self.scale_factor  # diffusers puts 8 there, which its tiles go by
         self._scaling = Scaling.of(vae)
         self._lock = threading.Lock()
 
@@ -84,23 +90,32 @@ class Vae:
 
     def encode(self, pixels: torch.Tensor) -> Moments:
         """The distribution of the latents of (1, 3, H, W) pixels in [-1, 1]."""
-        _one(pixels)
-        with self._lock, _computing(self._vae, self._encode_dtype), torch.inference_mode():
-            moments = self._vae.encode(pixels.to(self._device, self._encode_dtype)).latent_dist
-            _wait(self._device)
-        return Moments(moments, self._scaling, self._dtype)
+        return self.encodings([pixels])[0]
 
-    def decode(self, latents: torch.Tensor, *, tiny: bool = False) -> torch.Tensor:
+    def encodings(self, pictures: Iterable[torch.Tensor]) -> list[Moments]:
+        """As `encode`, one by one; the weights change their precision once for all."""
+        encoded = []
+        with self._lock, _computing(self._vae, self._encode_dtype), torch.inference_mode():
+            for pixels in pictures:
+                _one(pixels)
+                with _tiling(self._vae, self._tile(*pixels.shape[2:]), self.scale_factor):
+                    encoded.append(self._vae.encode(pixels.to(self._device, self._encode_dtype)).latent_dist)
+            _wait(self._device)
+        return [Moments(moments, self._scaling, self._dtype) for moments in encoded]
+
+    def decode(self, latents: torch.Tensor, *, tiny: bool = False, tiled: bool = False) -> torch.Tensor:
         """Pixels (3, H, W) of latents (1, C, h, w): float32, on the CPU, nominally in [-1, 1].
 
-        Pixels that are not finite are decoded once more in float32. Raises GenerationFailed where they still are not:
-        never a black image.
+        `tiled` takes tiles of half the side, whatever the image's size: for one that ran out of memory. Pixels that are
+        not finite are decoded once more in float32. Raises GenerationFailed where they still are not: never a black
+        image.
         """
         _one(latents)
         vae, dtype = (self._tiny, self._dtype) if tiny else (self._vae, self._decode_dtype)
         if vae is None:
             raise GenerationFailed("this server has no small VAE")
-        with self._lock:
+        side = TILE // 2 if tiled else self._tile(*(side * self.scale_factor for side in latents.shape[2:]))
+        with self._lock, _tiling(vae, side, self.scale_factor):
             pixels = self._decode(vae, latents, dtype)
             if not _finite(pixels) and dtype != torch.float32 and _finite(latents):
                 self.retries += 1
@@ -116,6 +131,11 @@ class Vae:
             latents = scaling.unscale(latents.to(self._device, dtype))
             pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0][0]
             return pixels.float().cpu()
+
+    @staticmethod
+    def _tile(height: int, width: int) -> int | None:
+        """The side of the tiles for an image of so many pixels, None where it is computed whole."""
+        return TILE if height * width > TILE**2 else None
 
 
 class Moments:
@@ -178,7 +198,7 @@ def _check_tiny(tiny: Any, vae: Any, folder: Path) -> None:
 def _computing(vae: Any, dtype: torch.dtype) -> Iterator[None]:
     """The VAE in `dtype`, and after it as it was: half-precision weights come back from float32 exactly.
 
-    In place, so that no second copy stays in memory.
+    In place, so that no second copy stays in memory. Only under the VAE's lock.
     """
     before = vae.dtype
     if before == dtype:
@@ -189,13 +209,32 @@ def _computing(vae: Any, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         _cast(vae, before)
-        _wait(vae.device)
+
+
+@contextmanager
+def _tiling(vae: Any, side: int | None, factor: int) -> Iterator[None]:
+    """The VAE computing in tiles of so many pixels a side, and after it as it was. Only under the VAE's lock."""
+    if side is None:
+        yield
+        return
+    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
+    vae.use_tiling = True
+    try:
+        yield
+    finally:
+        vae.use_tiling = False
 
 
 def _cast(vae: Any, dtype: torch.dtype) -> Any:
+    # What is replaced may have been allocated on another stream, which would give its memory away at once, while this
+    # stream's copy of it is still queued: so it is held until the device has made the copies.
+    replaced = [tensor.data for tensor in (*vae.parameters(), *vae.buffers())]
     # Parameters made in inference mode could never leave it; and diffusers' own `to` warns of every cast.
     with torch.inference_mode(False):
-        return torch.nn.Module.to(vae, dtype)
+        cast = torch.nn.Module.to(vae, dtype)
+    _wait(vae.device)
+    del replaced
+    return cast
 
 
 def _wait(device: torch.device) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
 
@@ -14,18 +17,24 @@ Task = Callable[[], None]
 class VaeThread:
     """One piece of work at a time, in order of arrival; previews after everything else.
 
-    A task raises nothing: whoever hands it over tells of its outcome inside it.
+    A task raises nothing: whoever hands it over tells of its outcome inside it. One that raises all the same ends the
+    thread, and `lost` is told, on this thread: nothing that waits here is begun any more.
 
     Owns: the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lost: Callable[[BaseException], None]) -> None:
+        self._lost = lost
         self._tasks: queue.PriorityQueue[tuple[bool, int, Task | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._busy_since: float | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="vae", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def busy_s(self) -> float:
@@ -52,5 +61,9 @@ class VaeThread:
             self._busy_since = time.monotonic()
             try:
                 task()
+            except BaseException as error:  # whatever it is, nobody would hear of it here
+                log.critical("the thread of the VAE ends: %s", error, exc_info=error)
+                self._lost(error)
+                return
             finally:
                 self._busy_since = None

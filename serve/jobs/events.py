@@ -12,8 +12,11 @@ from serve.jobs.store import JobStore
 _LOOK_AGAIN_S = 5.0
 
 
-async def follow(store: JobStore, job_id: str, after: str | None = None) -> AsyncGenerator[JobEvent, None]:
+async def follow(
+    store: JobStore, job_id: str, after: str | None = None, *, previews: bool = True
+) -> AsyncGenerator[JobEvent, None]:
     """The job's events from the first, or those after event id `after`; ends after the event of its terminal state.
+    Without `previews` they are left out, and their files not fetched.
 
     Waiting holds no connection. Raises JobNotFound, BackendUnavailable, or InvalidRequest for an `after` that is no
     event id.
@@ -21,10 +24,11 @@ async def follow(store: JobStore, job_id: str, after: str | None = None) -> Asyn
     async with store.changes(job_id) as changed:
         while True:
             changed.clear()
-            events, ended = await store.events_after(job_id, after)
+            events, ended = await store.events_after(job_id, after, previews)
             for event in events:
-                yield event
                 after = event.id
+                if previews or event.index is None:
+                    yield event
             if events:
                 continue
             if ended:

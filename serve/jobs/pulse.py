@@ -11,6 +11,8 @@ from serve.jobs.records import step_of
 from serve.jobs.store import Claim, JobStore
 
 _LOOK_AGAIN_S = 1.0
+SHOW_EVERY_S = 0.5
+"""Between two messages with a job's previews."""
 
 
 class Pulse:
@@ -20,8 +22,9 @@ class Pulse:
     for this run any more: the client cancelled the job, of which the pulse hears at once, or its time is over, or
     another worker owns it. The pulse has stopped then.
 
-    Previews go one at a time, beside the signs of life. One that still waits when the next of its image comes, or
-    when the store is away, is dropped.
+    Previews go beside the signs of life, and not often: each is a write to the disk of the Redis that the leases of all
+    jobs wait for. What has come of all images goes together, the image first that waits longest; one that still waits
+    when the next of its image comes, or when the store is away, is dropped.
 
     Owns: the tasks that beat and that send previews.
     """
@@ -58,7 +61,7 @@ class Pulse:
         self._woken.set()
 
     def _show(self, preview: Preview) -> None:
-        self._previews[preview.index] = preview
+        self._previews[preview.index] = preview  # an image that waits already keeps its place
         if self._showing is None or self._showing.done():
             self._showing = asyncio.create_task(self._send_previews())
 
@@ -81,6 +84,7 @@ class Pulse:
 
     async def _send_previews(self) -> None:
         while self._previews and not self.gone.is_set():
-            preview = self._previews.pop(min(self._previews))
-            with contextlib.suppress(TandemError):  # without the claim or the store there is nobody to show it to
-                await self._jobs.preview(self._claim, preview)
+            waiting, self._previews = list(self._previews.values()), {}
+            with contextlib.suppress(TandemError):  # without the claim or the store there is nobody to show them to
+                await self._jobs.preview(self._claim, *waiting)
+            await asyncio.sleep(SHOW_EVERY_S)

@@ -92,13 +92,16 @@ class JobStore:
         """
         return _held(claim, await self._renewals.renew(claim, step)) == b"held"
 
-    async def preview(self, claim: Claim, preview: Preview) -> None:
-        """Put a preview into the job's stream, in place of the image's former one. LeaseLost: nothing was written.
+    async def preview(self, claim: Claim, *previews: Preview) -> None:
+        """Put previews into the job's stream in this order, each in place of its image's former one, as one write.
+        LeaseLost: nothing was written.
 
-        It is no sign of life and no progress. The job's end takes its previews with it.
+        They are no sign of life and no progress. The job's end takes them with it.
         """
-        step = step_of(claim.request, preview.step, preview.steps)
-        _held(claim, await self._run("preview", claim.job_id, claim.fence, preview.index, step, preview.data))
+        flat = [
+            part for each in previews for part in (each.index, step_of(claim.request, each.step, each.steps), each.data)
+        ]
+        _held(claim, await self._run("preview", claim.job_id, claim.fence, *flat))
 
     def cancels(self, claim: Claim, event: asyncio.Event) -> AbstractAsyncContextManager[asyncio.Event]:
         """Meanwhile `event` is set when the client cancels the claimed job; it may be set without reason."""
@@ -167,15 +170,16 @@ class JobStore:
             await asyncio.wait_for(rung.wait(), timeout_s)
         rung.clear()
 
-    async def events_after(self, job_id: str, after: str | None) -> tuple[list[JobEvent], bool]:
-        """The next entries of the job's stream, at most a page, and whether the job had ended by then."""
+    async def events_after(self, job_id: str, after: str | None, previews: bool = True) -> tuple[list[JobEvent], bool]:
+        """The next entries of the job's stream, at most a page, and whether the job had ended by then. Without
+        `previews` their files stay in Redis, and the events that tell of them have an `index` alone."""
         if after is not None and not _EVENT_ID.fullmatch(after):
             raise InvalidRequest("the id of the last event has the form 1700000000000-0", "after")
         start = "-" if after is None else f"({after}"
-        state, entries, previews = await self._run("events", _checked(job_id), start, _EVENTS_PAGE)
+        state, entries, files = await self._run("events", _checked(job_id), start, _EVENTS_PAGE, int(previews))
         if state is None:
             raise _unknown()
-        events = [records.event(entry, preview) for entry, preview in zip(entries, previews, strict=True)]
+        events = [records.event(entry, file) for entry, file in zip(entries, files, strict=True)]
         return events, JobState(state.decode()).terminal
 
     def changes(self, job_id: str) -> AbstractAsyncContextManager[asyncio.Event]:

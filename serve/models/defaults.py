@@ -3,6 +3,7 @@ models of its kind are made for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,18 +35,21 @@ _FAMILIES: Mapping[str, Defaults] = {
 _FLUX_SCHNELL = Defaults(4, 0.0)
 _LATENT_CONSISTENCY = Defaults(4, 8.5)
 _LATENT_CONSISTENCY_SAMPLER = Defaults(4, 1.0)
-_TURBO = Defaults(4, 0.0)
+_DISTILLED_STEPS, _DISTILLED_GUIDANCE = 4, 0.0
+_DISTILLED = re.compile(r"(?i:turbo|lightning)|(?i:hyper)(?![a-z])")
+"""In the names of models that were distilled to few steps without guidance; a "hyperrealism" was not."""
 _PLAYGROUND = Defaults(50, 3.0)
 
 
-def defaults(folder: Path, family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
-    """`scheduler` is the model's own sampler's configuration. Raises OperatorError where the file garbles a number."""
-    return _from_file(folder / GENERATION_CONFIG, _of_kind(family, guidance, scheduler))
+def defaults(folder: Path, name: str, family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
+    """`name` is the source's (a folder's, a file's or a hub id's), `scheduler` the model's own sampler's configuration.
+    Raises OperatorError where the file garbles a number."""
+    return _from_file(folder / GENERATION_CONFIG, _of_kind(name, family, guidance, scheduler))
 
 
-def _of_kind(family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
+def _of_kind(name: str, family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
     """A distilled model is told by its denoiser's inputs or by the one sampler that it works with. Others (SDXL
-    Lightning, SD 3.5 Turbo) have the configuration of what they were distilled from."""
+    Lightning, SD 3.5 Turbo) have the configuration of what they were distilled from, and are told by their names."""
     sampler = str(scheduler.get("_class_name"))
     if guidance == "none":
         return _FLUX_SCHNELL
@@ -55,10 +59,17 @@ def _of_kind(family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> D
         return _LATENT_CONSISTENCY_SAMPLER
     if family == "sdxl" and sampler.startswith("EDM"):
         return _PLAYGROUND
-    trailing = scheduler.get("timestep_spacing") == "trailing"
-    if family == "sdxl" and trailing and sampler == "EulerAncestralDiscreteScheduler":
-        return _TURBO
+    if guidance == "classifier_free" and (_DISTILLED.search(name) or _turbo(family, sampler, scheduler)):
+        return replace(_FAMILIES[family], num_inference_steps=_DISTILLED_STEPS, guidance_scale=_DISTILLED_GUIDANCE)
     return _FAMILIES[family]
+
+
+def _turbo(family: str, sampler: str, scheduler: Mapping[str, Any]) -> bool:
+    """SD-Turbo and SDXL-Turbo. Fine-tunes on a schedule that ends in pure noise space their steps so too, but predict
+    v."""
+    own = {"sd": "EulerDiscreteScheduler", "sdxl": "EulerAncestralDiscreteScheduler"}.get(family)
+    trailing = scheduler.get("timestep_spacing") == "trailing"
+    return trailing and sampler == own and scheduler.get("prediction_type", "epsilon") == "epsilon"
 
 
 def _from_file(file: Path, otherwise: Defaults) -> Defaults:

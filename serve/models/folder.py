@@ -71,16 +71,18 @@ def resolve(settings: ModelSettings, data_dir: Path, *, text_only: bool = False,
     """
     with naming(setting):
         folder, name = _find(settings, data_dir, text_only)
-        model = check_folder(folder, settings.name or name, text_only=text_only)
+        model = check_folder(folder, name, text_only=text_only)
     return replace(
         model,
+        name=settings.name or name,
         text=tuple(replace(part, setting=setting) for part in model.text),
         denoiser=None if model.denoiser is None else _as_set(model.denoiser, settings),
     )
 
 
 def check_folder(folder: Path, name: str, *, text_only: bool = False) -> ModelFolder:
-    """Raises OperatorError where `folder` is not a whole diffusers folder of a family that is served."""
+    """`name` is the source's own. Raises OperatorError where `folder` is not a whole diffusers folder of a family that
+    is served."""
     index, family = family_of(folder)
     text = text_parts(folder, family, index)
     context_width = _context_width(folder, family, text)
@@ -90,9 +92,8 @@ def check_folder(folder: Path, name: str, *, text_only: bool = False) -> ModelFo
         family=family,
         text=text,
         context_width=context_width,
-        zero_empty_negative=family in ("sdxl", "sdxl_refiner")
-        and bool(index.get("force_zeros_for_empty_prompt", True)),
-        denoiser=None if text_only else image_parts(folder, family, index, text, context_width),
+        zero_empty_negative=family in _ZEROES and bool(index.get("force_zeros_for_empty_prompt", True)),
+        denoiser=None if text_only else image_parts(folder, name, family, index, text, context_width),
     )
 
 

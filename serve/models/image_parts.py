@@ -32,9 +32,10 @@ _TASKS: Mapping[str, frozenset[Task]] = {
 
 
 def image_parts(
-    folder: Path, family: str, index: Mapping[str, Any], text: Sequence[TextPart], context_width: int
+    folder: Path, name: str, family: str, index: Mapping[str, Any], text: Sequence[TextPart], context_width: int
 ) -> Denoiser:
-    """`index` is model_index.json, `context_width` what the text encoders give. Raises OperatorError."""
+    """`name` is the source's, `index` model_index.json, `context_width` what the text encoders give. Raises
+    OperatorError."""
     kind = KINDS[family]
     for part, cls in ((kind.part, kind.cls), ("vae", VAE)):
         if (found := class_of(index, part)) not in (cls, _FORMERLY.get(cls, cls)):
@@ -48,7 +49,7 @@ def image_parts(
     scheduler, prediction_type = _scheduler(folder, family, kind)
     parameters = _checked(config, reading.tensors) + _checked(vae, _vae_tensors(vae, channels))
     factor = 2 ** (len(vae.numbers("block_out_channels")) - 1)
-    chosen = defaults(folder, family, reading.guidance, scheduler)
+    chosen = defaults(folder, name, family, reading.guidance, scheduler)
     grid = math.lcm(factor * reading.grid, STOCK_GRID)
     height, width = (max(side * factor // grid, 1) * grid for side in reading.height_width)
     return Denoiser(
@@ -59,7 +60,7 @@ def image_parts(
         latent_channels=channels,
         in_channels=reading.in_channels,
         prediction_type=prediction_type,
-        process=kind.process,
+        process="edm" if _sampler(scheduler).startswith("EDM") else kind.process,
         guidance=reading.guidance,
         tasks=frozenset({Task.INPAINT}) if reading.in_channels > channels else _TASKS.get(family, frozenset(Task)),
         default_num_inference_steps=chosen.num_inference_steps,
@@ -93,7 +94,7 @@ def _scheduler(folder: Path, family: str, kind: Kind) -> tuple[Mapping[str, Any]
     """The model's own sampler's configuration, and what the denoiser predicts."""
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
-    sampler = str(config.get("_class_name"))
+    sampler = _sampler(config)
     if sampler.startswith("FlowMatch") != (kind.process == "flow"):
         raise refused(f"{file}: a {sampler} is not what the {family} family was trained with")
     if kind.process == "flow":
@@ -102,6 +103,10 @@ def _scheduler(folder: Path, family: str, kind: Kind) -> tuple[Mapping[str, Any]
     if prediction not in _PREDICTIONS:
         raise refused(f"{file}: its prediction_type is {prediction}; {', '.join(_PREDICTIONS)} are what is known")
     return config, prediction
+
+
+def _sampler(config: Mapping[str, Any]) -> str:
+    return str(config.get("_class_name"))
 
 
 def _vae_tensors(vae: Config, channels: int) -> dict[str, Shape]:

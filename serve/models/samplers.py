@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Process = Literal["diffusion", "flow"]
-"""What a model was trained on: a noise schedule (DDPM, whatever it predicts), or rectified flow."""
+Process = Literal["diffusion", "flow", "edm"]
+"""What a model was trained on: a noise schedule (DDPM, whatever it predicts), rectified flow, or noise levels without a
+schedule (EDM, Karras et al. 2022, https://arxiv.org/abs/2206.00364)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ SAMPLERS: Mapping[str, Sampler] = {
     "unipc_karras": Sampler("UniPC Karras", "diffusion", "UniPCMultistepScheduler", _KARRAS),
     "flow_euler": Sampler("Euler", "flow", "FlowMatchEulerDiscreteScheduler"),
     "flow_heun": Sampler("Heun", "flow", "FlowMatchHeunDiscreteScheduler"),
+    "edm_dpmpp_2m": Sampler("DPM++ 2M", "edm", "EDMDPMSolverMultistepScheduler", _DPMPP_2M),
+    "edm_euler": Sampler("Euler", "edm", "EDMEulerScheduler"),
 }
 """Each is tested against the stock pipelines. LMS is not among them: diffusers' needs scipy."""
 

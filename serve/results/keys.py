@@ -1,6 +1,6 @@
 """The one shape of a result's key: a job's id, and one of its pictures. Nothing that a user wrote is part of a path.
 
-<job id>/<index>.png    an image that was drawn
+<job id>/<index>.png    an image that was drawn; .jpg and .webp too
 <job id>/image.png      what the job starts from
 <job id>/mask.png       which part of that it repaints
 """
@@ -8,10 +8,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/(?:[0-9]{1,4}|image|mask)\.png")
+CONTENT_TYPES: Mapping[str, str] = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+"""By the extension of a key."""
+
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/(?:[0-9]{1,4}\.(?:png|jpg|webp)|(?:image|mask)\.png)")
 _REFERENCE = re.compile(r"([0-9a-f]{32})/([0-9]{1,4}|image|mask)")
-_SUFFIX = ".png"
 
 
 def checked(key: str) -> str:
@@ -23,12 +27,17 @@ def checked(key: str) -> str:
 
 def input_key(job_id: str, field: str) -> str:
     """Of what a job starts from; `field` is `image` or `mask`."""
-    return checked(f"{job_id}/{field}{_SUFFIX}")
+    return checked(f"{job_id}/{field}.png")
+
+
+def content_type(key: str) -> str:
+    """Of the file that is kept under a key."""
+    return CONTENT_TYPES[PurePosixPath(checked(key)).suffix[1:]]
 
 
 def reference(key: str) -> str:
     """How a client names the picture of a key in an order: `<job id>/image`."""
-    return checked(key).removesuffix(_SUFFIX)
+    return str(PurePosixPath(checked(key)).with_suffix(""))
 
 
 def split(text: str) -> tuple[str, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5.0
 _TEMPORARY = ".tmp"
+_ATTEMPTS = 8
+"""Times that a file is written whose folder deletions of other images take away meanwhile."""
 
 
 class LocalStore:
@@ -49,41 +52,44 @@ class LocalStore:
 
     async def check(self) -> None:
         try:
-            await asyncio.to_thread(_write_durably, self._folder / "writable", b"")
+            await asyncio.to_thread(self._write, self._folder / "writable", b"")
         except OSError as error:
             raise OperatorError(f"data_dir: {self._folder} can't be written: {error.strerror}", "data_dir") from None
 
     def _put(self, path: Path, data: bytes) -> None:
         try:
-            try:
-                _write_durably(path, data)
-            except FileNotFoundError:  # a delete took the job's folder away in between
-                _write_durably(path, data)
+            for _ in range(_ATTEMPTS - 1):
+                # A deletion took the job's folder away; the latter where it was there and gone again.
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
+                    return self._write(path, data)
+            self._write(path, data)
         except OSError as error:
             raise self._away("write", error) from None
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """After this the file survives a power cut, whole. A crash in between leaves a temporary file only."""
+        made = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")
+        try:
+            with temporary.open("xb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks: no deletion gets one either
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        with contextlib.suppress(FileNotFoundError):  # it was there, and has been deleted since
+            _sync(path.parent)
+            if made:
+                _sync(path.parent.parent)
 
     def _away(self, verb: str, error: OSError) -> BackendUnavailable:
         log.warning("can't %s under %s: %s", verb, self._folder, error.strerror)
         return BackendUnavailable(f"the result store can't {verb} images", "data_dir", _RETRY_AFTER_S)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """After this the file survives a power cut, whole. A crash in between leaves a temporary file only."""
-    made = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-    if made:
-        _sync(path.parent.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -96,7 +102,15 @@ def _sync(folder: Path) -> None:
 
 def _delete(path: Path) -> None:
     path.unlink(missing_ok=True)
-    for left_by_a_crash in path.parent.glob(f".{path.name}.*{_TEMPORARY}"):
-        left_by_a_crash.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another deletion took the folder away in between
+        for temporary in path.parent.glob(f".{path.name}.*{_TEMPORARY}"):
+            _remove_if_left(temporary)
     with contextlib.suppress(OSError):  # it still holds other images
         path.parent.rmdir()
+
+
+def _remove_if_left(temporary: Path) -> None:
+    """By a writer that is no more: a living one holds the file's lock, or writes again what was taken before."""
+    with contextlib.suppress(OSError), temporary.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""PNG files that say how they were made, twice: as JSON (exact) and in the text form of AUTOMATIC1111's web UI.
+"""What a picture says of itself, twice: as JSON (exact) and in the text form of AUTOMATIC1111's web UI; and PNG files
+that say it.
 
 The text form is what other tools read when a picture is dropped on them
 (https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#png-info).
@@ -15,48 +16,41 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from serve.domain import ImageRequest
-from serve.errors import InvalidRequest
 from serve.models.samplers import SAMPLERS
-from serve.results.keys import reference
 
-_JSON = "tandem"
+JSON_CHUNK = "tandem"
 _TEXT = "parameters"
-_NOT_KEPT = ("salt", "num_images", "preview_every")
-"""Fields of a request that say nothing of the picture, or nothing to anybody else."""
+_NOT_KEPT = ("salt", "num_images", "preview_every", "image", "mask")
+"""Fields of a request that say nothing of the picture, or that are nobody else's: a reference to what the job started
+from opens that to whoever is shown the picture."""
 
 
 def parameters(request: ImageRequest, index: int, approximate: Sequence[str] = ()) -> dict[str, Any]:
-    """What is written into image `index` of a job: an order that repeats this picture alone, without the fields that
-    have no value, and `approximate`, what kept the picture from being exact."""
+    """What is written into image `index` of a job: the order of this picture alone, without the fields that have no
+    value and without what it starts from, and `approximate`, what kept the picture from being exact."""
     known = {name: value for name, value in asdict(request).items() if name not in _NOT_KEPT and value is not None}
     known["seed"] = request.seed + index
-    for field in ("image", "mask"):
-        if field in known:
-            known[field] = reference(known[field])
     return known | ({"approximate": list(approximate)} if approximate else {})
 
 
 def encode_png(image: Image.Image, parameters: Mapping[str, Any]) -> bytes:
     """The image as PNG with `parameters`, whose values JSON can hold. Equal input gives equal bytes."""
-    chunks = PngImagePlugin.PngInfo()
-    # Latin-1 goes into a tEXt chunk, everything else into iTXt; a lone surrogate has no UTF-8.
-    chunks.add_text(_TEXT, as_text(parameters).encode("utf-8", "replace").decode())
-    chunks.add_text(_JSON, json.dumps(dict(parameters)))
     file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=chunks)
+    image.save(file, "PNG", pnginfo=_notes(parameters))
     return file.getvalue()
 
 
-def read_parameters(data: bytes) -> dict[str, Any]:
-    """What `encode_png` was given. InvalidRequest for a file that is no PNG or was made by something else."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            parameters = json.loads(image.info.get(_JSON, "null"))
-    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
-        raise InvalidRequest("the file is not a readable PNG", "image") from None
-    if not isinstance(parameters, dict):
-        raise InvalidRequest("the PNG does not say how it was made", "image")
-    return parameters
+def text_chunks(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    """What `encode_png` writes of them, as (kind, data)."""
+    return [(kind, data) for kind, data, _ in _notes(parameters).chunks]
+
+
+def _notes(parameters: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    notes = PngImagePlugin.PngInfo()
+    # Latin-1 goes into a tEXt chunk, everything else into iTXt; a lone surrogate has no UTF-8.
+    notes.add_text(_TEXT, as_text(parameters).encode("utf-8", "replace").decode())
+    notes.add_text(JSON_CHUNK, json.dumps(dict(parameters)))
+    return notes
 
 
 def as_text(parameters: Mapping[str, Any]) -> str:

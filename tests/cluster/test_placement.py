@@ -4,6 +4,7 @@ queue, and whoever hangs up frees what was drawn for them.
 The GPUs are pretended: Ray counts them, and the replicas compute on the CPU.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,19 +15,23 @@ import pytest
 import redis
 from pydantic import SecretStr
 from ray import serve
+from ray.exceptions import RayTaskError
 from support.nodes import labelled_nodes
 from support.orders import finished, submit
 from support.server import free_port, ready, wait_until
 
 from deployments.app import build
 from serve.embedded import EmbeddedRedis
+from serve.service import Busy
 from serve.settings import Settings
+from serve.wants import AGED_S
 
 pytestmark = pytest.mark.cluster
 
 SMALL, LARGE = 128, 192
 """Sides of images: the small card holds no more than the smaller one."""
 START_S = 120.0
+CLAIMED_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,22 @@ class Mixed:
     classes: dict[str, str]
     jobs: "redis.Redis[bytes]"
 
-    def ran_on(self, job_id: str) -> str:
-        """The class of the node that drew the job: a worker's name begins with its node."""
+    def replica(self, job_id: str) -> str:
+        """The node that drew the job, where there is one replica: a worker's name begins with its node."""
         worker = self.jobs.hget(f"tandem:job:{job_id}", "worker")
         assert isinstance(worker, bytes)
-        return self.classes[worker.decode().partition(":")[0]]
+        return worker.decode().partition(":")[0]
+
+    def ran_on(self, job_id: str) -> str:
+        """The class of that node."""
+        return self.classes[self.replica(job_id)]
 
     def step(self, key: bytes) -> int:
         """Steps made of the job whose record is at `key`."""
         return int(self.jobs.hget(key, "step") or 0)
 
     def in_hand(self) -> dict[str, str]:
-        """What each placement says of itself."""
+        """What one replica of each placement says of itself."""
         pools = httpx.get(f"{self.url}/readyz", timeout=10).json()["pools"]
         return {name: pool["detail"] for name, pool in pools.items() if name.startswith("diffusion")}
 
@@ -60,11 +69,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
     with (
         EmbeddedRedis(home, "jobs") as jobs,
         EmbeddedRedis(home, "cache", 64 * 1024 * 1024) as cache,
-        labelled_nodes(["4gb", "11gb"]) as classes,
+        labelled_nodes(["4gb", "11gb", "11gb"]) as classes,
     ):
         settings = Settings(
             data_dir=home,
-            http={"port": port},
+            http={"port": port, "benchmark": True},
             jobs={"redis_url": SecretStr(jobs.url)},
             cache={"redis_url": SecretStr(cache.url)},
             gpu_classes={"4gb": {"memory_gb": 4}, "11gb": {"memory_gb": 11}},
@@ -79,7 +88,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
             },
             placements={
                 "small": {"gpu_class": "4gb", "max_pixels": SMALL * SMALL},
-                "large": {"gpu_class": "11gb", "max_pixels": LARGE * LARGE},
+                "large": {"gpu_class": "11gb", "max_pixels": LARGE * LARGE, "replicas": 2},
             },
         )
         quiet = {"log_level": "WARNING"}
@@ -103,8 +112,21 @@ def order(http: httpx.Client, side: int, number: int, steps: int = 8) -> str:
     return submit(http, prompt, width=side, height=side, num_inference_steps=steps, seed=number)
 
 
-def test_every_job_runs_where_it_fits_and_both_classes_are_busy(mixed: Mixed, http: httpx.Client) -> None:
-    sides = [LARGE if number % 3 == 0 else SMALL for number in range(24)]
+def idle_beside(jobs: list[dict], spans: list[tuple[float, float]]) -> float:
+    """Seconds in which a replica that was busy in these spans held nothing, and one of these jobs, which it could have
+    drawn, had waited for more than CLAIMED_WITHIN_S."""
+    waits = [(job["created_at"] + CLAIMED_WITHIN_S, job["started_at"]) for job in jobs]
+    edges = sorted({edge for span in (*spans, *waits) for edge in span})
+    return sum(
+        until - since
+        for since, until in itertools.pairwise(edges)
+        if any(start <= since and until <= end for start, end in waits)
+        and not any(start <= since and until <= end for start, end in spans)
+    )
+
+
+def test_every_job_runs_where_it_fits_and_no_replica_idles(mixed: Mixed, http: httpx.Client) -> None:
+    sides = [LARGE if number % 2 == 0 else SMALL for number in range(30)]
     ids = [order(http, side, number) for number, side in enumerate(sides)]
     jobs = [finished(http, job_id) for job_id in ids]
     assert [job["state"] for job in jobs] == ["succeeded"] * len(jobs)
@@ -116,18 +138,15 @@ def test_every_job_runs_where_it_fits_and_both_classes_are_busy(mixed: Mixed, ht
     # What only the large card holds goes first there: while such a job waits, it claims no other.
     waits = [(job["created_at"], job["started_at"]) for job, side, _ in ran if side == LARGE]
     for job, side, where in ran:
-        if side == SMALL and where == "11gb":
+        if side == SMALL and where == "11gb" and job["started_at"] - job["created_at"] < AGED_S:
             assert not any(created < job["started_at"] < started for created, started in waits)
 
-    # And the small card does not idle while small jobs wait, whoever takes them.
-    spans = [(job["started_at"], job["finished_at"]) for job, _, where in ran if where == "4gb"]
-    last_claim = max(job["started_at"] for job, side, _ in ran if side == SMALL)
-    idle = sum(
-        max(0.0, start - max(end for begin, end in spans if begin < start))
-        for start, _ in sorted(spans)[1:]
-        if start <= last_claim
-    )
-    assert idle < 0.5 * (last_claim - min(start for start, _ in spans)), (idle, spans)
+    # And none idles beside a job that it holds: the second large card neither.
+    for node, gpu_class in mixed.classes.items():
+        spans = [(job["started_at"], job["finished_at"]) for job in jobs if mixed.replica(job["id"]) == node]
+        assert spans, f"{gpu_class} drew nothing"
+        claimable = [job for job, side, _ in ran if side == SMALL or gpu_class == "11gb"]
+        assert idle_beside(claimable, spans) < 0.5, (gpu_class, spans)
 
 
 def test_the_large_card_takes_small_work_rather_than_none(mixed: Mixed, http: httpx.Client) -> None:
@@ -153,13 +172,14 @@ def test_who_hangs_up_cancels_and_frees_the_rows(mixed: Mixed, http: httpx.Clien
     wait_until(lambda: set(mixed.jobs.keys("tandem:job:*")) > known, 20, "the job to be logged")
     (key,) = set(mixed.jobs.keys("tandem:job:*")) - known
     wait_until(lambda: mixed.step(key) >= 1, 60, "the job to be under way")
-    assert "8 images in hand" in mixed.in_hand().values()
+    wait_until(lambda: "8 images in hand" in mixed.in_hand().values(), 20, "the replica that draws it to be asked")
     hung_up_at = mixed.step(key)
     caller.close()
     job = finished(http, key.decode().rpartition(":")[2])
     assert job["state"] == "cancelled"
     assert job["step"] <= hung_up_at + 10
-    wait_until(lambda: set(mixed.in_hand().values()) == {"0 images in hand"}, 20, "the rows to be free")
+    told = (mixed.in_hand() for _ in range(1000))  # either of the large replicas is asked each time
+    wait_until(lambda: all(set(next(told).values()) == {"0 images in hand"} for _ in range(8)), 20, "the free rows")
 
 
 def test_the_self_test_measures_every_placement(http: httpx.Client) -> None:
@@ -167,6 +187,17 @@ def test_the_self_test_measures_every_placement(http: httpx.Client) -> None:
     assert set(small["placements"]) == {"small", "large"}
     large = http.post("/v1/benchmark", json={"width": LARGE, "height": LARGE, "num_inference_steps": 1}).json()
     assert set(large["placements"]) == {"large"}
+
+
+def test_a_replica_measures_itself_once_at_a_time_whoever_asks(mixed: Mixed) -> None:
+    handle = serve.get_deployment_handle("Diffusion-small", "tandem")
+    outcomes = []
+    for asked in [handle.benchmark.remote(SMALL, SMALL, 50) for _ in range(2)]:
+        try:
+            outcomes.append(asked.result(timeout_s=60))
+        except RayTaskError as error:
+            outcomes.append(error.cause)
+    assert {type(each) for each in outcomes} == {Busy, dict}, outcomes
 
 
 def test_each_placement_is_a_pool_of_its_own(mixed: Mixed) -> None:

@@ -1,15 +1,16 @@
 """Previews in a job's stream, and the pulse that sends them, renews the lease and hears of a cancel."""
 
 import asyncio
+import time
 
 import pytest
 from support.jobs import IMAGE, Bench, a_preview, a_request, history, on, until
 
-from serve.domain import JobEvent, JobState, StepEvent, Timings
+from serve.domain import JobEvent, JobState, Preview, StepEvent, Timings
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs.events import follow
-from serve.jobs.pulse import Pulse
+from serve.jobs.pulse import SHOW_EVERY_S, Pulse
 from serve.jobs.records import step_of, steps_of
 from serve.jobs.store import Claim
 
@@ -69,6 +70,51 @@ def test_previews_stand_in_the_stream_one_for_an_image_until_the_job_ends(redis_
         assert shown(await history(bench.store, "a")) == []
 
     on(redis_url, story)
+
+
+def test_previews_that_go_together_are_one_write_in_their_order(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        claim = await bench.claimed("a", steps=10)
+        await bench.store.preview(claim, a_preview(0, 2, 10, b"old"))
+        before = await _calls(bench)
+        await bench.store.preview(claim, a_preview(1, 4, 10, b"one"), a_preview(0, 4, 10, b"zero"))
+        assert await _calls(bench) == before + 1
+        assert shown(await stream(bench)) == [(1, 4, b"one"), (0, 4, b"zero")]
+
+    on(redis_url, story)
+
+
+def test_who_wants_no_previews_is_sent_none(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        claim = await bench.claimed("a", steps=4)
+        for step in range(1, 4):
+            await bench.store.preview(claim, *(a_preview(index, step, 4) for index in range(250)))
+            await bench.store.renew(claim, step)
+        bare, _ = await bench.store.events_after("a", None, previews=False)
+        assert {event.preview for event in bare} == {None}
+        told: list[JobEvent] = []
+
+        async def listen() -> None:
+            async for event in follow(bench.store, "a", previews=False):
+                told.append(event)
+
+        listening = asyncio.create_task(listen())
+        await until(lambda: _true(len(told) == 5))  # past more than a page of previews
+        await bench.succeed(claim)
+        await listening
+        assert [(event.state, event.step, event.index) for event in told] == [
+            (JobState.QUEUED, 0, None),
+            *((JobState.RUNNING, step, None) for step in range(4)),
+            (JobState.SUCCEEDED, 4, None),
+        ]
+
+    on(redis_url, story)
+
+
+async def _calls(bench: Bench) -> int:
+    """Scripts that were run so far."""
+    stats = await bench.store._redis.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
 
 
 async def history_from(bench: Bench, after: str) -> list[JobEvent]:
@@ -131,9 +177,33 @@ def test_a_pulse_shows_the_latest_previews_to_a_live_follower(redis_url: str) ->
             for index in (0, 1):
                 pulse.on_preview(a_preview(index, step, 50, b"%d" % step))
         await until(lambda: _true(shown(seen)[-2:] == [(0, 50, b"50"), (1, 50, b"50")]))
-        assert len(shown(seen)) < 100  # what came too late was dropped
+        assert len(shown(seen)) <= 2 * 2  # what came too late was dropped
         await bench.succeed(claim)
         await listener
+        await pulse.stop()
+
+    on(redis_url, story)
+
+
+def test_a_pulse_sends_previews_seldom_and_all_images_that_wait_together(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(bench: Bench) -> None:
+        claim = await bench.claimed("a", steps=50)
+        sent: list[tuple[float, list[int]]] = []
+
+        async def preview(claim: Claim, *previews: Preview) -> None:
+            sent.append((time.monotonic(), [each.index for each in previews]))
+
+        monkeypatch.setattr(bench.store, "preview", preview)
+        pulse = Pulse(bench.store, claim, heartbeat_s=600)
+        pulse.on_preview(a_preview(0, 1, 50))
+        await until(lambda: _true(len(sent) == 1))
+        for index in (3, 1, 3, 0, 1):
+            pulse.on_preview(a_preview(index, 2, 50))
+        await until(lambda: _true(len(sent) == 2))
+        assert [images for _, images in sent] == [[0], [3, 1, 0]]
+        assert sent[1][0] - sent[0][0] >= SHOW_EVERY_S
         await pulse.stop()
 
     on(redis_url, story)

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from support.jobs import ANY, BROKEN, MODEL, Bench, a_request, on
 
 from serve.embedded import EmbeddedRedis
+from serve.errors import QueueFull
 from serve.jobs.store import Want
+from serve.placements import Placement
+from serve.settings import DiffusionSettings
+from serve.wants import wants_of
 
 SIDES = (8, 16, 24, 64)
 EVERYTHING = 2**31
@@ -91,6 +95,59 @@ def test_large_only_work_goes_first_and_smaller_work_fills_in(redis_url: str) ->
     on(redis_url, story)
 
 
+@pytest.mark.parametrize("rows", [0, 4])
+def test_small_work_does_not_starve_beside_a_steady_stream_of_large(redis_url: str, rows: int) -> None:
+    async def story(bench: Bench) -> None:
+        own = DiffusionSettings(max_batch_size=4)
+        card = Placement(name="l", model=MODEL, gpu_class=None, settings=own, max_pixels=4096, smaller=256)
+        wants = wants_of(card, rows, 4)
+        for job_id, side in (("s1", 8), ("s2", 8), ("l1", 64), ("l2", 64)):
+            await bench.store.submit(job_id, a_request(side=side))
+        await _waited(bench, 10, "s1", "s2", "l1", "l2")
+        first = await bench.store.claim("large card", wants)
+        assert first is not None
+        assert first.job_id == "l1"
+        await _waited(bench, 40, "s1", "s2")
+        claims = [await bench.store.claim("large card", wants) for _ in range(3)]
+        assert [claim and claim.job_id for claim in claims] == ["s1", "s2", "l2"]
+
+    on(redis_url, story)
+
+
+def test_a_full_card_leaves_large_only_work_to_its_sibling(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        own = DiffusionSettings(max_batch_size=4)
+        card = Placement(name="l", model=MODEL, gpu_class=None, settings=own, max_pixels=4096, smaller=256)
+        await bench.store.submit("l1", a_request(side=64))
+        assert await bench.store.claim("full", wants_of(card, 4, 4)) is None
+        assert await bench.store.claim("idle", wants_of(card, 0, 4))
+
+    on(redis_url, story)
+
+
+def test_an_id_whose_record_was_deleted_stops_no_claim_and_is_forgotten(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        for job_id in ("gone", "lost"):
+            await bench.store.submit(job_id, a_request())
+        await bench.store._redis.delete("tandem:job:gone")
+        held = await bench.store.claim("worker", ANY)
+        assert held is not None
+        assert held.job_id == "lost"
+        await bench.store.submit("a", a_request())
+        await bench.store._redis.delete("tandem:job:lost")
+        await bench.store._redis.zadd("tandem:leases", {"lost": 1})
+        with pytest.raises(QueueFull):
+            await bench.store.submit("b", a_request())
+        await bench.store._redis.zadd("tandem:deadlines", {"gone": 1})
+        assert await bench.store.reap() == 2
+        await bench.store.check_integrity()
+        again = await bench.store.claim("worker", ANY)
+        assert again is not None
+        assert again.job_id == "a"
+
+    on(redis_url, story, max_queued=2)
+
+
 def test_a_want_that_waits_leaves_the_job_to_others_and_then_takes_it(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         patient = [Want(MODEL, 0, EVERYTHING, 0.25)]
@@ -131,6 +188,13 @@ def test_a_record_of_an_older_version_counts_as_the_smallest(redis_url: str) -> 
         assert await bench.store.claim("worker", [Want(MODEL, 0, 64)])
 
     on(redis_url, story)
+
+
+async def _waited(bench: Bench, seconds: float, *job_ids: str) -> None:
+    """As if they had waited for so long since they joined the queue."""
+    now_s, _ = await bench.store._redis.time()
+    for job_id in job_ids:
+        await bench.store._redis.hset(f"tandem:job:{job_id}", "waiting", round(1000 * (now_s - seconds)))
 
 
 async def _claimed(bench: Bench, wants: Sequence[Want]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from serve.errors import BackendUnavailable, JobNotFound, OperatorError
-from serve.results.keys import checked, input_key, reference, split
+from serve.results.keys import CONTENT_TYPES, checked, content_type, input_key, reference, split
 from serve.results.store import ResultStore, open_store
 from serve.settings import ResultSettings, S3Settings
 
@@ -85,7 +85,8 @@ def test_put_get_replace_delete(store: ResultStore) -> None:
         "a/../0.png",
         "a/b/0.png",
         "a/0.png\n",
-        "a/0.jpg",
+        "a/0.jpeg",
+        "a/image.jpg",
         "é/0.png",
         "a/.png",
     ],
@@ -106,6 +107,12 @@ def test_what_a_job_starts_from_has_keys_of_its_own(store: ResultStore) -> None:
     job_id = "0" * 32
 
     async def story() -> None:
+        for extension, kind in CONTENT_TYPES.items():
+            key = checked(f"{job_id}/3.{extension}")
+            await store.put(key, b"drawn", kind)
+            assert (await store.get(key), content_type(key)) == (b"drawn", kind)
+            assert split(reference(key)) == (job_id, "3")
+            await store.delete(key)
         for field in ("image", "mask"):
             key = input_key(job_id, field)
             await store.put(key, field.encode(), "image/png")
@@ -159,6 +166,42 @@ def test_local_files_have_no_url_and_leave_no_folder(tmp_path: Path) -> None:
         await store.delete(KEY)
 
     asyncio.run(story())
+    assert not list((tmp_path / "images").iterdir())
+
+
+def test_a_deletion_leaves_what_is_being_written_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(ResultSettings(), tmp_path)
+    real, deleted = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if not deleted:
+            deleted.append(True)
+            asyncio.run(store.delete(KEY))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writing = threading.Thread(target=lambda: asyncio.run(store.put(KEY, b"new", "image/png")))
+    writing.start()
+    writing.join()
+    assert asyncio.run(store.get(KEY)) == b"new"
+    assert [file.name for file in (tmp_path / "images" / "0123456789abcdef").iterdir()] == ["0.png"]
+
+
+def test_folders_that_deletions_take_away_are_made_again(tmp_path: Path) -> None:
+    """Both pictures of one job, put and deleted over and over by threads: no put fails, no file is lost or left."""
+    store = open_store(ResultSettings(), tmp_path)
+
+    async def story(field: str) -> None:
+        for turn in range(300):
+            key = input_key("0" * 32, field)
+            await store.put(key, str(turn).encode(), "image/png")
+            assert await store.get(key) == str(turn).encode()
+            await store.delete(key)
+
+    async def both() -> None:
+        await asyncio.gather(story("image"), story("mask"))
+
+    asyncio.run(both())
     assert not list((tmp_path / "images").iterdir())
 
 

@@ -16,9 +16,11 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LCMScheduler,
     PixArtTransformer2DModel,
     SchedulerMixin,
     SD3Transformer2DModel,
@@ -42,6 +44,34 @@ def sd_model(path: Path, seed: int = 0, *, in_channels: int = 4, prediction_type
     )
     pipeline = "StableDiffusionInpaintPipeline" if in_channels == 9 else "StableDiffusionPipeline"
     return _finish(path, seed, "unet", unet, vae(seed), scheduler, pipeline)
+
+
+def lcm_model(path: Path, seed: int = 0) -> Path:
+    """A latent consistency model, whose U-Net is told the guidance scale that it imitates."""
+    sd_model(path, seed)
+    config = UNet2DConditionModel.load_config(path / "unet") | {"time_cond_proj_dim": 16}
+    unet = UNet2DConditionModel.from_config(config)
+    scheduler = LCMScheduler(**BETAS, original_inference_steps=50, clip_sample=False, set_alpha_to_one=True)
+    _finish(path, seed, "unet", unet, vae(seed), scheduler, "LatentConsistencyModelPipeline")
+    file = path / "model_index.json"
+    index = json.loads(file.read_text())
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    file.write_text(json.dumps(index, indent=2))
+    return path
+
+
+def playground_model(path: Path, seed: int = 0) -> Path:
+    """Playground v2.5: an SDXL that was trained on noise levels (EDM), its latents with a mean and a spread."""
+    sdxl_model(path, seed)
+    unet = UNet2DConditionModel.from_pretrained(path / "unet")
+    scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    autoencoder = vae(
+        seed,
+        scaling_factor=0.5,
+        latents_mean=[-1.6574, 1.886, -1.383, 2.5155],
+        latents_std=[8.4927, 5.9022, 6.5498, 5.2299],
+    )
+    return _finish(path, seed, "unet", unet, autoencoder, scheduler, "StableDiffusionXLPipeline")
 
 
 def sdxl_model(path: Path, seed: int = 0, *, in_channels: int = 4) -> Path:

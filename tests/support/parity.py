@@ -36,7 +36,9 @@ def drawn(runner: Runner, work: Work) -> list[Image.Image]:
         runner.begin(row, work, source)
         for _ in range(row.steps):
             assert not runner.step([row])
-        images.append(runner.decode(runner.release(row)))
+        image = runner.decode(runner.release(row))
+        assert isinstance(image, Image.Image), "16 bits are compared as numbers"
+        images.append(image)
     return images
 
 
@@ -67,6 +69,11 @@ class Pair:
         self._stock = first.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
         self._own = self._stock.scheduler
         self._pipelines = pipelines
+
+    @property
+    def stock_vae(self) -> Any:
+        """The VAE of the stock pipelines."""
+        return self._stock.vae
 
     def check(self, task: Task = Task.TXT2IMG, sampler: str | None = None, **values: Any) -> None:
         """Draw both ways and compare, every image of the request."""

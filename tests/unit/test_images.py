@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from serve.errors import InvalidRequest
-from serve.images import MAX_SCANS, image_png, inspect, mask_png, written_file
+from serve.image_files import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
+from serve.images import image_png, inspect, mask_png, written_file
 from serve.settings import LimitSettings
 
 LIMITS = LimitSettings()
@@ -55,7 +56,7 @@ def test_every_kind_of_png_is_what_pillow_makes_rgb_of_it(kind: str, mode: str) 
     assert drawn(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_jpeg_and_webp(mode: str) -> None:
     data = saved(picture(mode), "JPEG", progressive=True)
     assert drawn(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
@@ -131,6 +132,8 @@ def test_nothing_of_the_file_but_its_pixels_survives() -> None:
         (saved(picture())[:200], "broken"),
         (saved(picture())[:24], "broken"),
         (saved(picture(), "JPEG") + b"\xff\xda" * MAX_SCANS, "scans"),
+        (saved(picture("CMYK"), "JPEG"), "CMYK"),
+        (saved(picture("CMYK"), "JPEG", progressive=True), "CMYK"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(data: bytes, named: str) -> None:
@@ -167,6 +170,57 @@ def jpeg_of(width: int, height: int) -> bytes:
 )
 def test_a_bomb_is_refused_before_it_is_decoded(data: bytes) -> None:
     assert f"at most {LIMITS.max_image_pixels} pixels" in refusal(data)
+
+
+def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"IDAT", b"eXIf", b"zzzz"])
+def test_a_flood_of_chunks_is_refused_before_a_decoder_sees_it(kind: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(picture())
+    flood = chunk(kind) * MAX_CHUNKS
+    monkeypatch.setattr("serve.images._OPEN", {})
+    assert f"more than {MAX_CHUNKS} chunks" in refusal(data[:33] + flood + data[33:])
+    segment = b"\xff\xe1\0\2"
+    jpeg = saved(picture(), "JPEG")
+    for filler in (segment, b"\xff"):
+        assert f"more than {MAX_SEGMENTS} segments" in refusal(jpeg[:2] + filler * MAX_SEGMENTS + jpeg[2:])
+    webp = saved(picture(), "WEBP", exif=b"Exif\0\0none")
+    assert f"more than {MAX_SEGMENTS} chunks" in refusal(webp[:30] + b"zzzz\0\0\0\0" * MAX_SEGMENTS + webp[30:])
+
+
+def test_junk_between_segments_is_refused_at_its_first_byte() -> None:
+    jpeg = saved(picture(), "JPEG")
+    assert "broken" in refusal(jpeg[:20] + bytes(1000) + jpeg[20:])
+
+
+def noted(kind: str, exif: bytes) -> bytes:
+    """A picture with such EXIF."""
+    if kind != "PNG":
+        return saved(picture(), kind, exif=b"Exif\0\0" + exif)
+    data = saved(picture())
+    return data[:33] + chunk(b"eXIf", exif) + data[33:]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("order", [b"MM\0*", b"II*\0"])
+def test_of_what_exif_says_the_orientation_alone_is_read(
+    kind: str, order: bytes, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    caplog.set_level("DEBUG")
+    form = ">" if order[:1] == b"M" else "<"
+    wild = [struct.pack(f"{form}HHII", 0x9C9B, 7, 2**31, 2**31 + n) for n in range(200)]  # lengths that lie
+    turned = struct.pack(f"{form}HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = order + struct.pack(f"{form}IH", 8, 201) + b"".join([*wild, turned]) + bytes(4)
+    upload = inspect("image", noted(kind, exif), LIMITS)
+    assert (upload.width, upload.height) == SIZE[::-1]
+    assert Image.open(io.BytesIO(image_png(upload, *SIZE[::-1]))).size == SIZE[::-1]
+    assert (len(recwarn), [record for record in caplog.records if record.levelname != "DEBUG"]) == (0, [])
+    for broken in (exif[:30], b"??" + exif, exif[:4] + b"\xff" * 4 + exif[8:], order + bytes(20)):
+        assert inspect("image", noted(kind, broken), LIMITS).width == SIZE[0]
+    late = order + struct.pack(f"{form}IH", 8, 400) + b"".join([*wild, *wild[1:], turned]) + bytes(4)
+    assert inspect("image", noted(kind, late), LIMITS).orientation == 1
 
 
 def test_the_limits_are_the_settings() -> None:

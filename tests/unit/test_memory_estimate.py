@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from serve.placements import DECODE_TENSORS, STEP_TENSORS
+from serve.diffusion.vae import TILE
+from serve.placements import DECODE_TENSORS, DECODE_TILE_PIXELS, STEP_TENSORS
 
 
 class Living(TorchDispatchMode):
@@ -121,3 +122,7 @@ def test_a_decoding_is_what_the_estimate_says() -> None:
 
     tensors = peak(build, lambda vae: vae.decode(empty(1, 4, 128, 128))) / (4 * 128 * 1024 * 1024)
     assert DECODE_TENSORS - 0.5 < tensors <= DECODE_TENSORS + 0.01
+
+
+def test_the_vae_decodes_in_tiles_beyond_what_the_estimate_says() -> None:
+    assert TILE**2 == DECODE_TILE_PIXELS

@@ -14,6 +14,8 @@ from serve.models.defaults import GENERATION_CONFIG, Defaults, defaults
 from serve.models.denoiser import Guidance
 from serve.settings import ModelSettings
 
+EULER = {"_class_name": "EulerDiscreteScheduler"}
+
 
 def edit(file: Path, **changes: object) -> None:
     content = (json.loads(file.read_text()) if file.is_file() else {}) | changes
@@ -39,6 +41,14 @@ def edit(file: Path, **changes: object) -> None:
         ("sd3", "classifier_free", {}, (28, 4.5, 0.6)),
         ("flux", "embedded", {}, (28, 3.5, 0.6)),
         ("flux", "none", {}, (4, 0.0, 0.6)),
+        ("sd", "classifier_free", EULER | {"timestep_spacing": "trailing"}, (4, 0.0, 0.8)),
+        ("sd", "classifier_free", EULER, (25, 5.0, 0.8)),
+        (
+            "sd",
+            "classifier_free",
+            EULER | {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+            (25, 5.0, 0.8),
+        ),
         ("pixart", "classifier_free", {}, (20, 4.5, 0.6)),
         ("auraflow", "classifier_free", {}, (50, 3.5, 0.6)),
     ],
@@ -46,7 +56,44 @@ def edit(file: Path, **changes: object) -> None:
 def test_defaults_of_each_kind(
     family: str, guidance: Guidance, scheduler: dict[str, str], expected: tuple[int, float, float], tmp_path: Path
 ) -> None:
-    assert defaults(tmp_path, family, guidance, scheduler) == Defaults(*expected)
+    assert defaults(tmp_path, "some", family, guidance, scheduler) == Defaults(*expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "guidance", "expected"),
+    [
+        ("sdxl-turbo", "sdxl", "classifier_free", (4, 0.0, 0.6)),
+        ("juggernautXL_v9Rdphoto2Lightning", "sdxl", "classifier_free", (4, 0.0, 0.6)),
+        ("Hyper-SD15-4steps", "sd", "classifier_free", (4, 0.0, 0.8)),
+        ("realvisxlV40_HyperBakedvae", "sdxl", "classifier_free", (4, 0.0, 0.6)),
+        ("stable-diffusion-3.5-large-turbo", "sd3", "classifier_free", (4, 0.0, 0.6)),
+        ("hyperrealism_v3", "sd", "classifier_free", (25, 5.0, 0.8)),
+        ("FLUX.1-Turbo", "flux", "embedded", (28, 3.5, 0.6)),
+    ],
+)
+def test_a_distilled_model_is_told_by_its_name(
+    name: str, family: str, guidance: Guidance, expected: tuple[int, float, float], tmp_path: Path
+) -> None:
+    assert defaults(tmp_path, name, family, guidance, {}) == Defaults(*expected)
+
+
+def test_the_name_that_tells_is_the_sources(tmp_path: Path) -> None:
+    """Not the one that the model is served under; settings and the model's own file still win."""
+    folder = sdxl_model(tmp_path / "SDXL-Lightning")
+
+    def chosen(**settings: object) -> tuple[str, int, float]:
+        model = resolve(ModelSettings.model_validate({"source": str(folder), **settings}), tmp_path)
+        assert model.denoiser is not None
+        return model.name, model.denoiser.default_num_inference_steps, model.denoiser.default_guidance_scale
+
+    assert chosen() == ("SDXL-Lightning", 4, 0.0)
+    assert chosen(name="fast", num_inference_steps=8) == ("fast", 8, 0.0)
+    edit(folder / GENERATION_CONFIG, guidance_scale=1.5)
+    assert chosen(name="fast") == ("fast", 4, 1.5)
+    shutil.move(folder, tmp_path / "sdxl")
+    folder = tmp_path / "sdxl"
+    (folder / GENERATION_CONFIG).unlink()
+    assert chosen(name="turbo") == ("turbo", 30, 5.0)
 
 
 def test_defaults_come_from_settings_then_from_the_model_then_from_its_kind(tmp_path: Path) -> None:

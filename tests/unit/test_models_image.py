@@ -20,6 +20,7 @@ from serve.models import SHIPPED, Denoiser, check_folder
 from serve.models.defaults import GENERATION_CONFIG
 from serve.models.denoiser_configs import KINDS, Config, Reading
 from serve.models.image_parts import image_parts
+from serve.models.samplers import sampler_names
 from serve.models.sources import configuration_files, hub_files
 from serve.models.text_parts import CLASSES, class_of
 
@@ -141,6 +142,15 @@ def test_latent_consistency_reads_its_guidance(built: dict[str, Path], tmp_path:
         4,
         8.5,
     )
+
+
+def test_noise_levels_without_a_schedule(built: dict[str, Path], tmp_path: Path) -> None:
+    """Playground v2.5 has samplers of its own."""
+    folder = Path(shutil.copytree(built["sdxl"], tmp_path / "edm"))
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
+    denoiser = read(folder)
+    assert denoiser.process == "edm"
+    assert sampler_names(denoiser.process) == ("edm_dpmpp_2m", "edm_euler")
 
 
 def test_every_telling_tensor_is_told_by_its_absence(folder: Path, family: str) -> None:
@@ -379,4 +389,4 @@ def test_the_grid_follows_patches_and_the_vae(built: dict[str, Path], tmp_path: 
     model = check_folder(folder, "some")
     index = json.loads((folder / "model_index.json").read_text())
     assert class_of(index, "transformer") == KINDS["sd3"].cls
-    assert image_parts(folder, "sd3", index, model.text, model.context_width) == denoiser
+    assert image_parts(folder, "some", "sd3", index, model.text, model.context_width) == denoiser

@@ -200,3 +200,29 @@ def test_previews() -> None:
     assert order(num_inference_steps=5, preview_every=5).preview_every == 5
     for wrong in (-1, 6):
         refused("preview_every", num_inference_steps=5, preview_every=wrong)
+
+
+def test_every_image_of_an_order_has_a_seed() -> None:
+    assert order(seed=2**32 - 4, num_images=4).seed == 2**32 - 4
+    assert "4294967292" in refused("seed", seed=2**32 - 3, num_images=4)
+    assert order(seed=2**32 - 1).seed == 2**32 - 1
+
+
+def test_the_file_s_format() -> None:
+    plain = order()
+    assert (plain.output_format, plain.output_compression, plain.bit_depth) == ("png", None, 8)
+    assert order(bit_depth=16).bit_depth == 16
+    for kind in ("jpeg", "webp"):
+        assert order(output_format=kind).output_compression == 90
+        for quality in (0, 100):
+            assert order(output_format=kind, output_compression=quality).output_compression == quality
+        for wrong in (-1, 101):
+            refused("output_compression", output_format=kind, output_compression=wrong)
+        assert "only a png" in refused("bit_depth", output_format=kind, bit_depth=16)
+    refused("output_compression", output_compression=90)
+    assert "png, jpeg, webp" in refused("output_format", output_format="gif")
+    refused("bit_depth", bit_depth=12)
+    wide = LimitSettings(max_side=32768)
+    new = NewImage(prompt="a", width=16392, height=64, output_format="webp")
+    with pytest.raises(InvalidRequest, match="16383"):
+        complete(new, {"shapes": SHAPES}, fleet(SHAPES, max_pixels=2**30), wide)

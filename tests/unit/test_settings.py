@@ -147,6 +147,19 @@ def test_a_wrong_placement_names_the_place_and_the_origin(tmp_path: Path) -> Non
     assert "gpu_classes.a: dtypes is empty" in refused(yaml(tmp_path, "gpu_classes: {a: {memory_gb: 4, dtypes: []}}"))
 
 
+def test_a_denoiser_runs_on_one_gpu() -> None:
+    assert refused(diffusion__num_gpus=2).startswith("diffusion.num_gpus: ")
+    assert refused(placements__a__num_gpus=1.5).startswith("placements.a.num_gpus: ")
+    assert load(None, {}, {"diffusion.num_gpus": 1}).settings.diffusion.num_gpus == 1
+
+
+def test_the_benchmark_is_offered_where_somebody_said_so() -> None:
+    """`host` says nothing of who reaches a cluster's proxy."""
+    assert not Settings().http.offers_benchmark
+    assert not Settings(http={"benchmark": False}).http.offers_benchmark
+    assert Settings(http={"host": "0.0.0.0", "benchmark": True}).http.offers_benchmark
+
+
 def test_an_override_that_may_stand_on_another_is_checked_by_itself_alone(tmp_path: Path) -> None:
     """The registry knows which of them are one encoder's."""
     encoders = "encoders: {t5-xxl: {max_replicas: 4}, t5-xxl-abc123: {min_replicas: 2}}"

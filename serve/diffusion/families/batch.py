@@ -1,4 +1,4 @@
-"""Lanes -> the tensors of one forward pass of a transformer."""
+"""Lanes -> the tensors of one forward pass."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ def pooled_of(lanes: Sequence[Lane]) -> torch.Tensor:
     vectors = [lane.text.pooled for lane in lanes if lane.text.pooled is not None]
     assert len(vectors) == len(lanes), "this family's conditioning has pooled text"
     return torch.stack(vectors)
+
+
+def padded(contexts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(tokens, width) each -> (lanes, longest, width), and a mask (lanes, longest), 1 where there is a token.
+
+    Contexts of one length have no mask: attention without one is faster, and to the bit what the stock pipeline
+    computes.
+    """
+    lengths = [len(context) for context in contexts]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return torch.stack(list(contexts)), None
+    mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    return torch.nn.utils.rnn.pad_sequence(list(contexts), batch_first=True), mask.to(contexts[0])

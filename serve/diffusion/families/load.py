@@ -53,7 +53,10 @@ def load_scheduler(model: ModelFolder, mend: Mapping[str, Any]) -> tuple[Any, di
     cls = getattr(diffusers_schedulers, name, None)
     if cls is None:
         raise ValueError(f"scheduler {name} is not one of diffusers'")
-    written = cls.load_config(model.path / "scheduler", local_files_only=True)
-    config = dict(cls.from_config(written).config)
+    try:
+        written = cls.load_config(model.path / "scheduler", local_files_only=True)
+        config = dict(cls.from_config(written).config)
+    except ImportError:  # diffusers stands another class in for one whose library is not here
+        raise ValueError(f"its sampler {name} needs a library that is not served (scipy or torchsde)") from None
     config.pop("_use_default_values", None)  # what it names would fall back to the class's default once more
     return cls, config | {name: value for name, value in mend.items() if name in config}

@@ -9,8 +9,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from serve.diffusion.families.base import Family, Lane
-from serve.diffusion.families.batch import latents_of, timesteps_of
-from serve.diffusion.families.unet import padded
+from serve.diffusion.families.batch import latents_of, padded, timesteps_of
 
 CONDITIONED_SAMPLE_SIZE = 128
 """`sample_size` of the transformers that are told the image's size: the stock pipelines' rule."""

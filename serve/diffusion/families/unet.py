@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from serve.diffusion.families.base import Family, Lane
-from serve.diffusion.families.batch import latents_of, pooled_of, timesteps_of
+from serve.diffusion.families.batch import latents_of, padded, pooled_of, timesteps_of
 from serve.diffusion.families.load import pipeline_class
 
 _OLD_SD = {"steps_offset": 1, "clip_sample": False}
@@ -86,20 +86,6 @@ class SdxlFamily(SdFamily):
         time_ids = [lane.text.time_ids for lane in lanes if lane.text.time_ids is not None]
         assert len(time_ids) == len(lanes), "SDXL's conditioning has time ids"
         return {"text_embeds": pooled_of(lanes), "time_ids": torch.stack(time_ids)}
-
-
-def padded(contexts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(tokens, width) each -> (lanes, longest, width), and a mask (lanes, longest), 1 where there is a token.
-
-    Contexts of one length have no mask: attention without one is faster, and to the bit what the stock pipeline
-    computes.
-    """
-    lengths = [len(context) for context in contexts]
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return torch.stack(list(contexts)), None
-    mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-    return torch.nn.utils.rnn.pad_sequence(list(contexts), batch_first=True), mask.to(contexts[0])
 
 
 def guidance_embedding(scales: torch.Tensor, width: int) -> torch.Tensor:

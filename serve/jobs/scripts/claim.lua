@@ -2,7 +2,7 @@
 -- Leases the oldest queued job that satisfies the first want which any of them satisfies. A job satisfies a want when it
 -- is for the want's model, has more than `above` and at most `upto` pixels, has waited so long since it last joined the
 -- queue, and still has time; the sweep ends those that have none. A record of an older version, which says no pixels,
--- counts as the smallest image.
+-- counts as the smallest image. An id whose record somebody deleted satisfies nothing: the sweep forgets it.
 local worker, lease, PAGE = ARGV[2], tonumber(ARGV[3]), 100
 local wants = {}
 for i = 4, #ARGV, 4 do
@@ -22,10 +22,10 @@ local function choose()
     ids = redis.call('ZRANGE', QUEUE, page * PAGE, (page + 1) * PAGE - 1)
     for _, id in ipairs(ids) do
       local model, pixels, since, created = get(id, 'model', 'pixels', 'waiting', 'created')
-      local waited = now - tonumber(since or created)
+      local waited = now - tonumber(since or created or now)
       for n = 1, rank - 1 do
         if satisfies(wants[n], model, tonumber(pixels or 1), waited)
-            and tonumber(redis.call('ZSCORE', DEADLINES, id)) > now then
+            and tonumber(redis.call('ZSCORE', DEADLINES, id) or now) > now then
           found, rank = id, n
           break
         end

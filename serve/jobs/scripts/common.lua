@@ -78,6 +78,14 @@ local function finish(id, state, ...)
   ended[#ended + 1] = {state, now - get(id, 'created')}
 end
 
+-- Nothing is left to be said of an id whose record somebody deleted.
+local function forget(id)
+  redis.call('ZREM', QUEUE, id)
+  redis.call('ZREM', LEASES, id)
+  redis.call('ZREM', DEADLINES, id)
+  redis.call('DEL', events_key(id), previews_key(id))
+end
+
 -- An attempt ended without a result: once more, unless the client no longer wants it or the attempts are used up.
 local function retry(id, max_attempts, error)
   local attempt, cancel = get(id, 'attempt', 'cancel')

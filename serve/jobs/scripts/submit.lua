@@ -8,7 +8,7 @@ end
 local depth = redis.call('ZCARD', QUEUE)
 if depth >= max_queued then
   -- Little's law: the head of a queue of `depth` waited as long as `depth` departures took.
-  local waited = now - get(redis.call('ZRANGE', QUEUE, 0, 0)[1], 'created')
+  local waited = now - (get(redis.call('ZRANGE', QUEUE, 0, 0)[1], 'created') or now)
   return {ended, {'full', math.floor(waited / depth)}}
 end
 set(id, 'state', 'queued', 'sequence', redis.call('INCR', 'tandem:sequence'), 'created', now,

@@ -28,6 +28,7 @@ from serve.jobs.store import JobStore
 from serve.models import resolve
 from serve.placements import Fleet, plan_placements
 from serve.prompts.plan import Planner
+from serve.results.keys import content_type
 from serve.results.store import ResultStore, open_store
 from serve.service import ImageService, PoolState
 from serve.settings import JobSettings, ModelSettings, Settings
@@ -64,22 +65,22 @@ class Stand:
         job: dict[str, Any] = answer.json()
         return job
 
-    async def finish(self, job_id: str, steps: int = 2, data: bytes = PNG) -> None:
+    async def finish(self, job_id: str, steps: int = 2, data: bytes = PNG, extension: str = "png") -> None:
         """Claim the job, take its steps, store one image."""
         claim = await self.jobs.claim("test", ANY)
         assert claim is not None
         assert claim.job_id == job_id
         for step in range(1, steps + 1):
             await self.jobs.renew(claim, step)
-        key = f"{job_id}/0.png"
-        await self.results.put(key, data, "image/png")
+        key = f"{job_id}/0.{extension}"
+        await self.results.put(key, data, content_type(key))
         ref = ImageRef(
             index=0,
             key=key,
             seed=claim.request.seed,
             width=64,
             height=64,
-            content_type="image/png",
+            content_type=content_type(key),
             bytes=len(data),
         )
         await self.jobs.succeed(claim, images=[ref], cache={}, timings=(await self.jobs.get(job_id)).timings)

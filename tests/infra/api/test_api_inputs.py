@@ -1,12 +1,21 @@
 """Orders that start from an image: what is kept of it, how it is named, and what is left of a refused one."""
 
+import asyncio
 import base64
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from serve.errors import JobNotFound
+from serve.inputs import DECODINGS, Inputs, settled
+from serve.jobs.store import JobStore
+from serve.orders import NewImage
+from serve.results.local import LocalStore
+from serve.settings import CacheSettings, LimitSettings
 
 pytestmark = pytest.mark.anyio
 SIZE = (72, 64)
@@ -79,6 +88,8 @@ async def test_a_picture_that_is_gone_names_the_field(stand: Any, refused: Any) 
         ({"image": text(b"<svg xmlns='http://www.w3.org/2000/svg'/>")}, "image"),
         ({"image": text(file(size=(1, 1)))}, "image"),
         ({"image": text(file()[:-60])}, "image"),
+        ({"image": text(file("JPEG", mode="CMYK"))}, "image"),
+        ({"image": text(file()), "mask": text(file("JPEG", mode="CMYK"))}, "mask"),
         ({"image": text(file()), "mask": text(file("JPEG")[:-200])}, "mask"),
         ({"image": text(file()), "mask": text(file(size=(64, 64)))}, "mask"),
         ({"image": text(file()), "strength": 0}, "strength"),
@@ -105,3 +116,176 @@ async def test_an_order_that_finds_no_place_leaves_nothing(
         answer = await stand.client.post("/v1/jobs", json={"prompt": "one more", "image": text(file())})
         assert refused(answer, 503, answer.json()["error"]["param"])["code"] == "queue_full"
         assert kept(tmp_path) == 1
+
+
+async def test_another_tenant_s_picture_is_one_that_there_is_not(
+    redis_url: str, tmp_path: Path, stand_on: Any, refused: Any
+) -> None:
+    async with stand_on(redis_url, tmp_path, cache=CacheSettings(salt_header="x-tenant")) as stand:
+
+        async def order(tenant: dict[str, str], **fields: str) -> Any:
+            return await stand.client.post("/v1/jobs", json={"prompt": "a", "strength": 0.5} | fields, headers=tenant)
+
+        mine, theirs = {"x-tenant": "one"}, {"x-tenant": "two"}
+        job = (await order(mine, image=text(file()), mask=text(file()))).json()
+        image, mask = f"{job['id']}/image", f"{job['id']}/mask"
+        assert (await order(mine, image=image, mask=mask)).status_code == 202
+        for other in (theirs, {}):
+            told = refused(await order(other, image=image), 404, "image")
+            unknown = refused(await order(other, image=f"{'0' * 32}/image"), 404, "image")
+            assert told == unknown
+            refused(await order(other, image=text(file()), mask=mask), 404, "mask")
+        public = (await order({}, image=text(file()))).json()
+        assert (await order({}, image=f"{public['id']}/image")).status_code == 202
+        refused(await order(theirs, image=f"{public['id']}/image"), 404, "image")
+
+
+class SlowStore(LocalStore):
+    """The real store, whose thread waits before its file is there."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def _put(self, path: Path, data: bytes) -> None:
+        self.begun.set()
+        assert self.go_on.wait(20)
+        super()._put(path, data)
+
+
+async def test_a_cancelled_submission_leaves_no_file_however_slow_the_disk(stand: Any, tmp_path: Path) -> None:
+    store = SlowStore(tmp_path / "images")
+    stand.app.state.service._inputs._results = store
+    order = NewImage(prompt="a red circle", image=text(file()), mask=text(file()))
+    submitting = asyncio.create_task(stand.app.state.service.submit(order))
+    assert await asyncio.to_thread(store.begun.wait, 20)
+    submitting.cancel()
+    await asyncio.sleep(0)
+    submitting.cancel()  # again, while it waits for the thread
+    assert kept(tmp_path) == 0
+    store.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    assert not list((tmp_path / "images").rglob("*.*"))
+    assert await stand.jobs.queue_depth() == 0
+
+
+class CancelledAt(LocalStore):
+    """The real store, which has a task cancelled when it deletes."""
+
+    task: asyncio.Task[Any]
+
+    async def delete(self, key: str) -> None:
+        self.task.cancel()
+        await asyncio.sleep(0)
+        await super().delete(key)
+
+
+async def test_a_second_cancellation_does_not_stop_the_clearing_up(stand: Any, tmp_path: Path) -> None:
+    store = CancelledAt(tmp_path / "images")
+    inputs = Inputs(stand.jobs, store, LimitSettings())
+    uploads = await inputs.read(NewImage(prompt="a", image=text(file()), mask=text(file())))
+
+    async def story() -> None:
+        async with inputs.kept("0" * 32, uploads, 64, 64):
+            stored.set()
+            await asyncio.Event().wait()
+
+    stored = asyncio.Event()
+    store.task = asyncio.create_task(story())
+    await stored.wait()
+    assert kept(tmp_path) == 2
+    store.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await store.task
+    assert not list((tmp_path / "images").rglob("*.*"))
+
+
+class Logging(JobStore):
+    """The real store, whose submission is cancelled once the job is logged."""
+
+    task: asyncio.Task[Any]
+
+    async def submit(self, *arguments: Any, **options: Any) -> Any:
+        job = await super().submit(*arguments, **options)
+        self.task.cancel()
+        await asyncio.sleep(0)
+        return job
+
+
+async def test_a_submission_that_is_cancelled_while_it_is_logged_leaves_no_job(stand: Any, tmp_path: Path) -> None:
+    service = stand.app.state.service
+    service._jobs = store = Logging(stand.jobs._settings, stand.metrics)
+    store.task = asyncio.create_task(service.submit(NewImage(prompt="a", image=text(file()))))
+    with pytest.raises(asyncio.CancelledError):
+        await store.task
+    assert await stand.jobs.queue_depth() == 0
+    assert kept(tmp_path) == 0
+    await store.close()
+
+
+async def test_files_are_read_as_many_at_a_time_as_are_decoded(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(stand.jobs, stand.results, LimitSettings())
+    inside, most, go_on = 0, 0, threading.Event()
+    lock, full = threading.Lock(), threading.Semaphore(0)
+
+    def watched(*arguments: Any) -> bytes:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        full.release()
+        assert go_on.wait(20)
+        with lock:
+            inside -= 1
+        return file()
+
+    monkeypatch.setattr("serve.inputs.written_file", watched)
+    reading = [asyncio.create_task(inputs.read(NewImage(prompt="a", image="AAAA"))) for _ in range(6)]
+    for _ in range(DECODINGS):
+        assert await asyncio.to_thread(full.acquire, timeout=20)
+    reading[0].cancel()  # its thread goes on, and counts
+    for _ in range(20):
+        await asyncio.sleep(0)
+    go_on.set()
+    found = await asyncio.gather(*reading, return_exceptions=True)
+    assert [isinstance(each, asyncio.CancelledError) for each in found] == [True, *[False] * 5]
+    assert most == DECODINGS
+
+
+async def test_settled_work_ends_before_its_cancellation_is_raised() -> None:
+    ended, go_on = [], asyncio.Event()
+
+    async def work(fails: bool) -> int:
+        await go_on.wait()
+        ended.append(fails)
+        if fails:
+            raise JobNotFound("gone")
+        return 7
+
+    for fails in (False, True):
+        go_on.clear()
+        task = asyncio.create_task(settled(work(fails)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+            task.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert ended == [False, True]
+    assert await settled(work(False)) == 7
+    with pytest.raises(JobNotFound):
+        await settled(work(True))
+
+
+@pytest.mark.parametrize(("kind", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
+async def test_a_picture_has_the_type_of_its_file(stand: Any, kind: str, extension: str) -> None:
+    job = await stand.create(num_inference_steps=2, output_format=kind)
+    assert job["request"]["output_compression"] == 90
+    await stand.finish(job["id"], data=file(kind.upper()), extension=extension)
+    job = (await stand.client.get(f"/v1/jobs/{job['id']}")).json()
+    answer = await stand.client.get(job["images"][0]["url"])
+    assert answer.headers["content-type"] == job["images"][0]["content_type"] == f"image/{kind}"
+    assert decoded(answer.content).format == kind.upper()
+    again = await stand.create(image=f"{job['id']}/0", strength=0.5)
+    assert (again["request"]["width"], again["request"]["height"]) == SIZE

@@ -10,10 +10,12 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
 
 from serve import errors, service
 from serve.api.errors import STATUS, install
-from serve.api.middleware import BodyLimit, RequestIds
+from serve.api.middleware import BodyLimit, RequestIds, release_body
+from serve.settings import HttpSettings, LimitSettings
 
 TREE = [
     each
@@ -44,7 +46,7 @@ LIMIT = 1000
 def failing_app(error: Exception | None = None) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     install(app)
-    app.add_middleware(BodyLimit, max_bytes=LIMIT)
+    app.add_middleware(BodyLimit, max_bytes=LIMIT, max_bodies_bytes=2 * LIMIT)
     app.add_middleware(RequestIds)
 
     @app.get("/fail")
@@ -63,6 +65,16 @@ def failing_app(error: Exception | None = None) -> FastAPI:
     @app.post("/echo")
     async def echo(request: Request) -> int:
         return len(await request.body())
+
+    @app.post("/hold")
+    async def hold(request: Request) -> int:
+        size = len(await request.body())
+        if request.query_params.get("release"):
+            release_body(request)
+            assert not hasattr(request, "_body")
+        app.state.holding.release()
+        await app.state.go_on.wait()
+        return size
 
     return app
 
@@ -176,3 +188,63 @@ def test_a_chunked_body_is_read_only_up_to_the_limit() -> None:
     assert "content-length" not in answer.request.headers
     assert (answer.status_code, error_of(answer)["code"]) == (413, "payload_too_large")
     assert len(sent) <= LIMIT / 100 + 2
+
+
+async def chunks(data: bytes) -> AsyncIterator[bytes]:
+    for place in range(0, len(data), 100):
+        yield data[place : place + 100]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_the_bodies_of_all_requests_have_one_bound(announced: bool) -> None:
+    async def story() -> None:
+        app = failing_app()
+        app.state.holding, app.state.go_on = asyncio.Semaphore(0), asyncio.Event()
+        body = b"x" * LIMIT
+
+        async def post(path: str) -> httpx.Response:
+            return await call(app, "POST", path, content=body if announced else chunks(body))
+
+        held = [asyncio.create_task(post("/hold")) for _ in range(2)]
+        for _ in held:
+            await app.state.holding.acquire()
+        refused = await post("/echo")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "unavailable")
+        assert (error_of(refused)["param"], refused.headers["retry-after"]) == ("body", "1")
+        assert (await call(app, "POST", "/echo")).json() == 0  # what has no body needs no room
+        app.state.go_on.set()
+        assert [answer.json() for answer in await asyncio.gather(*held)] == [LIMIT, LIMIT]
+        assert (await post("/echo")).json() == LIMIT
+
+    asyncio.run(story())
+
+
+def test_a_body_that_its_route_has_let_go_of_does_not_count() -> None:
+    async def story() -> None:
+        app = failing_app()
+        app.state.holding, app.state.go_on = asyncio.Semaphore(0), asyncio.Event()
+        held = []
+        for _ in range(5):
+            held.append(asyncio.create_task(call(app, "POST", "/hold?release=1", content=b"x" * LIMIT)))
+            await app.state.holding.acquire()
+        app.state.go_on.set()
+        assert [answer.json() for answer in await asyncio.gather(*held)] == [LIMIT] * 5
+
+    asyncio.run(story())
+
+
+def test_what_one_order_may_hold_fits_into_its_body_and_that_into_all() -> None:
+    http, limits = HttpSettings(), LimitSettings()
+    assert 2 * 4 * -(-limits.max_image_bytes // 3) + 2 * limits.max_prompt_bytes + 65536 < http.max_body_bytes
+    with pytest.raises(ValidationError, match="max_bodies_bytes"):
+        HttpSettings(max_body_bytes=2000, max_bodies_bytes=1999)
+
+
+def test_a_body_that_fails_gives_its_room_back() -> None:
+    async def story() -> None:
+        app = failing_app()
+        for _ in range(5):
+            assert (await call(app, "POST", "/echo", content=chunks(b"x" * 2 * LIMIT))).status_code == 413
+        assert (await call(app, "POST", "/echo", content=b"x" * LIMIT)).json() == LIMIT
+
+    asyncio.run(story())

@@ -49,6 +49,7 @@ def test_a_full_order_is_taken_as_it_stands() -> None:
     order |= {"aspect_ratio": "16:9", "round_size": True, "true_cfg_scale": 2.5, "scheduler": "euler_a"}
     order |= {"use_t5": False, "step_cache": 0.1, "tiny_vae": True}
     order |= {"image": "data:image/png;base64,AAAA", "mask": f"{'0' * 32}/mask", "strength": 1, "preview_every": 5}
+    order |= {"output_format": "webp", "output_compression": 80, "bit_depth": 8}
     assert parse(json.dumps(order)).model_dump() == order
 
 

@@ -47,7 +47,8 @@ def test_every_section_has_its_figures(report: Report) -> None:
     for side in (report.open_loop.stock, report.open_loop.engine):
         assert not side.failed
         assert side.seconds is not None
-        assert side.seconds.count == round(2.0 * side.rate)
+        assert side.seconds.count % 36 == 0
+        assert side.seconds.count >= 2.0 * side.rate
     assert {one.threshold for one in report.savings} == {0.05, 0.1, 0.2, None}
     assert all(0 <= one.saved < 1 and one.error >= 0 for one in report.savings)
     assert report.short is not None

@@ -71,9 +71,13 @@ class Script:
             "timings": {"total_s": 1.5 if ended else None},
             "cache": {"memory": 1, "redis": 0, "encoded": 1},
             "truncated": [{"field": "prompt", "encoder": "clip-l", "tokens": 80, "limit": 75, "text": " and more"}],
-            "images": [{"index": i} for i in range(order.get("num_images", 1))] if self.end == "succeeded" else [],
+            "images": self._images(order) if self.end == "succeeded" else [],
             "error": None if self.end == "succeeded" else {"code": "out_of_memory", "message": "not enough memory"},
         }
+
+    def _images(self, order: dict[str, Any]) -> list[dict[str, Any]]:
+        kind = f"image/{order.get('output_format', 'png')}"
+        return [{"index": index, "content_type": kind} for index in range(order.get("num_images", 1))]
 
     async def create(self, request: Request) -> Response:
         if self.refusal is not None:

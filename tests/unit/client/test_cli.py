@@ -82,6 +82,27 @@ def test_several_pictures_get_numbers(script: Any, tmp_path: Path, monkeypatch: 
     assert names == ["a-0.png", "a-1.png", "b/tandem-01234567-0.png", "b/tandem-01234567-1.png"]
 
 
+def test_the_format_is_what_out_ends_in_or_what_is_asked_for(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out, options, sent in (
+        ("a.webp", (), {"output_format": "webp"}),
+        ("a.JPG", ("--quality", 80), {"output_format": "jpeg", "output_compression": 80}),
+        ("b.png", ("--bit-depth", 16), {"bit_depth": 16}),
+        ("folder", ("--format", "jpeg"), {"output_format": "jpeg"}),
+    ):
+        assert tandem(monkeypatch, "generate", "a heart", *options, "--url", script.url, "-o", tmp_path / out) == 0
+        fields = ("output_format", "output_compression", "bit_depth")
+        assert {name: script.orders[-1][name] for name in fields if name in script.orders[-1]} == sent
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert names == ["a.JPG", "a.webp", "b.png", "folder/tandem-01234567-0.jpg"]
+    capsys.readouterr()
+    clash = ("--format", "jpeg", "-o", tmp_path / "c.png")
+    assert tandem(monkeypatch, "generate", "a heart", "--url", script.url, *clash) == 2
+    assert "--format jpeg" in one_line(capsys)
+    assert len(script.orders) == 4
+
+
 def test_json_is_the_job_and_the_files(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

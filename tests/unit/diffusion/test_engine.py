@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from threading import Event
+from threading import Event, Thread, current_thread
 
 import pytest
 import torch
-from support.parity import difference, drawn
+from support.parity import difference, drawn, picture
 
 from serve.diffusion.engine import Engine, Rendered, Work
 from serve.diffusion.profile import Profile
@@ -222,6 +222,75 @@ def test_a_lost_device_ends_the_loop_and_every_future(runner: Runner, work: Make
     assert engine.busy_s == 0
 
 
+class NoRemoval(StepScheduler):
+    """One whose books are broken; keeps on which threads it was asked."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__(profile)
+        self.asked: list[str] = []
+
+    def remove(self, run_id: str) -> None:
+        self.asked.append(current_thread().name)
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+def broken_engine(runner: Runner) -> tuple[Engine, NoRemoval]:
+    profile = Profile(4)
+    scheduler = NoRemoval(profile)
+    return Engine(runner, scheduler, profile, InProcessMetrics()), scheduler
+
+
+def test_every_future_has_its_outcome_even_if_letting_go_fails(runner: Runner, work: MakeWork) -> None:
+    """When the device is lost, what may be broken as well is not touched."""
+    watched = WatchedRunner(runner)
+    engine, scheduler = broken_engine(watched)
+    futures = [engine.submit(work(f"lost{n}", image=picture(128, 128) if n else None), ignore) for n in range(3)]
+    assert watched.under_way.wait(60)
+    asked = engine.measure((8, 8), 1, 3)
+    watched.step = LostDevice.step.__get__(watched)  # type: ignore[method-assign]
+    watched.gate.set()
+    for future in [*futures, asked]:
+        assert isinstance(future.exception(60), DeviceLost)
+    engine.stop()
+    assert not engine.alive
+    assert scheduler.asked == []
+
+
+def test_a_cancel_that_can_not_let_go_still_has_its_outcome(runner: Runner, work: MakeWork) -> None:
+    watched = WatchedRunner(runner)
+    engine, _ = broken_engine(watched)
+    gone, other = (engine.submit(work(name), ignore) for name in ("gone", "other"))
+    assert watched.under_way.wait(60)
+    engine.cancel("gone")
+    watched.gate.set()
+    with pytest.raises(GenerationFailed, match="cancelled"):
+        gone.result(60)
+    assert isinstance(other.exception(60), DeviceLost)
+    engine.stop()
+    assert not engine.alive
+
+
+def test_a_cancel_while_the_loop_ends_touches_nothing(runner: Runner, work: MakeWork) -> None:
+    """The loop's thread is still at the runs when the first of their callers hears, and cancels another's."""
+    watched = WatchedRunner(runner)
+    engine, scheduler = broken_engine(watched)
+    futures = [engine.submit(work(f"lost{n}"), ignore) for n in range(3)]
+    assert watched.under_way.wait(60)
+
+    def cancel_all(future: Future[Rendered]) -> None:
+        thread = Thread(target=lambda: [engine.cancel(f"lost{n}") for n in range(3)])
+        thread.start()
+        thread.join(60)
+
+    futures[0].add_done_callback(cancel_all)
+    watched.step = LostDevice.step.__get__(watched)  # type: ignore[method-assign]
+    watched.gate.set()
+    for future in futures:
+        assert isinstance(future.exception(60), DeviceLost)
+    engine.stop()
+    assert scheduler.asked == []
+
+
 def test_a_callback_that_raises_fails_its_run_drawn(engine: Engine, work: MakeWork) -> None:
     def broken(event: StepEvent) -> None:
         raise RuntimeError("the event loop is closed")
@@ -267,6 +336,20 @@ def test_a_measurement_that_does_not_fit_fails_drawn(runner: Runner, work: MakeW
         engine.measure((16, 16), 64, 3).result(60)
     assert len(engine.submit(work("after"), ignore).result(60).images) == 1
     engine.stop()
+
+
+def test_reused_predictions_are_counted(runner: Runner, work: MakeWork) -> None:
+    metrics, profile = InProcessMetrics(), Profile(4)
+    watched = WatchedRunner(runner)
+    watched.gate.set()
+    engine = Engine(watched, StepScheduler(profile), profile, metrics)
+    engine.submit(work("exact", num_inference_steps=20), ignore).result(60)
+    assert metrics.value("tandem_engine_reused_predictions_total") == 0
+    cached = work("cached", num_inference_steps=20, step_cache=0.5)
+    assert engine.submit(cached, ignore).result(60).approximate == ("step_cache",)
+    engine.stop()
+    assert 0 < watched.reused_predictions < 20
+    assert metrics.value("tandem_engine_reused_predictions_total") == watched.reused_predictions
 
 
 def test_stop_finishes_what_was_submitted(runner: Runner, work: MakeWork) -> None:

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from io import BytesIO
-from threading import Event
+from threading import Event, current_thread
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.parity import difference, drawn
 
 from serve.diffusion.engine import Engine, Work
+from serve.diffusion.families.base import Family
 from serve.diffusion.profile import Profile
+from serve.diffusion.run import Picture
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.diffusion.state import Source
@@ -39,6 +43,7 @@ class SlowVae(Runner):
         self.reached = Event()
         self.errors: list[Exception] = []
         self.decoded = 0
+        self.tiled: list[bool] = []
 
     def _wait(self) -> None:
         self.reached.set()
@@ -50,10 +55,11 @@ class SlowVae(Runner):
         self._wait()
         return super().encode(work)
 
-    def decode(self, latents: Latents) -> Image.Image:
+    def decode(self, latents: Latents, tiled: bool = False) -> Picture:
+        self.tiled.append(tiled)
         self._wait()
         self.decoded += 1
-        return super().decode(latents)
+        return super().decode(latents, tiled)
 
 
 @pytest.fixture
@@ -135,11 +141,27 @@ def test_a_decoding_without_memory_beside_a_step_is_made_between_two(slow: SlowV
     slow.errors = [OutOfMemory("the VAE: the device ran out of memory")]
     slow.gate.set()
     engine = open_engine(slow)
-    assert len(engine.submit(work("again"), ignore).result(60).images) == 1
+    again = engine.submit(work("again"), ignore).result(60)
+    assert difference(again.images[0], drawn(slow, work("alone"))[0]) <= 1
+    assert again.approximate == (), "of one tile: there is none to join it to"
     slow.errors = [OutOfMemory("the VAE: the device ran out of memory")] * 2
     with pytest.raises(OutOfMemory):
         engine.submit(work("never"), ignore).result(60)
     assert engine.alive
+    engine.stop()
+
+
+def test_a_decoding_without_memory_is_made_in_tiles_and_says_so(slow: SlowVae, work: MakeWork) -> None:
+    slow.gate.set()
+    engine = open_engine(slow)
+    wide = {"num_inference_steps": 1, "width": 640, "height": 64}
+    assert engine.submit(work("whole", **wide), ignore).result(60).approximate == ()
+    slow.errors = [OutOfMemory("the VAE: the device ran out of memory")]
+    tiled = engine.submit(work("tiled", **wide), ignore).result(60)
+    assert tiled.approximate == ("tiled_vae",)
+    assert isinstance(tiled.images[0], Image.Image)
+    assert tiled.images[0].size == (640, 64)
+    assert slow.tiled == [False, False, True]
     engine.stop()
 
 
@@ -222,7 +244,7 @@ def test_what_kept_an_image_from_being_exact_is_told(runner: Runner, work: MakeW
 
 
 def test_previews_wait_for_everything_else() -> None:
-    thread = VaeThread()
+    thread = VaeThread(lambda error: None)
     gate, done = Event(), []
     thread.submit(lambda: done.append(gate.wait(60)))
     thread.submit(lambda: done.append("preview"), preview=True)
@@ -235,3 +257,65 @@ def test_previews_wait_for_everything_else() -> None:
     thread.close()
     thread.join()
     assert done == [True, "first", "second", "preview"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_vae_thread_that_ends_takes_the_loop_with_it(slow: SlowVae, work: MakeWork) -> None:
+    """Of whatever: without it no image is ever finished, and nobody is left to wait for one."""
+    slow.gate.set()
+    engine = open_engine(slow)
+    steps: list[int] = []
+
+    def gone(latents: Latents, tiled: bool = False) -> Picture:
+        raise SystemExit("out of the thread")
+
+    slow.decode = gone  # type: ignore[method-assign]
+    lost = engine.submit(work("lost", num_inference_steps=1), ignore)
+    other = engine.submit(work("other", num_inference_steps=150), lambda event: steps.append(event.step))
+    assert isinstance(lost.exception(60), DeviceLost)
+    assert isinstance(other.exception(60), DeviceLost)
+    engine.stop()
+    assert not engine.alive
+
+
+def test_pictures_of_16_bits_come_through(runner: Runner, work: MakeWork) -> None:
+    engine = open_engine(runner)
+    deep = engine.submit(work("deep", bit_depth=16), ignore).result(60).images[0]
+    plain = engine.submit(work("plain"), ignore).result(60).images[0]
+    engine.stop()
+    assert isinstance(deep, np.ndarray)
+    assert deep.dtype == np.uint16
+    assert np.abs(deep / 257 - np.asarray(plain, dtype=float)).max() <= 1
+
+
+def test_on_apples_gpus_the_vae_works_between_two_steps(slow: SlowVae, work: MakeWork) -> None:
+    """Two threads can't share one: everything happens on the loop's."""
+    threads: set[str] = set()
+    slow.gate.set()
+    step, decode, encode, preview = slow.step, slow.decode, slow.encode, slow.preview
+
+    def here(name: str, call: Callable[..., object]) -> None:
+        setattr(slow, name, lambda *args: (threads.add(current_thread().name), call(*args))[1])
+
+    for name, call in {"step": step, "decode": decode, "encode": encode, "preview": preview}.items():
+        here(name, call)
+    family = slow.family
+    slow.family = MpsFamily(family)  # type: ignore[assignment]
+    engine = open_engine(slow)
+    seen: list[Preview] = []
+    slow.family = family
+    job = work("mps", image=Image.new("RGB", (128, 128), "green"), preview_every=2)
+    rendered = engine.submit(job, ignore, seen.append).result(60)
+    engine.stop()
+    assert threads == {"engine"}
+    assert difference(rendered.images[0], drawn(slow, job)[0]) <= 1
+    assert seen
+    assert not engine.alive
+
+
+class MpsFamily:
+    """What a family on Apple's GPU says of its device."""
+
+    def __init__(self, family: Family) -> None:
+        self.device = torch.device("mps")
+        self.vae = family.vae

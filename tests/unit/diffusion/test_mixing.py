@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,14 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
-from support.image_models import flux_model, sd3_model
+from support.image_models import flux_model, sd3_model, sd_model, sdxl_model
 from support.parity import difference, drawn, hole, picture
 
 from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import Conditioning, ImageRequest, Schedule
+from serve.domain import Conditioning, ImageRequest, Schedule, Task
 from serve.models import ModelFolder, check_folder
 from serve.models.samplers import sampler_names
 from serve.settings import DiffusionSettings
@@ -108,12 +109,12 @@ def test_the_shipped_model(runner: Runner, work: MakeWork, mix: list[dict[str, A
     check(runner, jobs, leaving, max_batch_size)
 
 
-flow_jobs = st.fixed_dictionaries(
+small_jobs = st.fixed_dictionaries(
     common
     | {
         "guidance": st.sampled_from([1.0, 4.0]),
         "embedded": st.sampled_from([0.0, 3.5]),
-        "scheduler": st.sampled_from([None, *sampler_names("flow")]),
+        "sampler": st.integers(0, 99),
         "num_images": st.integers(1, 2),
         "width": st.sampled_from([32, 48]),
         "height": st.sampled_from([32, 64]),
@@ -123,24 +124,34 @@ flow_jobs = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module", params=[sd3_model, flux_model])
-def flow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    folder = request.param(tmp_path_factory.mktemp("flow") / request.param.__name__)
+def inpaint_model(path: Path) -> Path:
+    """An inpainting U-Net, which reads nine channels."""
+    return sd_model(path, in_channels=9)
+
+
+@pytest.fixture(scope="module", params=[sdxl_model, inpaint_model, sd3_model, flux_model])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    folder = request.param(tmp_path_factory.mktemp("small") / request.param.__name__)
     model = check_folder(folder, folder.name)
     return open_runner(model, DiffusionSettings(device="cpu", torch_threads=1))
 
 
-def flow_work(model: ModelFolder, name: str, order: dict[str, Any]) -> Work:
+def made_up_work(model: ModelFolder, name: str, order: dict[str, Any]) -> Work:
     """A job whose text is made up."""
+    assert model.denoiser is not None
     values = dict(order)
+    samplers = [None, *sampler_names(model.denoiser.process)]
+    values["scheduler"] = samplers[values.pop("sampler") % len(samplers)]
+    if model.denoiser.tasks == {Task.INPAINT}:
+        values["source"] = "mask"
     generator = torch.Generator().manual_seed(values["seed"])
     guided = values.pop("guidance")
     tokens, negative_tokens = values.pop("tokens"), values.pop("negative_tokens")
     width = model.context_width
-    pooled = sum(part.projection or part.width for part in model.text if part.kind != "t5")
+    projections = [part.projection or part.width for part in model.text if part.kind != "t5"]
+    pooled = {"sd": 0, "sdxl": projections[-1], "sd3": sum(projections), "flux": projections[0]}[model.family]
     if model.family == "flux":
         values |= {"true_cfg_scale": guided, "guidance_scale": values.pop("embedded")}
-        pooled = next(part.width for part in model.text if part.kind != "t5")
     else:
         values |= {"guidance_scale": guided}
         values.pop("embedded")
@@ -149,11 +160,14 @@ def flow_work(model: ModelFolder, name: str, order: dict[str, Any]) -> Work:
         return torch.randn(size, generator=generator)
 
     has_negative = guided > 1
+    ids = torch.tensor([values["height"], values["width"], 0.0, 0.0, values["height"], values["width"]])
     conditioning = Conditioning(
         positive=normal(tokens, width),
         negative=normal(negative_tokens, width) if has_negative else None,
-        pooled=normal(pooled),
-        negative_pooled=normal(pooled) if has_negative else None,
+        pooled=normal(pooled) if pooled else None,
+        negative_pooled=normal(pooled) if pooled and has_negative else None,
+        time_ids=ids if model.family == "sdxl" else None,
+        negative_time_ids=ids if model.family == "sdxl" and has_negative else None,
     )
     started = inputs(values)
     kept = {key: None if each is None else f"{name}/{key}.png" for key, each in started.items()}
@@ -161,13 +175,13 @@ def flow_work(model: ModelFolder, name: str, order: dict[str, Any]) -> Work:
     return Work(name, request, Schedule.constant(conditioning), started.get("image"), started.get("mask"))
 
 
-@slow(max_examples=6)
-@given(mix=st.lists(flow_jobs, min_size=2, max_size=6), max_batch_size=st.sampled_from([2, 4, 8]))
-def test_flow_models(flow: Runner, mix: list[dict[str, Any]], max_batch_size: int) -> None:
+@slow(max_examples=8)
+@given(mix=st.lists(small_jobs, min_size=2, max_size=6), max_batch_size=st.sampled_from([2, 4, 8]))
+def test_small_models(small: Runner, mix: list[dict[str, Any]], max_batch_size: int) -> None:
     jobs, leaving = [], set()
     for number, order in enumerate(mix):
         values = dict(order)
         if values.pop("cancelled"):
             leaving.add(f"job{number}")
-        jobs.append(flow_work(flow.family.model, f"job{number}", values))
-    check(flow, jobs, leaving, max_batch_size)
+        jobs.append(made_up_work(small.family.model, f"job{number}", values))
+    check(small, jobs, leaving, max_batch_size)

@@ -1,13 +1,21 @@
 """Stable Diffusion against the stock pipelines: the shipped model, and small ones with random weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from support.image_models import sd_model
+from diffusers import (
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from support.image_models import lcm_model, sd_model
 from support.parity import Pair
 
+from serve.diffusion import vae
 from serve.domain import Conditioning, ImageRequest, Task
 from serve.errors import InvalidRequest
 from serve.models.folder import SHIPPED
@@ -104,6 +112,57 @@ def test_a_sampler_that_can_not_make_so_many_steps_says_so(small: SdPair, sample
     with pytest.raises(InvalidRequest, match="80 steps") as refused:
         small.runner.rows(small.work(request))
     assert refused.value.param == "num_inference_steps"
+
+
+class LcmPair(SdPair):
+    def request(self, task: Task, **values: Any) -> ImageRequest:
+        return super().request(task, **{"true_cfg_scale": 1.0, "guidance_scale": 8.5} | values)
+
+    def options(self, request: ImageRequest) -> dict[str, Any]:
+        return {"guidance_scale": request.guidance_scale}
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> LcmPair:
+    pipelines = {
+        Task.TXT2IMG: LatentConsistencyModelPipeline,
+        Task.IMG2IMG: LatentConsistencyModelImg2ImgPipeline,
+        Task.INPAINT: StableDiffusionInpaintPipeline,
+    }
+    return LcmPair(lcm_model(tmp_path_factory.mktemp("sd") / "lcm"), pipelines, 64)
+
+
+@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("sampler", [None, "lcm"])
+def test_latent_consistency(distilled: LcmPair, sampler: str | None, task: Task) -> None:
+    for steps, guidance_scale in ((4, 8.5), (8, 1.5)):
+        distilled.check(task, sampler, num_inference_steps=steps, guidance_scale=guidance_scale, num_images=2)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_latent_consistency_makes_all_its_steps_from_an_image(distilled: LcmPair, strength: float) -> None:
+    distilled.check(Task.IMG2IMG, num_inference_steps=6, strength=strength)
+    request = distilled.request(Task.IMG2IMG, num_inference_steps=6, strength=strength)
+    assert [row.steps for row in distilled.runner.rows(distilled.work(request))] == [6]
+
+
+def test_latent_consistency_with_more_steps_than_the_image_leaves(distilled: LcmPair) -> None:
+    """50 * 0.1 timesteps are left."""
+    request = distilled.request(Task.IMG2IMG, num_inference_steps=6, strength=0.1)
+    with pytest.raises(InvalidRequest, match="6 steps") as refused:
+        distilled.runner.rows(distilled.work(request))
+    assert refused.value.param == "num_inference_steps"
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_large_images_are_tiled_as_in_diffusers(small: SdPair, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large is more than a tile has pixels."""
+    monkeypatch.setattr(vae, "TILE", 64)
+    stock = small.stock_vae
+    monkeypatch.setattr(stock, "use_tiling", True)
+    monkeypatch.setattr(stock, "tile_sample_min_size", 64)
+    monkeypatch.setattr(stock, "tile_latent_min_size", 16)
+    small.check(task, width=96, height=80, num_inference_steps=3)
 
 
 def test_a_sampler_of_another_kind_of_model_is_refused(small: SdPair) -> None:

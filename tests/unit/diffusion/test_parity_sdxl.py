@@ -11,11 +11,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from support.image_models import sdxl_model
+from support.image_models import playground_model, sdxl_model
 from support.parity import Pair
 from support.text_models import OPENCLIP, OPENCLIP_PROJECTION, fill
 
+from serve.diffusion.samplers import Track
 from serve.domain import Conditioning, ImageRequest, Task
+from serve.errors import InvalidRequest
+from serve.models.samplers import sampler_names
 
 PIPELINES = {
     Task.TXT2IMG: StableDiffusionXLPipeline,
@@ -92,6 +95,67 @@ def test_the_refiner(root: Path, sampler: str | None) -> None:
     folder = root / f"refiner-{sampler}"
     refiner = RefinerPair(refiner_model(folder), {Task.IMG2IMG: StableDiffusionXLImg2ImgPipeline}, 64)
     refiner.check(Task.IMG2IMG, sampler, strength=0.5, num_inference_steps=6)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_the_refiner_inpaints(root: Path, strength: float) -> None:
+    folder = root / f"refiner-inpainting-{strength}"
+    refiner = RefinerPair(refiner_model(folder), {Task.INPAINT: StableDiffusionXLInpaintPipeline}, 64)
+    for sampler in ("euler_a", None):
+        refiner.check(Task.INPAINT, sampler, strength=strength, num_inference_steps=5)
+
+
+@pytest.fixture(scope="module")
+def playground(root: Path) -> SdxlPair:
+    return SdxlPair(playground_model(root / "playground"), PIPELINES, 64)
+
+
+@pytest.mark.parametrize("task", [Task.TXT2IMG, Task.IMG2IMG])
+@pytest.mark.parametrize("sampler", [*sampler_names("edm"), None])
+def test_playground(playground: SdxlPair, sampler: str | None, task: Task) -> None:
+    """Inpainting is not compared: diffusers' forgets the mean and the spread of the latents there."""
+    assert playground.model.denoiser is not None
+    assert playground.model.denoiser.process == "edm"
+    playground.check(task, sampler, num_images=2)
+    playground.check(task, sampler, guidance_scale=1.0, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("sampler", ["edm_euler", "edm_dpmpp_2m"])
+def test_playground_keeps_what_is_not_repainted(playground: SdxlPair, sampler: str) -> None:
+    request = playground.request(Task.INPAINT, scheduler=sampler)
+    work = playground.work(request)
+    source = playground.runner.encode(work)
+    assert source is not None
+    row = playground.runner.rows(work)[0]
+    playground.runner.begin(row, work, source)
+    for _ in range(row.steps):
+        assert not playground.runner.step([row])
+    latents, start = playground.runner.release(row).tensor, source.starts[0]
+    assert start.image is not None
+    assert start.mask is not None
+    kept = (start.mask == 0).expand_as(latents)
+    assert torch.equal(latents[kept], start.image[kept])
+
+
+def test_playground_has_samplers_of_its_own(playground: SdxlPair) -> None:
+    with pytest.raises(InvalidRequest, match="euler"):
+        playground.runner.rows(playground.work(playground.request(Task.TXT2IMG, scheduler="euler")))
+
+
+def test_previews_of_playground_show_its_estimate(playground: SdxlPair) -> None:
+    """What EDM's sampler itself takes the finished latents to be (Karras et al. 2022, equation 7)."""
+    generator = torch.Generator().manual_seed(1)
+    for sampler in (*sampler_names("edm"), None):
+        request = playground.request(Task.TXT2IMG, scheduler=sampler, num_inference_steps=4)
+        track = Track(playground.runner.family, request, (16, 16))
+        latents = torch.randn(1, 4, 16, 16, generator=generator) * track.scheduler.init_noise_sigma
+        while not track.ended:
+            track.model_input(latents)
+            level, prediction = float(track.scheduler.sigmas[track.done]), torch.randn_like(latents)
+            skip, out = 0.25 / (level**2 + 0.25), level * 0.5 / (level**2 + 0.25) ** 0.5
+            found = track.original(prediction, latents)
+            assert torch.allclose(found, skip * latents + out * prediction, atol=1e-4)
+            latents = track.advance(prediction, latents, generator)
 
 
 def refiner_model(path: Path) -> Path:

@@ -71,6 +71,13 @@ def test_every_family_has_previews(tmp_path: Path, family: str) -> None:
     assert image.size == (100, 70)
 
 
+@pytest.mark.parametrize("grey", [0.0, 0.5, 1.0])
+def test_plain_backgrounds_have_no_tint(runner: Runner, grey: float) -> None:
+    latents = runner.family.vae.encode(torch.full((1, 3, 128, 128), 2 * grey - 1)).mode()
+    colours = PreviewMap(runner.family.vae).colours(latents)[4:-4, 4:-4].reshape(-1, 3).mean(axis=0)
+    assert np.abs(colours - 255 * grey).max() < 16
+
+
 def test_latents_that_are_no_numbers_are_shown_grey(runner: Runner) -> None:
     colours = PreviewMap(runner.family.vae).colours(torch.full((1, 4, 8, 8), torch.nan))
     assert colours.shape == (8, 8, 3)

@@ -1,5 +1,6 @@
 """The runner's own rules: who fails alone, what changes on the way, what is timed at start."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from support.image_models import BUILDERS, sd_model
 from support.parity import SETTINGS, difference, drawn
 
+from serve.diffusion import vae
 from serve.diffusion.run import Work
-from serve.diffusion.runner import Runner, open_runner
+from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.domain import Conditioning, Schedule
-from serve.errors import GenerationFailed, OperatorError
+from serve.errors import DeviceLost, GenerationFailed, OperatorError
 from serve.models import ModelFolder, check_folder
 from serve.settings import DiffusionSettings
 
@@ -90,3 +92,88 @@ def test_pixels_are_rounded_as_diffusers_does(runner: Runner, work: MakeWork) ->
     image = np.asarray(drawn(runner, work("pixels", num_inference_steps=2))[0])
     assert image.shape == (128, 128, 3)
     assert image.dtype == np.uint8
+
+
+def finished(runner: Runner, job: Work) -> Latents:
+    row = runner.rows(job)[0]
+    runner.begin(row, job, None)
+    for _ in range(row.steps):
+        assert not runner.step([row])
+    return runner.release(row)
+
+
+def test_16_bits_are_the_same_picture_more_finely(runner: Runner, work: MakeWork) -> None:
+    latents = finished(runner, work("fine", num_inference_steps=2, bit_depth=16))
+    fine, image = runner.decode(latents), runner.decode(replace(latents, bit_depth=8))
+    assert isinstance(fine, np.ndarray)
+    assert (fine.shape, fine.dtype) == ((128, 128, 3), np.uint16)
+    assert np.abs(fine / 257 - np.asarray(image)).max() <= 0.5 + 1 / 257
+    pixels = runner.family.vae.decode(latents.tensor)
+    exact = (pixels.permute(1, 2, 0).double().numpy() / 2 + 0.5).clip(0, 1) * 65535
+    assert np.abs(fine - exact).max() <= 0.51
+    assert len(np.unique(fine)) > 256
+
+
+def test_tiles_are_asked_for_after_running_out_of_memory(
+    runner: Runner, work: MakeWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae, "TILE", 128)
+    latents = finished(runner, work("tiled", num_inference_steps=2))
+    whole, tiled = (np.asarray(runner.decode(latents, tiled=each), dtype=float) for each in (False, True))
+    assert 0 < np.abs(whole - tiled).mean() < 12
+    assert whole.shape == tiled.shape
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("some"), TypeError("other")])
+def test_what_fails_after_the_rows_have_moved_fails_all_of_them(
+    runner: Runner, work: MakeWork, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry would move them twice."""
+    job = work("moved", num_images=2, num_inference_steps=3)
+    rows = runner.rows(job)
+    for row in rows:
+        runner.begin(row, job, None)
+
+    def broken(*_: object) -> torch.Tensor:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "isfinite", broken)
+        assert runner.step(rows).keys() == set(rows)
+        patched.setattr(torch.Tensor, "isfinite", lost)
+        with pytest.raises(DeviceLost):
+            runner.step(rows)
+    runner.drop(rows)
+
+
+def lost(*_: object) -> torch.Tensor:
+    raise torch.AcceleratorError("gone")
+
+
+def test_a_measurement_waits_for_the_device(
+    runner: Runner, model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    runner._synchronize()
+    assert not waited
+    for name in ("mps", "cuda"):
+        monkeypatch.setattr(runner.family, "device", torch.device(name))
+        runner._synchronize()
+    assert waited == ["mps", torch.device("cuda")]
+
+
+@pytest.mark.parametrize("name", ["LMSDiscreteScheduler", "DPMSolverSDEScheduler"])
+def test_a_sampler_whose_library_is_not_here_is_refused(tmp_path: Path, name: str) -> None:
+    folder = sd_model(tmp_path / "sd")
+    for file, key, value in (
+        ("model_index.json", "scheduler", ["diffusers", name]),
+        ("scheduler/scheduler_config.json", "_class_name", name),
+    ):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(OperatorError, match=name) as refused:
+        open_runner(check_folder(folder, "sd"), SETTINGS)
+    assert refused.value.param == "model.source"
+    assert "\n" not in refused.value.message

@@ -3,38 +3,24 @@ is asked once more in float32, and a picture of not-a-number is nobody's."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from support.image_models import FACTOR, sd_model, sdxl_model, tiny_vae, vae
+from support.vaes import CPU, noise, overflowing, pixels_of
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from serve.diffusion import vae as vae_module
 from serve.diffusion.vae import Vae, open_vae
 from serve.errors import GenerationFailed, OperatorError
 from serve.models import check_folder
 from serve.settings import DiffusionSettings
 
-CPU = torch.device("cpu")
 PLAIN = DiffusionSettings(channels_last=False)
 HALF = [torch.float16, torch.bfloat16]
 ALL = [torch.float32, *HALF]
 IDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get
-
-
-def noise(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 3) -> torch.Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def pixels_of(height: int = 24, width: int = 40) -> torch.Tensor:
-    return noise(1, 3, height, width).tanh()
-
-
-def overflowing(dtype: torch.dtype, **options: Any) -> AutoencoderKL:
-    """The first activation is too large for float16; the norm after it brings it back where the range holds it."""
-    model = vae(0, **options).eval().requires_grad_(False)
-    model.decoder.conv_in.weight.data *= 1e5
-    return torch.nn.Module.to(model, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +223,38 @@ def test_channels_last_is_the_default_and_changes_nothing_but_the_layout(sd: Pat
     assert laid._vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     latents = noise(1, 4, 6, 10)
     assert torch.allclose(laid.decode(latents), open_vae(model, CPU, torch.float32, PLAIN).decode(latents), atol=1e-5)
+
+
+def test_weights_that_are_replaced_outlive_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory may be another stream's to give away: it is held until the device has copied them."""
+    ours = Vae(overflowing(torch.float16), CPU, torch.float16)
+    held: list[list[bool]] = []
+
+    def weights() -> list[StorageWeakRef]:
+        return [StorageWeakRef(each.untyped_storage()) for each in ours._vae.parameters()]
+
+    before, wait = weights(), vae_module._wait
+    monkeypatch.setattr(
+        vae_module, "_wait", lambda device: (held.append([not each.expired() for each in before]), wait(device))
+    )
+    with vae_module._computing(ours._vae, torch.float32):
+        assert [all(each) for each in held] == [True], "the device is waited for while they are held"
+        assert all(each.expired() for each in before), "and then they go"
+        before = weights()
+        held.clear()
+    assert [all(each) for each in held] == [True]
+    assert all(each.expired() for each in before)
+
+
+def test_many_encodings_change_the_precision_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Vae(overflowing(torch.float16), CPU, torch.float16, upcast=False)
+    ours._encode_dtype = torch.float32
+    casts: list[torch.dtype] = []
+    cast = vae_module._cast
+    monkeypatch.setattr(vae_module, "_cast", lambda vae, dtype: (casts.append(dtype), cast(vae, dtype))[1])
+    pictures = [pixels_of(24, 40), pixels_of(40, 24)]
+    found = ours.encodings(pictures)
+    assert casts == [torch.float32, torch.float16]
+    assert all(
+        torch.equal(each.mode(), ours.encode(picture).mode()) for each, picture in zip(found, pictures, strict=True)
+    )

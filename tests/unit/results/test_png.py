@@ -8,7 +8,8 @@ from PIL import Image
 
 from serve.domain import ImageRequest
 from serve.errors import InvalidRequest
-from serve.results.png import as_text, encode_png, parameters, read_parameters
+from serve.results.encode import read_parameters
+from serve.results.png import as_text, encode_png, parameters
 
 IMAGE = Image.frombytes("RGB", (3, 2), bytes(range(18)))
 PARAMETERS = {
@@ -67,13 +68,13 @@ def test_a_picture_says_how_it_alone_is_made_again() -> None:
         "true_cfg_scale": 2.0,
         "seed": 9,
         "scheduler": "flow_euler",
-        "image": f"{'0' * 32}/image",
-        "mask": f"{'0' * 32}/mask",
         "strength": 0.5,
         "clip_skip": 1,
         "use_t5": True,
         "step_cache": 0.1,
         "tiny_vae": False,
+        "output_format": "png",
+        "bit_depth": 8,
         "approximate": ["step_cache"],
     }
     assert as_text(told) == (
@@ -81,6 +82,10 @@ def test_a_picture_says_how_it_alone_is_made_again() -> None:
         'Model: "flux, dev", Denoising strength: 0.5, Clip skip: 2'
     )
     assert "approximate" not in parameters(REQUEST, 0)
+
+
+def test_a_picture_opens_the_way_to_no_other() -> None:
+    assert b"0" * 32 not in encode_png(IMAGE, parameters(REQUEST, 0))
 
 
 def test_pixels_are_exact_and_equal_input_gives_equal_bytes() -> None:
