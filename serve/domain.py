@@ -13,18 +13,36 @@ if TYPE_CHECKING:
 
 
 class JobState(enum.StrEnum):
-    """queued -> running -> one of the four terminal states. A lost lease or a retry leads from running to queued."""
+    """queued -> encoding -> running -> storing -> one of the four terminal states.
+
+    A worker holds the job from `encoding` (it collects the text) to `storing` (the images are drawn). A lost lease, a
+    retry and a release lead from there back to `queued`.
+    """
 
     QUEUED = "queued"
+    ENCODING = "encoding"
     RUNNING = "running"
+    STORING = "storing"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
 
     @property
+    def held(self) -> bool:
+        """A worker has it."""
+        return self in (JobState.ENCODING, JobState.RUNNING, JobState.STORING)
+
+    @property
     def terminal(self) -> bool:
-        return self not in (JobState.QUEUED, JobState.RUNNING)
+        return self is not JobState.QUEUED and not self.held
+
+
+class Priority(enum.StrEnum):
+    """Which of one owner's jobs go first. Between owners it changes nothing."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
 
 
 class Tier(enum.StrEnum):
@@ -230,6 +248,14 @@ class ImageRef:
     bytes: int
 
 
+class WebhookState(enum.StrEnum):
+    """Of telling a job's end to the client's address."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobError:
     code: str
@@ -240,8 +266,10 @@ class JobError:
 class Job:
     """A copy of a job's record at one moment. Times are Unix seconds on the job store's clock.
 
-    `position` is 1 for the job that is claimed next, None once it is claimed. `approximate` names what kept the images
-    from being exact: `step_cache`, `tiny_vae`.
+    `owner` is the caller who ordered it. `position` is 1 for the job of its model that is claimed next, None once it is
+    claimed; `eta_s` the predicted seconds until it ends, None once it has. `cost_ms` is the predicted share of a
+    replica's time. `attempt` counts the attempts at it. `approximate` names what kept the images from being exact:
+    `step_cache`, `tiny_vae`. `webhook` is the address that hears of its end, and `webhook_state` how far that came.
     """
 
     id: str
@@ -253,7 +281,13 @@ class Job:
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
+    owner: str = ""
+    priority: Priority = Priority.INTERACTIVE
     position: int | None = None
+    eta_s: float | None = None
+    cost_ms: int = 1
+    webhook: str | None = None
+    webhook_state: WebhookState | None = None
     truncated: tuple[Truncation, ...] = ()
     cache: CacheReport | None = None
     timings: Timings = field(default_factory=Timings)
@@ -266,13 +300,17 @@ class Job:
 class JobEvent:
     """One entry of a job's event stream. `id` orders the stream and resumes it; `step` counts denoising steps done.
 
-    `preview`, where the entry is one, is a JPEG file: image `index` of the job as it looks after that step.
+    `attempt` counts the attempts that were used by then. `fence` is the number of the claim that it happened under, 0
+    before the first. `preview`, where the entry is one, is a JPEG file: image `index` of the job as it looks after that
+    step.
     """
 
     id: str
     state: JobState
     step: int
     steps: int
+    attempt: int = 0
+    fence: int = 0
     index: int | None = None
     preview: bytes | None = None
 

@@ -3,13 +3,19 @@
     TandemError
     ├── ClientError              the request can't be served as it stands
     │   ├── InvalidRequest       a field is wrong; `param` names it
+    │   │   └── Conflict         the id or Idempotency-Key was used for another order
     │   ├── PayloadTooLarge      the body is over the limit
     │   ├── ModelNotFound        `model` names nothing that is served
-    │   └── JobNotFound          no such job, or no such image of it
+    │   ├── JobNotFound          no such job, or no such image of it
+    │   ├── JobGone              the order was served; its record's time is over
+    │   ├── Unauthorized         no API key, or none that is valid
+    │   └── Forbidden            the key has not the scope
     ├── Unavailable              try again after `retry_after_s`
-    │   ├── QueueFull            the bound on waiting jobs is reached
+    │   ├── QueueFull            the bound on waiting work is reached
+    │   ├── RateLimited          the caller's own allowance is used up; `limits` tells them all
     │   └── BackendUnavailable   Redis, the result store or a pool does not answer
     ├── GenerationFailed         the accepted work could not be finished
+    │   ├── NotFinite            the images come out as not-a-number: the same work would again
     │   ├── OutOfMemory          the device had not enough memory for it
     │   └── DeviceLost           the device or the step loop on it is broken; the replica must be replaced
     ├── LeaseLost                internal: another worker owns the job now
@@ -20,6 +26,10 @@ torch or Redis.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.callers import Limit
 
 
 class TandemError(Exception):
@@ -49,6 +59,10 @@ class InvalidRequest(ClientError):
     code = "invalid_value"
 
 
+class Conflict(InvalidRequest):
+    code = "idempotency_conflict"
+
+
 class PayloadTooLarge(ClientError):
     code = "payload_too_large"
 
@@ -61,6 +75,18 @@ class JobNotFound(ClientError):
     code = "not_found"
 
 
+class JobGone(ClientError):
+    code = "gone"
+
+
+class Unauthorized(ClientError):
+    code = "unauthorized"
+
+
+class Forbidden(ClientError):
+    code = "forbidden"
+
+
 class Unavailable(TandemError):
     code = "unavailable"
 
@@ -69,12 +95,31 @@ class QueueFull(Unavailable):
     code = "queue_full"
 
 
+class RateLimited(Unavailable):
+    code = "rate_limited"
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        limits: Sequence[Limit] = (),
+    ) -> None:
+        super().__init__(message, param, retry_after_s)
+        self.args = (message, param, retry_after_s, tuple(limits))
+        self.limits = tuple(limits)
+
+
 class BackendUnavailable(Unavailable):
     code = "backend_unavailable"
 
 
 class GenerationFailed(TandemError):
     code = "generation_failed"
+
+
+class NotFinite(GenerationFailed):
+    code = "not_finite"
 
 
 class OutOfMemory(GenerationFailed):

@@ -98,19 +98,52 @@ class JobSettings(Room):
     """Redis for jobs (durable, `noeviction`); by default `tandem up` starts one of its own under `data_dir`."""
     max_queued: int = Field(100, ge=1)
     """Most jobs that wait at once; one more is refused with 503."""
+    max_queued_s: float = Field(600.0, gt=0)
+    """Most predicted seconds of work that wait for each replica of a model; what would come on top is refused with 503."""
     lease_s: float = Field(10.0, gt=0)
     """Seconds after a worker's last sign of life when its job goes to another worker."""
     max_attempts: int = Field(3, ge=1)
     """Times that a job is started before it fails for good."""
+    retry_backoff_s: float = Field(10.0, ge=0)
+    """Seconds after which a job is started again that failed for lack of memory or of a part of the server; half to one
+    and a half times as many, by chance, so that not all come back at once."""
+    queue_ttl_s: float = Field(600.0, gt=0)
+    """Seconds that a job may wait for its first start; then it expires."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds from submission after which an unfinished job expires."""
+    """Seconds from its first start in which a job must end, all attempts included; then it expires."""
     result_ttl_s: float = Field(3600.0, gt=0)
-    """Seconds for which a finished job's record is kept."""
+    """Seconds for which an ended job's record and its pictures are kept; then both are deleted."""
+    dead_letter_ttl_s: float = Field(7 * 86400.0, gt=0)
+    """The same for a job that failed although nothing was wrong with the order: `tandem jobs list --dead`."""
+    idempotency_ttl_s: float = Field(86400.0, gt=0)
+    """Seconds from submission for which an `Idempotency-Key` or a job id that the client chose stands for its order."""
 
     @property
     def heartbeat_s(self) -> float:
         """Seconds between a worker's signs of life: a third of the lease, so that two may be lost."""
         return self.lease_s / 3
+
+
+class KeySettings(Room):
+    required: bool | None = None
+    """Serve only who sends an API key (`tandem keys create`); by default everywhere but on a loopback `http.host`."""
+    salt: bool = False
+    """Keys share no cache entry, so that timing can't tell what another has asked for."""
+
+
+class WebhookSettings(Room):
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that orders may name in `webhook`; `*.example.com` allows what is below it. Without any there are none."""
+    allow_private: bool = False
+    """Also call addresses that are not public (loopback, private networks), over http too."""
+    secret: SecretStr | None = None
+    """What signs the calls, by Standard Webhooks: `whsec_` and 24 to 64 bytes in base64. Required with `allowed_hosts`."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Seconds that one call may take."""
+    max_attempts: int = Field(8, ge=1)
+    """Calls of which one must be answered with a 2xx, at growing distances; then it is given up."""
+    public_url: str = ""
+    """Where clients reach this server, such as `https://images.example.com`: what the links in a call begin with."""
 
 
 class CacheSettings(Room):
@@ -270,6 +303,9 @@ class S3Settings(Room):
 class ResultSettings(Room):
     store: Literal["local", "s3"] = "local"
     """Where images are kept: a folder under `data_dir`, or S3."""
+    spool_bytes: int = Field(256 * MIB, ge=0)
+    """Bytes of finished images that one diffusion replica keeps in memory while the store is away, and draws on; beyond
+    them it claims no more."""
     s3: S3Settings = S3Settings()
 
     @model_validator(mode="after")
@@ -310,6 +346,8 @@ class Settings(BaseSettings):
     """Further models whose text is encoded here, for diffusion that runs elsewhere; a list of groups like `model`."""
     limits: LimitSettings = LimitSettings()
     jobs: JobSettings = JobSettings()
+    keys: KeySettings = KeySettings()
+    webhooks: WebhookSettings = WebhookSettings()
     cache: CacheSettings = CacheSettings()
     encoder: EncoderSettings = EncoderSettings()
     encoders: dict[str, dict[str, Any]] = {}
