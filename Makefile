@@ -12,7 +12,7 @@ BIN = .venv/bin
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow check fix clean
+.PHONY: help demo up test test-slow chaos check fix clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,10 +24,15 @@ up: .venv/.installed ## Start the server on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/tandem up $(ARGS)
 
 test: .venv/.installed ## Every test that is not slow: unit, Redis, S3, Ray, end to end
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not chaos' $(ARGS)
 
 test-slow: .venv/.installed ## The slow tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not chaos' $(ARGS)
+
+chaos: .venv/.installed ## Kill, cut and stall every part, and write the table of docs/reliability.md (half an hour)
+	@$(if $(ARGS),,rm -rf .pytest_cache/chaos)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chaos -m chaos -s $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m support.chaos_report
 
 check: .venv/.installed ## Lint, format, types, import contracts, generated docs
 	$(BIN)/ruff check

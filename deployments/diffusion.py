@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from deployments.exits import on_sigterm
 from deployments.metrics import tell_device
 from deployments.parts import Parts, open_parts, open_text
 from deployments.step_times import StepTimes
@@ -23,11 +24,16 @@ from serve.diffusion.engine import Engine
 from serve.diffusion.profile import Profile, open_profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
+from serve.health import stall_s
 from serve.placements import Placement, plan_placements, setting_of
 from serve.prompts.plan import Planner
+from serve.reports import cost_here, report_of
 from serve.settings import Settings
 from serve.wants import batch_of
-from serve.worker import Worker
+from serve.worker import RELEASE_S, Worker
+
+LEAVING_S = 8.0
+"""Of the grace that Serve gives: for giving back what is not finished, and for closing everything."""
 
 
 class Diffusion:
@@ -48,7 +54,7 @@ class Diffusion:
         # The node first: which of them holds what is seen in the jobs' records.
         node = ray.get_runtime_context().get_node_id()
         name = f"{node}:{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._stall_s = place.settings.stall_s
+        self._grace_s = max(place.settings.drain_s - LEAVING_S, place.settings.drain_s / 2)
         self._metrics = parts.metrics
         self._jobs = parts.jobs
         self._text = open_text(settings, parts, encoders, "diffusion", name)
@@ -65,7 +71,12 @@ class Diffusion:
             results=parts.results,
             metrics=parts.metrics,
             batch=partial(batch_of, model.denoiser, profile.lanes),
+            report=partial(report_of, name, place, profile, runner.family.vae.scale_factor),
+            cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
+            spool_bytes=settings.results.spool_bytes,
+            stall_s=stall_s(place.settings, runner.family.device.type),
         )
+        self._undo = on_sigterm(self._worker.abandon, 2 * RELEASE_S)
 
     def describe(self) -> str:
         return f"{self._worker.rows} images in hand"
@@ -77,20 +88,15 @@ class Diffusion:
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
         tell_device(self._metrics, "diffusion")
-        if not self._worker.healthy:
-            raise RuntimeError("the step loop or the claim loop has ended")
-        if self._stalled:
-            raise RuntimeError(f"a step has taken more than {self._stall_s:.0f} s")
+        if ailment := self._worker.ailment:
+            raise RuntimeError(ailment)
 
     async def __del__(self) -> None:
         """Serve awaits this before it ends the process, for as long as the deployment's grace."""
-        await (self._worker.abandon() if self._stalled else self._worker.drain())
+        await (self._worker.abandon() if self._worker.hangs else self._worker.drain(self._grace_s))
+        self._undo()
         await self._text.close()
         await self._jobs.close()
-
-    @property
-    def _stalled(self) -> bool:
-        return self._engine.busy_s > self._stall_s
 
 
 def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Runner, Profile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -13,27 +14,39 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.handles import DiffusionClients
-from deployments.parts import cache_url, open_parts, open_text
+from deployments.parts import Parts, cache_url, open_parts, open_text
 from serve.api.app import create_app
+from serve.api.job_schemas import webhook_body
+from serve.domain import Job
+from serve.errors import BackendUnavailable, OperatorError
 from serve.jobs.sweeper import sweep
+from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
 from serve.service import ImageService, PoolState
 from serve.settings import Settings
 from serve.text import TextService
+from serve.webhooks import Deliverer
+
+log = logging.getLogger(__name__)
 
 
 class Ingress:
     """Any replica answers for any job: all state is in the job store.
 
-    Owns: the services, the embeddings in this process, and the sweeper: it is the one part that lives even when no
-    worker does.
+    Owns: the services, the API keys as it has read them, the embeddings in this process, and what goes on even when no
+    worker lives: the sweeper, and whoever calls the webhooks.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, encoders: Mapping[str, DeploymentHandle], diffusion: Mapping[str, DeploymentHandle]
     ) -> None:
-        """`encoders` by fingerprint; `diffusion` by placement, none on a server that only encodes text."""
+        """`encoders` by fingerprint; `diffusion` by placement, none on a server that only encodes text.
+
+        Raises OperatorError that names `keys.required` where nobody could pass, `webhooks.secret` where nobody could
+        check who calls.
+        """
         parts = await open_parts(settings)
+        self._keys = await _open_keys(settings, parts)
         catalog = parts.catalog
         planners = await asyncio.to_thread(catalog.planners)
         fleet = Fleet(plan_placements(settings, catalog.drawn))
@@ -48,7 +61,9 @@ class Ingress:
 
         self._settings = settings
         self._jobs = parts.jobs
-        self._sweeping = asyncio.create_task(sweep(parts.jobs, settings.jobs.lease_s))
+        self._chores = [asyncio.create_task(sweep(parts.jobs, parts.results, settings.jobs.lease_s))]
+        if settings.webhooks.allowed_hosts:
+            self._chores.append(asyncio.create_task(_deliverer(settings, parts).run()))
         self._text = open_text(settings, parts, encoders, "ingress", f"{platform.node()}:{os.getpid()}")
         self._service = ImageService(
             models=catalog.drawn,
@@ -61,6 +76,8 @@ class Ingress:
             pools={"jobs": queue_state, "results": result_state} | self._text.clients.probes | clients.probes,
             metrics=parts.metrics,
             benchmark=clients.benchmark if diffusion and settings.http.offers_benchmark else None,
+            rules=settings.jobs,
+            webhooks=settings.webhooks,
         )
         self._texts = TextService(
             models=catalog.models,
@@ -73,16 +90,50 @@ class Ingress:
 
     async def __del__(self) -> None:
         """Serve awaits this before it ends the process."""
-        self._sweeping.cancel()
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.wait(self._chores)
         await self._service.close()
         await self._text.close()
+        if self._keys is not None:
+            await self._keys.close()
         await self._jobs.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
-        app = create_app(self._service, self._texts, self._settings)
+        app = create_app(self._service, self._texts, self._settings, self._keys)
         app.add_middleware(LeaveRequestId)
         return app
+
+
+async def _open_keys(settings: Settings, parts: Parts) -> KeyStore | None:
+    """None where no key is asked for: only `tandem up` on loopback leaves them out by default."""
+    if settings.keys.required is False:
+        return None
+    keys = KeyStore(settings.jobs, parts.metrics)
+    try:
+        made = await keys.ever_made()
+    except BackendUnavailable as error:
+        # A replica that starts meanwhile asks for keys all the same.
+        log.warning("whether there are API keys is not known: %s", error.message)
+        return keys
+    if not made:
+        await keys.close()
+        raise OperatorError(
+            "keys.required: there are no API keys; make one with `tandem keys create`, or set keys.required to false "
+            "where whoever reaches the server may use it",
+            "keys.required",
+        )
+    return keys
+
+
+def _deliverer(settings: Settings, parts: Parts) -> Deliverer:
+    root = settings.webhooks.public_url.rstrip("/")
+
+    def body(job: Job) -> bytes:
+        return webhook_body(job, root)
+
+    return Deliverer(parts.jobs, settings.webhooks, body, parts.metrics)
 
 
 class LeaveRequestId:

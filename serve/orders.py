@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from serve.domain import ImageRequest, Task
+from serve.domain import ImageRequest, Priority, Task
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.models import Denoiser, ModelFolder
 from serve.models.presets import AUTO, auto, presets
@@ -29,7 +29,8 @@ class NewImage:
     """An image order as a client writes it; None takes the model's or the server's default (a random seed).
 
     `image` and `mask` are files as text (`serve.images`), or name a picture that this server keeps. A size off the
-    model's grid is refused unless `round_size`.
+    model's grid is refused unless `round_size`. `priority` and `webhook` (a URL that hears of the job's end) are how it
+    is queued, not what is drawn.
     """
 
     prompt: str
@@ -56,6 +57,8 @@ class NewImage:
     output_format: str = "png"
     output_compression: int | None = None
     bit_depth: int = 8
+    priority: Priority = Priority.INTERACTIVE
+    webhook: str | None = None
     salt: str = ""
 
 

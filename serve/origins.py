@@ -108,7 +108,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    known = {_env_name(name) for name, _ in flatten(Settings())} | {f"{ENV_PREFIX}CONFIG"}
+    # TANDEM_KEY is a client's API key (serve/cli/client.py), no setting of a server.
+    known = {_env_name(name) for name, _ in flatten(Settings())} | {f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}KEY"}
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in known:
             raise OperatorError(f"environment {name}: no such setting", name)

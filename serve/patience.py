@@ -21,18 +21,18 @@ class Withdrawn(Exception):
 
 
 class GivenBack(Exception):
-    """This replica is stopping and what the job needs next is away: the job returns to the queue."""
+    """This replica stops and can't wait for what the job needs next: the job returns to the queue."""
 
 
 class Patience:
-    """`gone` is set when nobody waits for the run any more, `draining` when this replica has been told to stop.
+    """`gone` is set when nobody waits for the run any more, `stopping` when this replica waits for nothing any more.
 
     The job's own timeout bounds every waiting here: an expired job's lease is gone, and its pulse says so.
     """
 
-    def __init__(self, gone: asyncio.Event, draining: asyncio.Event) -> None:
+    def __init__(self, gone: asyncio.Event, stopping: asyncio.Event) -> None:
         self._gone = gone
-        self._draining = draining
+        self._stopping = stopping
 
     async def repeat(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call once, and again while the backend is away. Raises Withdrawn, or GivenBack where the replica stops."""
@@ -43,7 +43,7 @@ class Patience:
             except Unavailable as error:
                 log.warning("waiting: %s", error.message)
             self._go_on()
-            await first(self._gone.wait(), self._draining.wait(), asyncio.sleep(delay_s))
+            await first(self._gone.wait(), self._stopping.wait(), asyncio.sleep(delay_s))
             self.wanted()
             delay_s = min(2 * delay_s, LONGEST_RETRY_S)
 
@@ -51,7 +51,7 @@ class Patience:
         """`repeat` for what may neither answer nor refuse: the waiting itself is called off, for the same reasons."""
         asking = asyncio.ensure_future(self.repeat(call))
         try:
-            await first(asking, self._gone.wait(), self._draining.wait())
+            await first(asking, self._gone.wait(), self._stopping.wait())
             if not asking.done():
                 self._go_on()
             return await asking
@@ -71,7 +71,7 @@ class Patience:
 
     def _go_on(self) -> None:
         self.wanted()
-        if self._draining.is_set():
+        if self._stopping.is_set():
             raise GivenBack
 
 

@@ -1,34 +1,38 @@
-"""The story of one request, as the ingress tells it: check, plan, log the job, have its text encoded meanwhile."""
+"""The story of one request, as the ingress tells it: take the order in, have its text encoded while it waits, answer
+for the job to its owner."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.domain import EncodeUnit, ImageRequest, Job, JobEvent, Tier, Truncation
+from serve.callers import Caller, Limit
+from serve.domain import EncodeUnit, Job, JobEvent, JobState, Tier
 from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
-from serve.inputs import Inputs, given, settled
+from serve.inputs import Inputs
 from serve.jobs.events import follow
 from serve.jobs.store import JobStore
+from serve.jobs.terms import JobPage, Submitted
 from serve.models import ModelFolder
 from serve.offers import ModelInfo, SelfTest, model_info, step_times
-from serve.orders import NewImage, complete, drawn, size_of, within
+from serve.once import Once
+from serve.orders import NewImage, drawn, size_of, within
 from serve.placements import Fleet
 from serve.prompts.plan import Planner
 from serve.results.keys import content_type
 from serve.results.store import ResultStore
-from serve.settings import LimitSettings
+from serve.settings import JobSettings, LimitSettings, WebhookSettings
+from serve.submission import ASK_AGAIN_S, Intake, Quote
 from serve.telemetry.metrics import Metrics
 from serve.text import count_prompts
 
 log = logging.getLogger(__name__)
 
 MAX_MEASURED_STEPS = 50
-_ASK_AGAIN_S = 1.0
+_PROBE_S = 2.0
 
 Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
 """Has units encoded and kept where the replica that claims the job will find them; where each came from."""
@@ -67,9 +71,9 @@ Probe = Callable[[], Awaitable[PoolState]]
 
 
 class ImageService:
-    """Submit, look up, follow and cancel image jobs.
+    """Submit, look up, follow and cancel image jobs. Another owner's job is one that there is not.
 
-    Owns: the tasks that have a queued job's text encoded, and those that cancel what nobody waits for.
+    Owns: the way in, the tasks that have a queued job's text encoded, and those that cancel what nobody waits for.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class ImageService:
         pools: Mapping[str, Probe],
         metrics: Metrics,
         benchmark: Benchmark | None = None,
+        rules: JobSettings = JobSettings(),
+        webhooks: WebhookSettings = WebhookSettings(),
     ) -> None:
         """`models` are those that are drawn, by name; the first is the default. `benchmark` is None where the operator
         does not offer it."""
@@ -92,7 +98,6 @@ class ImageService:
         self._fleet = fleet
         self._limits = limits
         self._jobs = jobs
-        self._planners = planners
         self._prepare = prepare
         self._results = results
         self._pools = pools
@@ -100,6 +105,7 @@ class ImageService:
         self._benchmark = benchmark
         self._measuring = asyncio.Lock()
         self._inputs = Inputs(jobs, results, limits)
+        self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners)
         self._ahead: dict[str, asyncio.Task[None]] = {}
         self._withdrawing: set[asyncio.Task[None]] = set()
 
@@ -107,45 +113,62 @@ class ImageService:
         """What images can be ordered from; empty on a server that only encodes text."""
         return tuple(model_info(*drawn(name, self._models), self._fleet, self._limits) for name in self._models)
 
-    async def submit(self, new: NewImage) -> Job:
-        """Log the job durably and return it; what it starts from is stored before.
+    async def submit(self, new: NewImage, caller: Caller = Caller(), once: Once | None = None) -> Submitted:
+        """Log the job durably and return it; what it starts from is stored before. With `once`, an order that was
+        logged before under its id is the same job.
 
         Raises InvalidRequest, ModelNotFound, or JobNotFound where a picture that the order names is gone (nothing was
-        queued or kept); QueueFull, BackendUnavailable.
+        queued or kept); QueueFull, RateLimited, BackendUnavailable; with `once` Conflict, JobGone, and JobNotFound for
+        an id that is another owner's.
         """
-        job_id = uuid.uuid4().hex
-        uploads = await self._inputs.read(new)
-        request = complete(new, self._models, self._fleet, self._limits, given(job_id, uploads))
-        plan = self._planners[request.model].plan(request.text)
-        async with self._inputs.kept(job_id, uploads, request.width, request.height):
-            job = await self._logged(job_id, request, plan.truncated)
-        count_prompts(self._metrics, plan)
-        task = self._ahead[job.id] = asyncio.create_task(self._encode_ahead(job.id, plan.units))
-        task.add_done_callback(lambda _: self._ahead.pop(job.id, None))
-        return job
+        accepted = await self._door.submit(new, caller, once)
+        if accepted.plan is not None:
+            job_id = accepted.submitted.job.id
+            count_prompts(self._metrics, accepted.plan)
+            task = self._ahead[job_id] = asyncio.create_task(self._encode_ahead(job_id, accepted.plan.units))
+            task.add_done_callback(lambda _: self._ahead.pop(job_id, None))
+        return accepted.submitted
+
+    async def quote(self, new: NewImage, caller: Caller) -> Quote:
+        """What the order would come to now; nothing is queued, kept or charged. Raises as `submit` does, but for
+        QueueFull, which the answer tells."""
+        return await self._door.quote(new, caller)
 
     async def close(self) -> None:
         """The text of queued jobs is left to the replicas that claim them."""
+        self._door.close()
         for task in (*self._ahead.values(), *self._withdrawing):
             task.cancel()
 
-    async def get(self, job_id: str) -> Job:
-        return await self._jobs.get(job_id)
+    async def get(self, job_id: str, caller: Caller) -> Job:
+        return await self._jobs.get(job_id, caller.owner)
+
+    async def jobs(self, caller: Caller, states: Sequence[JobState], after: str | None, count: int) -> JobPage:
+        """The caller's jobs, newest first. Raises InvalidRequest for an `after` that is no cursor."""
+        return await self._jobs.jobs(caller.owner, states=states, after=after, count=count)
+
+    async def limits(self, caller: Caller) -> tuple[Limit, ...]:
+        """What is left of the caller's allowance; empty where it has no bounds."""
+        return await self._jobs.limits(caller.owner, caller.allowance)
 
     async def wait(self, job_id: str) -> Job:
-        """The job when it has ended. Raises JobNotFound or BackendUnavailable; the job goes on."""
+        """The job when it has ended; for who has just ordered it. Raises JobNotFound or BackendUnavailable; the job
+        goes on."""
         async with contextlib.aclosing(follow(self._jobs, job_id, previews=False)) as events:
             async for _ in events:
                 pass
         return await self._jobs.get(job_id)
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[JobEvent, None]:
+    async def events(
+        self, job_id: str, caller: Caller, after: str | None = None, *, previews: bool = True
+    ) -> AsyncGenerator[JobEvent, None]:
         """The job's transitions and steps, from the first or after event id `after`, until it has ended."""
-        await self._jobs.get(job_id)
-        return follow(self._jobs, job_id, after)
+        await self._jobs.get(job_id, caller.owner)
+        return follow(self._jobs, job_id, after, previews=previews)
 
-    async def cancel(self, job_id: str) -> Job:
-        job = await self._jobs.cancel(job_id)
+    async def cancel(self, job_id: str, caller: Caller | None = None) -> Job:
+        """None: whoever's job it is."""
+        job = await self._jobs.cancel(job_id, None if caller is None else caller.owner)
         if ahead := self._ahead.get(job_id):
             ahead.cancel()
         return job
@@ -162,9 +185,9 @@ class ImageService:
         except JobNotFound:
             pass  # it ended long ago
 
-    async def image(self, job_id: str, name: str) -> StoredImage:
+    async def image(self, job_id: str, name: str, caller: Caller) -> StoredImage:
         """`name` is the index of an image that was drawn, or `image` or `mask`: what the job starts from."""
-        key = await self._inputs.key(job_id, name)
+        key = await self._inputs.key(job_id, name, caller.owner)
         url = self._results.url(key)
         return StoredImage(content_type=content_type(key), url=url, data=None if url else await self._results.get(key))
 
@@ -195,26 +218,18 @@ class ImageService:
 
     async def _probe(self, probe: Probe) -> PoolState:
         try:
-            return await asyncio.wait_for(probe(), timeout=2.0)
+            async with asyncio.timeout(_PROBE_S):
+                return await probe()
         except TimeoutError:
             return PoolState(False, "does not answer")
         except TandemError as error:
             return PoolState(False, error.message)
 
-    async def _logged(self, job_id: str, request: ImageRequest, truncated: Sequence[Truncation]) -> Job:
-        """Of a submission that is cancelled meanwhile nobody has the id, so the job goes too."""
-        try:
-            return await settled(self._jobs.submit(job_id, request, truncated=truncated))
-        except asyncio.CancelledError:
-            with contextlib.suppress(TandemError):
-                await settled(self._jobs.cancel(job_id))
-            raise
-
     async def _cancel_later(self, job_id: str, within_s: float) -> None:
         with contextlib.suppress(TimeoutError, JobNotFound):
             async with asyncio.timeout(within_s):
                 while True:
-                    await asyncio.sleep(_ASK_AGAIN_S)
+                    await asyncio.sleep(ASK_AGAIN_S)
                     with contextlib.suppress(Unavailable):
                         await self.cancel(job_id)
                         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ ENV_DELIMITER = "__"
 MIB = 1024 * 1024
 
 _PLACEMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_WEBHOOK_KEY_BYTES = range(24, 65)
+_WEBHOOK_SECRET_FORM = "whsec_ and 24 to 64 bytes in base64 (`echo whsec_$(openssl rand -base64 32)`)"
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -99,7 +102,7 @@ class JobSettings(Room):
     max_queued: int = Field(100, ge=1)
     """Most jobs that wait at once; one more is refused with 503."""
     max_queued_s: float = Field(600.0, gt=0)
-    """Most predicted seconds of work that wait for each replica of a model; what would come on top is refused with 503."""
+    """Most predicted seconds of work that wait for each replica of a model; what comes on top is refused with 503."""
     lease_s: float = Field(10.0, gt=0)
     """Seconds after a worker's last sign of life when its job goes to another worker."""
     max_attempts: int = Field(3, ge=1)
@@ -137,7 +140,7 @@ class WebhookSettings(Room):
     allow_private: bool = False
     """Also call addresses that are not public (loopback, private networks), over http too."""
     secret: SecretStr | None = None
-    """What signs the calls, by Standard Webhooks: `whsec_` and 24 to 64 bytes in base64. Required with `allowed_hosts`."""
+    """Signs the calls (Standard Webhooks): `whsec_` and 24 to 64 bytes in base64. Required with `allowed_hosts`."""
     timeout_s: float = Field(10.0, gt=0)
     """Seconds that one call may take."""
     max_attempts: int = Field(8, ge=1)
@@ -276,9 +279,10 @@ class DiffusionSettings(Room):
     profile_s: float = Field(20.0, ge=0)
     """Seconds that a replica may take at its first start to find the batch that pays for each size, kept under
     `data_dir`; 0 measures nothing, and a step takes `max_batch_size` images."""
-    stall_s: float = Field(120.0, gt=0)
-    """Seconds that one step or one decoding may take before the replica counts as hung and is replaced. With `compile`
-    the first step of a new size counts too, compiling included: leave it time for that."""
+    stall_s: float | None = Field(None, gt=0)
+    """Seconds without any step or decoding, although there is something to draw, after which the replica counts as hung
+    and is replaced; by default 20 on a GPU, 120 on a CPU or with `compile`, whose first step of a new size compiles. In
+    any case five times the slowest step that is known for what is in hand."""
     drain_s: float = Field(120.0, gt=0)
     """Seconds that a replica which is told to stop may take to finish the jobs that it holds."""
 
@@ -390,6 +394,16 @@ class Settings(BaseSettings):
         self._check_class(self.diffusion.gpu_class, ("diffusion", "gpu_class"))
         return self
 
+    @model_validator(mode="after")
+    def _webhooks_are_signed(self) -> Self:
+        """By the letter of base64: what a lenient decoder drops, such as a stray blank, a receiver's may not."""
+        secret = self.webhooks.secret
+        if secret is None and self.webhooks.allowed_hosts:
+            raise _misplaced(("webhooks", "secret"), f"required with webhooks.allowed_hosts: {_WEBHOOK_SECRET_FORM}")
+        if secret is not None and not _signs_webhooks(secret.get_secret_value()):
+            raise _misplaced(("webhooks", "secret"), _WEBHOOK_SECRET_FORM)
+        return self
+
     def _check_class(self, name: str | None, place: tuple[str, ...]) -> None:
         if name is not None and name not in self.gpu_classes:
             known = ", ".join(self.gpu_classes) or "none"
@@ -413,6 +427,14 @@ class Settings(BaseSettings):
     ) -> tuple[Any, ...]:
         # `load` merges the origins itself, so that it can say where each value came from.
         return (init_settings,)
+
+
+def _signs_webhooks(secret: str) -> bool:
+    prefix, _, key = secret.rpartition("_")
+    try:
+        return prefix == "whsec" and len(base64.b64decode(key, validate=True)) in _WEBHOOK_KEY_BYTES
+    except ValueError:  # not base64, or not even ASCII
+        return False
 
 
 def _misplaced(place: tuple[str, ...], reason: str) -> ValidationError:

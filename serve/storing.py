@@ -1,21 +1,61 @@
-"""A claimed job's pictures and the result store: what it starts from, and what was drawn."""
+"""A claimed job's pictures and the result store: what it starts from, what an earlier run left, and what was drawn."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import io
+import logging
+import time
+from dataclasses import dataclass
 from functools import partial
 
 from PIL import Image
 
 from serve.diffusion.engine import Rendered
 from serve.domain import ImageRef
-from serve.errors import GenerationFailed, JobNotFound
+from serve.errors import GenerationFailed, InvalidRequest, JobNotFound, Unavailable
 from serve.jobs.store import Claim
 from serve.patience import Patience
-from serve.results.encode import encode_image
+from serve.results.encode import encode_image, read_parameters
+from serve.results.keys import content_type, manifest_key
+from serve.results.manifest import Entry, Manifest, Order, read
 from serve.results.png import parameters
-from serve.results.store import ResultStore
+from serve.results.store import ResultStore, Stored
+from serve.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_PUTS = 3
+"""Times that an image is put which is deleted each time before it can be looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    key: str
+    data: bytes
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A job's images as files, by index, and what kept them from being exact."""
+
+    files: tuple[EncodedFile, ...]
+    approximate: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(file.data) for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the store holds of a job that is complete."""
+
+    images: tuple[ImageRef, ...]
+    approximate: tuple[str, ...]
 
 
 async def fetch_input(results: ResultStore, field: str, key: str | None, patience: Patience) -> Image.Image | None:
@@ -35,29 +75,130 @@ async def fetch_input(results: ResultStore, field: str, key: str | None, patienc
     return await asyncio.to_thread(_decoded, data)
 
 
-async def store_images(
-    results: ResultStore, claim: Claim, rendered: Rendered, patience: Patience
-) -> tuple[ImageRef, ...]:
-    """Put every image; a later attempt of the same job writes the same bytes under the same keys."""
-    request, refs = claim.request, []
+async def encode_images(claim: Claim, rendered: Rendered, patience: Patience) -> Encoded:
+    """In a thread; equal images give equal files. Raises Withdrawn between two images."""
+    files = []
     for index, image in enumerate(rendered.images):
         patience.wanted()
-        known = parameters(request, index, rendered.approximate)
-        data, content_type, extension = await asyncio.to_thread(encode_image, image, request, known)
-        key = f"{claim.job_id}/{index}.{extension}"
-        await patience.repeat(partial(results.put, key, data, content_type))
-        refs.append(
-            ImageRef(
-                index=index,
-                key=key,
-                seed=request.seed + index,
-                width=request.width,
-                height=request.height,
-                content_type=content_type,
-                bytes=len(data),
-            )
-        )
-    return tuple(refs)
+        known = parameters(claim.request, index, rendered.approximate)
+        data, kind, extension = await asyncio.to_thread(encode_image, image, claim.request, known)
+        files.append(EncodedFile(f"{claim.job_id}/{index}.{extension}", data, kind))
+    return Encoded(tuple(files), rendered.approximate)
+
+
+async def put_images(
+    results: ResultStore, claim: Claim, encoded: Encoded, patience: Patience, metrics: Metrics
+) -> Outcome:
+    """Put every image once, then the manifest. What an earlier run of the job has put stays, and is told as it is.
+
+    Raises what Patience does while the store is away, GenerationFailed where the store has another order's manifest
+    under the job's id.
+    """
+    entries, approximate = [], set[str]()
+    for index, file in enumerate(encoded.files):
+        patience.wanted()
+        data = await _put_image(results, file, patience, metrics)
+        ours = data is file.data
+        approximate.update(encoded.approximate if ours else await asyncio.to_thread(_approximate_of, data))
+        entries.append(await asyncio.to_thread(_entry, claim, index, file, data))
+    manifest = Manifest(
+        attempt=claim.attempt,
+        fence=claim.fence,
+        order=Order.of(claim.request),
+        approximate=tuple(sorted(approximate)),
+        images=tuple(entries),
+    )
+    key = manifest_key(claim.job_id)
+    stored = await _put(results, EncodedFile(key, manifest.written(), content_type(key)), patience, metrics)
+    if not stored.created:
+        first = await _manifest(results, claim, patience)
+        if first is not None and first.images == manifest.images:  # else its images were deleted since
+            manifest = first
+    return _outcome(manifest)
+
+
+async def stored_before(results: ResultStore, claim: Claim, patience: Patience) -> Outcome | None:
+    """What an earlier run of the job stored, if that is complete: its worker died before it could say so. None where
+    the job has to be drawn. Asks nothing for a job's first claim.
+
+    Raises as `put_images` does.
+    """
+    if claim.fence <= 1:
+        return None
+    manifest = await _manifest(results, claim, patience)
+    if manifest is None:
+        return None
+    for entry in manifest.images:
+        patience.wanted()
+        if await patience.repeat(partial(results.size, entry.key)) != entry.bytes:
+            log.warning("job %s has a manifest, but not the image %d that it names", claim.job_id, entry.index)
+            return None
+    log.info("job %s was stored by an earlier run", claim.job_id)
+    return _outcome(manifest)
+
+
+async def _put_image(results: ResultStore, file: EncodedFile, patience: Patience, metrics: Metrics) -> bytes:
+    """What the store holds under the file's key from now on: these bytes, or an earlier run's."""
+    for _ in range(_PUTS):
+        if (await _put(results, file, patience, metrics)).created:
+            return file.data
+        with contextlib.suppress(JobNotFound):
+            return await patience.repeat(partial(results.get, file.key))
+    raise GenerationFailed("the images of the job were deleted while they were stored")
+
+
+async def _put(results: ResultStore, file: EncodedFile, patience: Patience, metrics: Metrics) -> Stored:
+    async def put() -> Stored:
+        started = time.monotonic()
+        try:
+            stored = await results.put(file.key, file.data, file.content_type)
+        except Unavailable:
+            metrics.inc("tandem_result_put_retries_total")
+            raise
+        metrics.observe("tandem_result_put_seconds", time.monotonic() - started, store=results.kind)
+        return stored
+
+    return await patience.repeat(put)
+
+
+async def _manifest(results: ResultStore, claim: Claim, patience: Patience) -> Manifest | None:
+    """None where there is none, or none that can be read: it says nothing then, and the images are the truth."""
+    key = manifest_key(claim.job_id)
+    try:
+        data = await patience.repeat(partial(results.get, key))
+    except JobNotFound:
+        return None
+    manifest = read(data, claim.job_id, claim.request.num_images)
+    if manifest is None:
+        log.warning("the manifest %s can't be read", key)
+    elif manifest.order != Order.of(claim.request):
+        raise GenerationFailed("the result store holds the images of another order under this job's id")
+    return manifest
+
+
+def _entry(claim: Claim, index: int, file: EncodedFile, data: bytes) -> Entry:
+    return Entry(
+        index=index,
+        key=file.key,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        content_type=file.content_type,
+        seed=claim.request.seed + index,
+        width=claim.request.width,
+        height=claim.request.height,
+    )
+
+
+def _outcome(manifest: Manifest) -> Outcome:
+    return Outcome(tuple(entry.ref for entry in manifest.images), manifest.approximate)
+
+
+def _approximate_of(data: bytes) -> set[str]:
+    """What a stored image says of itself."""
+    try:
+        return set(read_parameters(data).get("approximate", ()))
+    except InvalidRequest:
+        return set()
 
 
 def _decoded(data: bytes) -> Image.Image:

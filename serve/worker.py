@@ -1,40 +1,42 @@
-"""The life of one diffusion replica: claim a job, have its text, draw it, store it, tell."""
+"""The life of one diffusion replica: it claims jobs while it may hold more, reports, and leaves in order."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Callable
 
-from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRequest, JobError, Schedule, Timings
+from serve.attempt import Attempt, Means
+from serve.diffusion.engine import Engine
+from serve.domain import ImageRequest
 from serve.encoders.cache import EmbeddingCache
-from serve.encoders.compose import compose
-from serve.errors import ClientError, LeaseLost, TandemError
-from serve.jobs.pulse import Pulse
+from serve.errors import TandemError
+from serve.health import allowed_s
 from serve.jobs.store import Claim, JobStore
-from serve.patience import GivenBack, Patience, Withdrawn, first
+from serve.jobs.terms import Hold, WorkerReport
+from serve.patience import first
 from serve.placements import Placement
 from serve.prompts.plan import Planner
+from serve.reports import Pace
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
-from serve.storing import fetch_input, store_images
+from serve.spool import Spool
 from serve.telemetry.metrics import Metrics
-from serve.text import count_text
 from serve.wants import wants_of
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
+REPORT_S = 5.0
+RELEASE_S = 3.0
+"""For giving back what is not finished, and for the step loop's end."""
 
 
 class Worker:
-    """Claims while it may hold more, serves what it claimed, and on drain finishes that and claims no more.
+    """Claims while it may hold more, serves what it claimed; on drain it finishes that and claims no more.
 
-    Owns: the tasks of the jobs it holds.
+    Owns: the attempts at the jobs it holds, and their tasks.
     """
 
     def __init__(
@@ -50,47 +52,93 @@ class Worker:
         results: ResultStore,
         metrics: Metrics,
         batch: Callable[[], int],
+        report: Callable[[Pace], WorkerReport],
+        cost_of: Callable[[Pace, ImageRequest], float],
+        spool_bytes: int,
+        stall_s: float,
     ) -> None:
-        """`batch` says how many images fill a step, as far as that is known by now."""
+        """`batch` says how many images fill a step, as far as that is known by now; `report` what is told of this
+        replica, `cost_of` which milliseconds a request takes of it. `spool_bytes` of images may wait for the result
+        store; after `stall_s` without progress it is ill."""
         self._name = name
         self._placement = placement
-        self._settings = settings
         self._jobs = jobs
-        self._planner = planner
-        self._embeddings = embeddings
         self._engine = engine
-        self._results = results
-        self._metrics = metrics
         self._batch = batch
-        self._held: dict[asyncio.Task[None], int] = {}
-        self._freed = asyncio.Event()
-        self._draining = asyncio.Event()
+        self._report = report
+        self._stall_s = stall_s
+        self._means = Means(
+            settings=settings,
+            jobs=jobs,
+            planner=planner,
+            embeddings=embeddings,
+            engine=engine,
+            results=results,
+            spool=Spool(spool_bytes, metrics),
+            pace=Pace(batch),
+            cost_of=cost_of,
+            metrics=metrics,
+        )
+        self._draining, self._freed = self._means.draining, self._means.freed
+        self._held: dict[asyncio.Task[None], Attempt] = {}
         self._claiming = asyncio.create_task(self._claim_until_drained())
-
-    @property
-    def healthy(self) -> bool:
-        return self._engine.alive and (self._draining.is_set() or not self._claiming.done())
+        self._reporting = asyncio.create_task(self._report_until_drained())
 
     @property
     def rows(self) -> int:
-        """Images in hand."""
-        return sum(self._held.values())
+        """Images in hand that are not drawn yet, or that the spool has no room for."""
+        return sum(attempt.rows for attempt in self._held.values())
 
-    async def drain(self) -> None:
-        """Claim no more, finish what is in hand or give it back where its text or its store is away, end the engine."""
+    @property
+    def ailment(self) -> str | None:
+        """What is wrong with this replica, so that it has to be replaced; None while it is well."""
+        if not self._engine.alive:
+            return "the step loop has ended"
+        if self._claiming.done() and not self._draining.is_set():
+            return "the claim loop has ended"
+        if self.hangs:
+            return "the step loop makes no step, or leaves a job without any"
+        return None
+
+    @property
+    def hangs(self) -> bool:
+        """Nothing goes on in the step loop, or it passes a job over: that one's turn comes once each of the others had
+        theirs."""
+        held = self._held.values()
+        megapixels = max((attempt.claim.request.pixels for attempt in held), default=0) / 1e6
+        decode_s = megapixels * self._means.pace.decode_ms_per_megapixel / 1000
+        allowed = allowed_s(self._stall_s, self._engine.slowest_step_s, decode_s)
+        passed_over_s = max((attempt.still_s for attempt in held), default=0.0)
+        return self._engine.still_s > allowed or passed_over_s > allowed * max(1, self.rows)
+
+    async def drain(self, grace_s: float) -> None:
+        """Claim no more, finish what can be finished in so many seconds, give the rest back, end the step loop."""
         self._draining.set()
-        await asyncio.wait([self._claiming])
-        if self._held:
-            await asyncio.wait(list(self._held))
-        await asyncio.to_thread(self._engine.stop)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await asyncio.wait([self._claiming])
+                while self._held:
+                    await asyncio.wait(list(self._held))
+        await self._leave()
+        await asyncio.to_thread(self._engine.stop, RELEASE_S)
 
     async def abandon(self) -> None:
-        """Let go of everything at once, for a step loop that hangs: the leases run out, and other workers take over."""
+        """Give everything back at once, for a step loop that hangs or a process that ends: other workers take over."""
         self._draining.set()
-        tasks = [self._claiming, *self._held]
-        for task in tasks:
+        await self._leave()
+        self._engine.stop(0.0)
+
+    async def _leave(self) -> None:
+        """What can't even be given back, because the job store is away, is dropped: its lease runs out."""
+        if self._held:
+            log.warning("%d jobs are not finished and go back to the queue", len(self._held))
+        self._means.leaving.set()
+        self._reporting.cancel()
+        _, left = await asyncio.wait([self._claiming, self._reporting, *self._held], timeout=RELEASE_S)
+        for task in left:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if left:
+            await asyncio.wait(left, timeout=RELEASE_S)
 
     async def _claim_until_drained(self) -> None:
         """One claim at a time, for what this replica wants with the rows it has in hand just then.
@@ -99,111 +147,43 @@ class Worker:
         """
         while self._engine.alive and not self._draining.is_set():
             self._freed.clear()
-            wants = wants_of(self._placement, self.rows, self._batch())
+            alone = any(attempt.claim.alone and attempt.rows for attempt in self._held.values())
+            wants = [] if alone else wants_of(self._placement, self.rows, self._batch())
             if not wants:
                 await first(self._freed.wait(), self._draining.wait())
                 continue
             try:
-                claim = await self._jobs.claim(self._name, wants)
+                claim = await self._jobs.claim(self._name, wants, idle=not self._held)
             except Exception as error:  # noqa: BLE001  what can't be claimed must not stop what is in hand
                 log.warning("claiming: %s", error)
                 await first(asyncio.sleep(IDLE_WAIT_S), self._draining.wait())
                 continue
-            if claim is None:
+            if isinstance(claim, Claim):
+                await self._take(claim)
+            elif claim is Hold.ALONE:  # unless another worker takes that job: then there may be others
+                await first(asyncio.sleep(IDLE_WAIT_S), self._freed.wait(), self._draining.wait())
+            else:
                 wait_s = min([IDLE_WAIT_S, *(want.waited_s for want in wants if want.waited_s)])
                 await first(self._jobs.wait_for_work(wait_s), self._freed.wait(), self._draining.wait())
-                continue
-            task = asyncio.create_task(self._serve(claim))
-            self._held[task] = claim.request.num_images
-            task.add_done_callback(self._release)
 
-    def _release(self, task: asyncio.Task[None]) -> None:
+    async def _take(self, claim: Claim) -> None:
+        if self._draining.is_set():  # it came while this replica was told to stop
+            with contextlib.suppress(TandemError):
+                await self._jobs.release(claim)
+            return
+        attempt = Attempt(self._means, claim)
+        task = asyncio.create_task(attempt.run())
+        self._held[task] = attempt
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         del self._held[task]
         self._freed.set()
 
-    async def _serve(self, claim: Claim) -> None:
-        """Bring the claimed job to its end; whatever goes wrong here becomes the job's, never the replica's.
-
-        A job that is another worker's by now is left to it. While the store is away, the outcome waits for it; when
-        this replica has to stop meanwhile, the lease runs out and another draws the job again.
-        """
-        pulse = Pulse(self._jobs, claim, self._settings.heartbeat_s)
-        patience = Patience(pulse.gone, self._draining)
-        try:
-            settle = await self._outcome(claim, pulse, patience)
-            with contextlib.suppress(LeaseLost, Withdrawn, GivenBack):
-                await patience.repeat(settle)
-        finally:
-            await pulse.stop()
-
-    async def _outcome(self, claim: Claim, pulse: Pulse, patience: Patience) -> Callable[[], Awaitable[None]]:
-        """Draw the job as far as it goes. The settlement of the claim that this comes to."""
-        try:
-            return await self._draw(claim, pulse, patience)
-        except Withdrawn:
-            return partial(self._jobs.cancelled, claim)
-        except GivenBack:
-            return partial(self._jobs.release, claim)
-        except TandemError as error:
-            log.error("job %s failed in attempt %d: %s", claim.job_id, claim.attempt, error.message)
-            told = JobError(code=error.code, message=error.message)
-            return partial(self._jobs.fail, claim, told, retry=not isinstance(error, ClientError))
-        except Exception:
-            log.exception("job %s failed in attempt %d", claim.job_id, claim.attempt)
-            told = JobError(code=TandemError.code, message="an internal error; the server's log has the details")
-            return partial(self._jobs.fail, claim, told, retry=True)
-
-    async def _draw(self, claim: Claim, pulse: Pulse, patience: Patience) -> Callable[[], Awaitable[None]]:
-        request, started = claim.request, time.monotonic()
-        plan = self._planner.plan(request.text)
-        fetched = await patience.obtain(lambda: self._embeddings.get_many(plan.units))
-        # In a thread: a T5's context is megabytes, and this loop keeps the leases of every job in hand.
-        conditioning = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
-        text_s = time.monotonic() - started
-        self._metrics.observe("tandem_text_wait_seconds", text_s)
-        image = await fetch_input(self._results, "image", request.image, patience)
-        mask = await fetch_input(self._results, "mask", request.mask, patience)
-        work = Work(f"{claim.job_id}:{claim.fence}", request, Schedule.constant(conditioning), image, mask)
-        rendered = await self._render(work, pulse, patience)
-        storing = time.monotonic()
-        refs = await store_images(self._results, claim, rendered, patience)
-        store_s = time.monotonic() - storing
-        timings = Timings(text_s=text_s, denoise_s=rendered.denoise_s, decode_s=rendered.decode_s, store_s=store_s)
-        tiers = {key: got.tier for key, got in fetched.items()}
-
-        async def succeed() -> None:
-            cost = await self._jobs.succeed(
-                claim, images=refs, cache=tiers, timings=timings, approximate=rendered.approximate
-            )
-            count_text(self._metrics, plan, cost)
-            log.info("job drawn", extra={"job": claim.job_id, **_performance(request, timings)})
-
-        return succeed
-
-    async def _render(self, work: Work, pulse: Pulse, patience: Patience) -> Rendered:
-        on_preview = pulse.on_preview if work.request.preview_every else None
-        drawing = asyncio.wrap_future(self._engine.submit(work, pulse.on_step, on_preview))
-        try:
-            return await patience.finish(drawing)
-        except Withdrawn:
-            self._engine.cancel(work.run_id)
-            with contextlib.suppress(TandemError):
-                await drawing
-            raise
-
-
-def _performance(request: ImageRequest, timings: Timings) -> dict[str, object]:
-    """What the log says of a job that was drawn: what was asked for, and the milliseconds of each stage."""
-    asked = {
-        "model": request.model,
-        "images": request.num_images,
-        "size": f"{request.width}x{request.height}",
-        "steps": request.num_inference_steps,
-    }
-    stages = {
-        "text": timings.text_s,
-        "denoise": timings.denoise_s,
-        "decode": timings.decode_s,
-        "store": timings.store_s,
-    }
-    return asked | {f"{name}_ms": round(1e3 * took) for name, took in stages.items() if took is not None}
+    async def _report_until_drained(self) -> None:
+        while not self._draining.is_set():
+            try:
+                await self._jobs.report(self._report(self._means.pace))
+            except Exception as error:  # noqa: BLE001  nobody draws worse for it
+                log.warning("reporting: %s", error)
+            await first(asyncio.sleep(REPORT_S), self._draining.wait())

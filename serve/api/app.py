@@ -7,16 +7,18 @@ from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from serve import __version__
-from serve.api import errors, health, native, text
+from serve.api import errors, health, jobs, native, text
+from serve.api.auth import Doorkeeper
 from serve.api.middleware import BodyLimit, RequestIds
 from serve.api.parts import Root
+from serve.keys import KeyStore
 from serve.service import ImageService
 from serve.settings import Settings
 from serve.text import TextService
 
 
-def create_app(service: ImageService, texts: TextService, settings: Settings) -> FastAPI:
-    """Every dialect on one pair of services."""
+def create_app(service: ImageService, texts: TextService, settings: Settings, keys: KeyStore | None = None) -> FastAPI:
+    """Every dialect on one pair of services. Without `keys` whoever reaches the server may use it."""
     app = FastAPIOffline(  # FastAPI whose page at /docs carries its own scripts: it works on a closed network
         redoc_url=None,
         title="Tandem",
@@ -28,13 +30,17 @@ def create_app(service: ImageService, texts: TextService, settings: Settings) ->
     )
     app.state.service = service
     app.state.text = texts
-    app.state.job_timeout_s = settings.jobs.timeout_s
+    app.state.keys = keys
+    app.state.salted_keys = settings.keys.salt
     app.state.salt_header = settings.cache.salt_header
+    app.state.job_timeout_s = settings.jobs.queue_ttl_s + settings.jobs.timeout_s
     errors.install(app)
     # The last one added is the outermost.
     http = settings.http
     app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes, max_bodies_bytes=http.max_bodies_bytes)
+    app.add_middleware(Doorkeeper)
     app.add_middleware(RequestIds)
+    app.include_router(jobs.router)
     app.include_router(native.router)
     app.include_router(text.router)
     app.include_router(health.router)

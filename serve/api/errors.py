@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serve import errors, service
+from serve.api import ratelimits
 from serve.telemetry.logs import escape
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,13 @@ STATUS: Mapping[type[errors.TandemError], int] = {
     errors.PayloadTooLarge: 413,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
+    errors.JobGone: 410,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     service.NotOffered: 404,
     service.Busy: 429,
     errors.Unavailable: 503,
+    errors.RateLimited: 429,
     errors.GenerationFailed: 500,
 }
 """Subclasses follow their nearest ancestor. A class without one here is internal: a 500 whose message stays inside."""
@@ -108,6 +113,10 @@ def respond_to(error: errors.TandemError) -> JSONResponse:
     if isinstance(error, errors.QueueFull):
         # Clients that retry at once would triple the load of a server that has just said that it is full.
         headers["x-should-retry"] = "false"
+    if isinstance(error, errors.RateLimited):
+        headers |= ratelimits.headers(error.limits)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return _answer(status, body, headers)
 
 
@@ -117,7 +126,8 @@ async def _tandem_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """The first thing wrong with the request: unreadable JSON 400, a path that names nothing 404, a bad field 422."""
+    """The first thing wrong with the request: unreadable JSON 400, a path that names nothing 404 (one that was to name
+    something new 422), a bad field 422."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place, *fields = (str(part) for part in first["loc"])
@@ -126,7 +136,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(first["input"], bytes):
         return respond(415, "send JSON, with Content-Type: application/json", "unsupported_media_type", "body")
     param = ".".join(fields) or place
-    if place == "path":
+    if place == "path" and request.method != "PUT":
         return respond(404, f"nothing has this {param}", errors.JobNotFound.code, param)
     reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
     return respond(422, f"{escape(param)[:_MAX_PARAM]}: {reason}", errors.InvalidRequest.code, param)

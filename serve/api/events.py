@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from serve.api.auth import Generates
 from serve.api.errors import ErrorBody, public
 from serve.api.parts import JobId, Service
 from serve.api.schemas import EventView, PreviewView
@@ -16,6 +17,10 @@ from serve.errors import TandemError
 
 Events = AsyncGenerator[JobEvent, None]
 LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,19}-[0-9]{1,19}$")]
+Previews = Annotated[bool, Query(description="Whether previews are sent.")]
+
+RETRY_MS = 2000
+"""How long an EventSource is asked to wait before it connects again."""
 
 
 class EventStream(EventSourceResponse):
@@ -24,12 +29,14 @@ class EventStream(EventSourceResponse):
     media_type = "application/json"
 
 
-async def _open(job_id: JobId, service: Service, last_event_id: LastEventId = None) -> AsyncIterator[Events]:
+async def _open(
+    job_id: JobId, service: Service, caller: Generates, last_event_id: LastEventId = None, previews: Previews = True
+) -> AsyncIterator[Events]:
     """The job's events after `last_event_id`. An unknown job is a 404 here, before the answer has begun.
 
     The events are closed when the answer ends, whether the job or the client ended it.
     """
-    events = await service.events(job_id, last_event_id)
+    events = await service.events(job_id, caller, last_event_id, previews=previews)
     try:
         yield events
     finally:
@@ -41,6 +48,7 @@ OpenEvents = Annotated[Events, Depends(_open)]
 
 async def stream(events: Events) -> AsyncIterator[ServerSentEvent]:
     """Events `step`, `preview` and `state`, each with an id to resume from; `error` when they can't go on."""
+    yield ServerSentEvent(retry=RETRY_MS)
     try:
         async for event in events:
             if event.index is not None:

@@ -10,7 +10,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from serve.api.errors import ErrorDetail
-from serve.domain import CacheReport, ImageRequest, Job, JobError, JobEvent, JobState, Timings, Truncation
+from serve.domain import (
+    CacheReport,
+    ImageRequest,
+    Job,
+    JobError,
+    JobEvent,
+    JobState,
+    Priority,
+    Timings,
+    Truncation,
+    WebhookState,
+)
 from serve.results.keys import reference
 
 # Control characters, and halves of surrogate pairs, which JSON can spell (\ud800) and no encoding can write.
@@ -89,6 +100,10 @@ class JobOrder(Schema):
     """Quality of a `jpeg` or `webp`, 0 to 100; by default 90."""
     bit_depth: int = 8
     """Bits a channel: 8, or 16 in a `png`."""
+    priority: Annotated[Priority, Field(strict=False)] = Priority.INTERACTIVE
+    """`interactive` goes before `batch` among your own jobs; beside other callers it changes nothing."""
+    webhook: Annotated[Text, Field(max_length=2048)] | None = None
+    """A URL that is told when the job has ended, on a host that the operator allows."""
 
 
 class CompleteOrder(Schema):
@@ -141,8 +156,13 @@ class JobView(Schema):
 
     id: str
     state: JobState
+    priority: Priority
     position: int | None
-    """1 for the job that starts next; null once it has started."""
+    """1 for the job of its model that starts next; null once it has started, and in lists."""
+    eta_s: float | None
+    """Predicted seconds until it ends; null once it has, and in lists."""
+    cost_ms: int
+    """Predicted share of one replica's time."""
     step: int
     """Denoising steps done."""
     steps: int
@@ -160,6 +180,8 @@ class JobView(Schema):
     approximate: tuple[str, ...]
     """What kept the images from being exact: `step_cache`, `tiny_vae`, `tiled_vae`."""
     error: JobError | None
+    webhook_state: WebhookState | None
+    """How far telling the order's `webhook` has come; null before the end, and without one."""
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -189,10 +211,12 @@ class EventView(Schema):
     state: JobState
     step: int
     steps: int
+    attempt: int
+    """How many times the job had been started by then."""
 
     @classmethod
     def of(cls, event: JobEvent) -> EventView:
-        return cls(state=event.state, step=event.step, steps=event.steps)
+        return cls(state=event.state, step=event.step, steps=event.steps, attempt=event.attempt)
 
 
 class PreviewView(Schema):

@@ -10,13 +10,14 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from serve.api.auth import KEYED, Administers, Embeds
 from serve.api.errors import documented
-from serve.api.parts import Tenant, Text
+from serve.api.parts import Text
 from serve.api.text_schemas import CacheView, Cleared, EmbeddingOrder, EmbeddingReport
 from serve.encoders.export import shapes, to_safetensors
 from serve.text import Embedded, NewText
 
-router = APIRouter(prefix="/v1", tags=["text"], responses=documented(503))
+router = APIRouter(prefix="/v1", tags=["text"], responses=documented(401, 403, 503), dependencies=KEYED)
 
 _FILE: dict[str, Any] = {
     "description": "The embeddings, or with `output: report` what is said of them",
@@ -32,13 +33,13 @@ _FILE: dict[str, Any] = {
 
 
 @router.post("/embeddings", response_model=None, responses=documented(400, 404, 413, 415, 422) | {200: _FILE})
-async def create_embeddings(order: EmbeddingOrder, texts: Text, tenant: Tenant) -> Response:
+async def create_embeddings(order: EmbeddingOrder, texts: Text, caller: Embeds) -> Response:
     """Encode a prompt as the model's own pipeline would. The answer is a safetensors file.
 
     Its tensors have the names of the stock diffusers pipelines' arguments and their batch dimension; its metadata tells
     `model`, `family`, and as JSON `tokens`, `truncated` and `cache`.
     """
-    embedded = await texts.embed(NewText(**order.model_dump(exclude={"dtype", "output"}), salt=tenant))
+    embedded = await texts.embed(NewText(**order.model_dump(exclude={"dtype", "output"}), salt=caller.salt))
     cache = ", ".join(f"{tier}={units}" for tier, units in asdict(embedded.cache).items())
     headers = {"x-tandem-cache": cache}
     if order.output == "report":
@@ -52,13 +53,13 @@ async def create_embeddings(order: EmbeddingOrder, texts: Text, tenant: Tenant) 
 
 
 @router.get("/cache")
-async def get_cache(texts: Text) -> CacheView:
+async def get_cache(texts: Text, caller: Administers) -> CacheView:
     """The embeddings that are kept: in Redis, and in the memory of every process."""
     return CacheView.of(await texts.cache())
 
 
 @router.delete("/cache")
-async def clear_cache(texts: Text) -> Cleared:
+async def clear_cache(texts: Text, caller: Administers) -> Cleared:
     """Remove every embedding. Processes empty their memory within a few seconds; no request fails meanwhile."""
     return Cleared(removed=await texts.clear())
 

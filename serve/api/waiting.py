@@ -3,51 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serve.api import ratelimits
 from serve.api.middleware import release_body
 from serve.api.schemas import JobView
+from serve.callers import Caller
 from serve.domain import Job
-from serve.errors import BackendUnavailable, TandemError
+from serve.errors import BackendUnavailable
 from serve.inputs import settled
+from serve.jobs.terms import Submitted
+from serve.once import Once
 from serve.orders import NewImage
 from serve.service import ImageService
 
+REPLAYED = "Idempotent-Replayed"
 _GONE = 499
 """nginx's status for a caller who closed the connection; nobody reads it."""
 
 
-async def ended(request: Request, service: ImageService, new: NewImage, root: str, within_s: float) -> Ended:
-    """Submit the job; the answer waits for its end. `within_s`: jobs expire after so many seconds.
+def told_of(submitted: Submitted, root: str) -> dict[str, str]:
+    """The headers of an answer to an order."""
+    replayed = {REPLAYED: "true"} if submitted.replayed else {}
+    return {"Location": f"{root}/v1/jobs/{submitted.job.id}"} | replayed | ratelimits.headers(submitted.limits)
+
+
+async def ended(
+    request: Request, service: ImageService, new: NewImage, caller: Caller, once: Once | None, root: str
+) -> Ended:
+    """Submit the job; the answer waits for its end.
 
     From here on the body is forgotten, whose pictures may be large and the waiting long. Raises what `submit` raises.
     """
-    submitting = asyncio.create_task(service.submit(new))
-    try:
-        job = await asyncio.shield(submitting)
-    except asyncio.CancelledError:
-        await settled(_undone(service, submitting, within_s))
-        raise
+    submitted = await service.submit(new, caller, once)
     release_body(request)
-    return Ended(service, job.id, root, within_s)
+    within_s: float = request.app.state.job_timeout_s
+    return Ended(service, submitted.job.id, told_of(submitted, root), root, None if once else within_s)
 
 
 class Ended(Response):
     """The job when it has ended. It holds nothing of the order: what FastAPI keeps for a route ends with the route.
 
     A caller who goes away is heard of in two ways: uvicorn says so to whoever receives, Ray Serve also cancels this
-    task. Either cancels the job. Raises BackendUnavailable, which names the job, when it can no longer be followed.
+    task. Either cancels the job, unless the caller can ask for it again. Raises BackendUnavailable, which names the
+    job, when it can no longer be followed.
     """
 
     media_type = "application/json"
 
-    def __init__(self, service: ImageService, job_id: str, root: str, within_s: float) -> None:
+    def __init__(
+        self, service: ImageService, job_id: str, told: Mapping[str, str], root: str, within_s: float | None
+    ) -> None:
+        """`told` are headers. `within_s`: a job has ended after so many seconds; None where it is not cancelled."""
         super().__init__()
         self._service = service
         self._id = job_id
+        self._told = told
         self._root = root
         self._within_s = within_s
 
@@ -55,16 +70,20 @@ class Ended(Response):
         try:
             job = await self._followed(receive)
         except asyncio.CancelledError:
-            await settled(self._service.withdraw(self._id, self._within_s))
+            await settled(self._left())
             raise
         if job is None:
-            await self._service.withdraw(self._id, self._within_s)
+            await settled(self._left())  # Ray Serve may say so in both ways, one after the other
             answer = Response(status_code=_GONE)
         else:
-            headers = {"Location": f"{self._root}/v1/jobs/{job.id}"}
             told = JobView.of(job, self._root).model_dump_json()
-            answer = Response(told, media_type=self.media_type, headers=headers)
+            answer = Response(told, media_type=self.media_type, headers=dict(self._told))
         await answer(scope, receive, send)
+
+    async def _left(self) -> None:
+        """Nobody waits any more."""
+        if self._within_s is not None:
+            await self._service.withdraw(self._id, self._within_s)
 
     async def _followed(self, receive: Receive) -> Job | None:
         """The ended job, or None when the caller has gone before."""
@@ -77,20 +96,10 @@ class Ended(Response):
             told = f"{error.message}; job {self._id} goes on"
             raise BackendUnavailable(told, error.param, error.retry_after_s) from None
         finally:
-            # Not awaited: the waiting may miss this (`asyncio.wait_for` loses a cancellation that meets its result),
-            # and then ends with the job, which nobody would cancel if this waited for it.
+            # Not awaited: a Redis that stalls would hold up the end of its subscription, and here the job's.
             for task in (waiting, gone):
                 task.cancel()
                 task.add_done_callback(_heard)
-
-
-async def _undone(service: ImageService, submitting: asyncio.Task[Job], within_s: float) -> None:
-    """Submitted or not yet: what is logged must be cancelled, and only its id finds it."""
-    try:
-        job = await submitting
-    except TandemError:
-        return
-    await service.withdraw(job.id, within_s)
 
 
 def _heard(task: asyncio.Task[object]) -> None:

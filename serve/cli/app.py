@@ -1,4 +1,4 @@
-"""`tandem`: serve, order a picture, watch the demo, look after the cache, look at the settings.
+"""`tandem`: serve, order a picture, watch the demo, look after jobs, keys and the cache, look at the settings.
 
 Every command ends in one of three ways: 0; 1 when a picture or a prompt failed; 2 with one line that
 says what to change.
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,10 +20,14 @@ from rich.text import Text
 
 from serve.cli.bench import bench
 from serve.cli.bench_engine import engine
-from serve.cli.client import local_url
+from serve.cli.client import Client, local_url
+from serve.cli.jobs import jobs
+from serve.cli.keys import keys
+from serve.cli.options import AsJson, Assignments, ConfigFile, DataDir, Key, Port, Url, client, load_settings
 from serve.cli.running import run
+from serve.domain import Priority
 from serve.errors import OperatorError, TandemError
-from serve.origins import Loaded, flatten, load, shown
+from serve.origins import flatten, shown
 
 app = typer.Typer(
     help="Text-to-image server: text encoders and diffusion models in two pools that scale apart.",
@@ -37,18 +40,10 @@ config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(config, name="config")
 cache = typer.Typer(help="Look after the server's embeddings.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+app.add_typer(jobs, name="jobs")
+app.add_typer(keys, name="keys")
 bench.command()(engine)
 app.add_typer(bench, name="bench")
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings (docs/settings.md).")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="ROOM.FIELD=VALUE", help="Any setting; may be repeated.")
-]
-Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
-Url = Annotated[
-    str | None, typer.Option(help="The server's address.", show_default="http.host and http.port of the settings")
-]
-DataDir = Annotated[Path | None, typer.Option(help="Folder for images, Redis files and logs.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -73,7 +68,7 @@ def up(
 ) -> None:
     """Start the server on this machine and keep it up until Ctrl-C."""
     named = {"http.port": port, "http.host": host, "data_dir": data_dir, "model.source": model}
-    loaded = _load(config_file, assignments, named)
+    loaded = load_settings(config_file, assignments, named)
     from serve.local import run as serve_here
 
     serve_here(loaded)
@@ -106,7 +101,11 @@ def generate(
     bit_depth: Annotated[int | None, typer.Option(help="Bits a channel of a png: 8 or 16.")] = None,
     true_cfg: Annotated[float | None, typer.Option(help="Classifier-free guidance of FLUX; by default none.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of a served model.")] = None,
+    priority: Annotated[
+        Priority | None, typer.Option(help="Among your own jobs; by default interactive.", show_default=False)
+    ] = None,
     url: Url = None,
+    key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job and the files as JSON.")] = False,
 ) -> None:
     """Order pictures from a running server and save them."""
@@ -129,10 +128,11 @@ def generate(
         "output_compression": quality,
         "bit_depth": bit_depth,
         "model": model,
+        "priority": priority and priority.value,
     }
     from serve.cli.generate import generate as story
 
-    raise typer.Exit(run(story(_address(url), order, out, as_json=as_json)))
+    raise typer.Exit(run(story(client(url, key), order, out, as_json=as_json)))
 
 
 @app.command()
@@ -146,39 +146,43 @@ def demo(
             "--keep/--no-keep", help="Keep a server that this started up until Ctrl-C.", show_default="on a terminal"
         ),
     ] = None,
+    key: Key = None,
 ) -> None:
     """Start a server if none is up, make six pictures, show where their text came from."""
-    loaded = _load(None, None, {"data_dir": data_dir, "http.port": port})
+    loaded = load_settings(None, None, {"data_dir": data_dir, "http.port": port})
     from serve.cli.demo import demo as story
 
-    raise typer.Exit(run(story(loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
+    server = Client(local_url(loaded.settings.http), key)
+    raise typer.Exit(run(story(server, loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
 
 
 @cache.command("stats")
 def cache_stats(
     url: Url = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """What is kept where, and how often it was of use."""
     from serve.cli.cache import stats as story
 
-    run(story(_address(url), as_json=as_json))
+    run(story(client(url, key), as_json=as_json))
 
 
 @cache.command("clear")
 def cache_clear(
     url: Url = None,
+    key: Key = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
 ) -> None:
     """Remove every embedding. Nothing fails by it; texts are encoded again."""
-    address = _address(url)
+    server = client(url, key)
     if not yes and not sys.stdin.isatty():
         raise OperatorError("cache clear: nobody can be asked here; say --yes", "yes")
-    if not yes and not typer.confirm(f"Remove every embedding that {address} keeps?"):
+    if not yes and not typer.confirm(f"Remove every embedding that {server.url} keeps?"):
         raise typer.Exit(1)
     from serve.cli.cache import clear as story
 
-    run(story(address))
+    run(story(server))
 
 
 @cache.command("warm")
@@ -193,22 +197,23 @@ def cache_warm(
     model: Annotated[str | None, typer.Option(help="Model for the lines that name none.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Prompts on their way at once.")] = 8,
     url: Url = None,
+    key: Key = None,
 ) -> None:
     """Have the prompts of a file encoded now, so that no job waits for them later."""
     from serve.cli.warm import read_lines, warm
 
     lines = read_lines(file, model)
-    raise typer.Exit(run(warm(_address(url), lines, concurrency=concurrency)))
+    raise typer.Exit(run(warm(client(url, key), lines, concurrency=concurrency)))
 
 
 @config.command("show")
 def config_show(
     config_file: ConfigFile = None,
     assignments: Assignments = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Every setting, its value, and where the value came from; secrets are hidden."""
-    loaded = _load(config_file, assignments, {})
+    loaded = load_settings(config_file, assignments, {})
     rows = [(name, shown(value), loaded.origins[name]) for name, value in flatten(loaded.settings)]
     if as_json:
         print(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in rows}, indent=2))
@@ -227,18 +232,3 @@ def main() -> None:
         wait = f"; try again in {error.retry_after_s:g} s" if error.retry_after_s else ""
         print(f"tandem: {' '.join(error.message.split())}{wait}", file=sys.stderr)
         sys.exit(2)
-
-
-def _load(file: Path | None, assignments: Sequence[str] | None, named: dict[str, Any]) -> Loaded:
-    """The settings; an option of its own wins over the same setting in --set."""
-    overrides: dict[str, Any] = {}
-    for assignment in assignments or ():
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise OperatorError(f"--set {assignment}: write ROOM.FIELD=VALUE", "set")
-        overrides[name.strip()] = value
-    return load(file, overrides=overrides | {name: value for name, value in named.items() if value is not None})
-
-
-def _address(url: str | None) -> str:
-    return url or local_url(load().settings.http)

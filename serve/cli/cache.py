@@ -16,9 +16,9 @@ from serve.cli.client import Client
 _NAME_WIDTH = 18
 
 
-async def stats(url: str, *, as_json: bool) -> None:
+async def stats(client: Client, *, as_json: bool) -> None:
     """The server's cache as a table, or as the JSON of `GET /v1/cache`."""
-    async with Client(url) as client:
+    async with client:
         state = await client.cache()
     if as_json:
         print(json.dumps(state, indent=2))
@@ -32,8 +32,8 @@ async def stats(url: str, *, as_json: bool) -> None:
             console.print(f"{process['name']} leaves Redis alone for a while: it failed.", style="yellow")
 
 
-async def clear(url: str) -> None:
-    async with Client(url) as client:
+async def clear(client: Client) -> None:
+    async with client:
         removed = await client.clear_cache()
     print(f"{removed:,} embeddings removed from Redis; every process empties its memory within seconds")
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
-from serve.domain import CacheReport, JobState, Truncation
-from serve.errors import ClientError, GenerationFailed, InvalidRequest, JobNotFound, OperatorError, Unavailable
+from serve.cli.answers import KEY_VARIABLE, Pool, Progress, RemoteJob, RemoteText, job_of, progress_of, refusal
+from serve.domain import CacheReport, Truncation
+from serve.errors import OperatorError, QueueFull, RateLimited, Unavailable
 from serve.settings import HttpSettings
 
 _ENCODE_S = 180.0
@@ -31,60 +32,19 @@ def local_url(http: HttpSettings) -> str:
     return f"http://[{host}]:{http.port}" if ":" in host else f"http://{host}:{http.port}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """One part of the server, as `/readyz` tells it."""
-
-    name: str
-    ready: bool
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a job stands; `step` counts denoising steps done out of `steps`."""
-
-    state: JobState
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteJob(Progress):
-    """A job as the server tells it. `total_s` is None until it has ended; `raw` is the JSON itself."""
-
-    id: str
-    model: str
-    seed: int
-    position: int | None
-    total_s: float | None
-    cache: CacheReport | None
-    truncated: tuple[Truncation, ...]
-    images: int
-    error: str | None
-    raw: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteText:
-    """What the server says of a text that it has encoded."""
-
-    model: str
-    cache: CacheReport
-    truncated: tuple[Truncation, ...]
-
-
 class Client:
     """Talks to one server.
 
     Owns: the HTTP connections; use it as an async context manager.
 
-    Every method raises OperatorError when nothing answers at the address, Unavailable when the server asks to come
-    back later, and ClientError (InvalidRequest with `param`, JobNotFound) when it refuses.
+    Every method raises OperatorError when nothing answers at the address, Unavailable (QueueFull, RateLimited) when the
+    server asks to come back later, and ClientError (InvalidRequest with `param`, JobNotFound, Unauthorized, Forbidden)
+    when it refuses.
     """
 
-    def __init__(self, url: str, *, patience_s: float = 30.0, poll_s: float = 0.5) -> None:
-        """`follow` bears a server that is away for `patience_s`, and asks again after `poll_s`."""
+    def __init__(self, url: str, key: str | None = None, *, patience_s: float = 30.0, poll_s: float = 0.5) -> None:
+        """`key` is an API key, for a server that wants one. `create` and `follow` bear a server that goes away for
+        `patience_s`, and ask again after `poll_s`."""
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL:
@@ -97,7 +57,7 @@ class Client:
         # A proxy from the environment has no way to this machine's own loopback address.
         trust_env = parsed.host not in _LOOPBACK
         timeout = httpx.Timeout(30.0, connect=5.0)
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, trust_env=trust_env)
+        self._http = httpx.AsyncClient(base_url=self.url, headers=_bearer(key), timeout=timeout, trust_env=trust_env)
 
     async def __aenter__(self) -> Self:
         return self
@@ -117,14 +77,30 @@ class Client:
             return None
 
     async def create(self, order: Mapping[str, Any]) -> RemoteJob:
-        """Queue a job; `order` holds the fields of `POST /v1/jobs`, and those that are None are left out."""
-        return _job((await self._post("/v1/jobs", order)).json())
+        """Queue a job; `order` holds the fields of `POST /v1/jobs`, and those that are None are left out.
+
+        An order whose answer is lost is sent again: its Idempotency-Key sees to it that there is one job.
+        """
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        lost_at: float | None = None
+        while True:
+            try:
+                return job_of((await self._post("/v1/jobs", order, headers=headers)).json())
+            except (OperatorError, Unavailable) as error:
+                if lost_at is None and isinstance(error, _Lost):
+                    lost_at = time.monotonic()
+                # A server that has no room or no leave for the order has no job of it either.
+                if lost_at is None or isinstance(error, QueueFull | RateLimited):
+                    raise
+                if time.monotonic() - lost_at > self._patience_s:
+                    raise _uncertain(self.url) from error
+            await asyncio.sleep(self._poll_s)
 
     async def get(self, job_id: str) -> RemoteJob:
-        return _job((await self._call("GET", f"/v1/jobs/{job_id}")).json())
+        return job_of((await self._call("GET", f"/v1/jobs/{job_id}")).json())
 
     async def cancel(self, job_id: str) -> RemoteJob:
-        return _job((await self._call("DELETE", f"/v1/jobs/{job_id}")).json())
+        return job_of((await self._call("DELETE", f"/v1/jobs/{job_id}")).json())
 
     async def image(self, job_id: str, index: int) -> bytes:
         """The file of one image, from the server or from the store that it points to."""
@@ -190,65 +166,45 @@ class Client:
                 elif not line and data:
                     event, data = json.loads(data), ""
                     if "state" in event:
-                        yield event_id, _progress(event)
+                        yield event_id, progress_of(event)
 
-    async def _post(self, path: str, order: Mapping[str, Any], **options: Any) -> httpx.Response:
+    async def _post(
+        self, path: str, order: Mapping[str, Any], headers: Mapping[str, str] | None = None, **options: Any
+    ) -> httpx.Response:
         # Not httpx's own JSON, which raises for NaN: the server refuses it and names the field.
         body = json.dumps({name: value for name, value in order.items() if value is not None})
-        return await self._call("POST", path, content=body, headers={"Content-Type": "application/json"}, **options)
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        return await self._call("POST", path, content=body, headers=headers, **options)
 
     async def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             answer = await self._http.request(method, path, **options)
-        except httpx.TransportError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise _away(self.url) from error
+        except httpx.TransportError as error:
+            raise _Lost(_away(self.url).message, "url") from error
         if answer.is_success:
             return answer
-        raise _refusal(answer)
+        raise refusal(answer)
+
+
+class _Lost(OperatorError):
+    """The connection broke after it had been made: what was sent may have arrived."""
+
+
+def _bearer(key: str | None) -> Mapping[str, str]:
+    """The header that shows an API key; OperatorError for what can't be one, which is never printed."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise OperatorError(f"--key or {KEY_VARIABLE}: that is not an API key", "key")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _away(url: str) -> OperatorError:
     return OperatorError(f"no server answers at {url}; start one with `tandem up` or name another with --url", "url")
 
 
-def _refusal(answer: httpx.Response) -> Exception:
-    """The error that the answer spells, in this project's own tree."""
-    try:
-        error = answer.json()["error"]
-        message, param = str(error["message"]), error.get("param")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        host = answer.request.url.netloc.decode()
-        return OperatorError(f"{host} answered {answer.status_code}; that is not a Tandem server", "url")
-    if answer.status_code in (429, 503):
-        wait = answer.headers.get("retry-after", "")
-        return Unavailable(message, param, float(wait) if wait.isdigit() else None)
-    if answer.status_code == 404:
-        return JobNotFound(message, param)
-    if answer.status_code >= 500:
-        return GenerationFailed(message, param)
-    if param and param not in message:
-        message = f"{param}: {message}"
-    return InvalidRequest(message, param) if param else ClientError(message)
-
-
-def _progress(event: Mapping[str, Any]) -> Progress:
-    return Progress(state=JobState(event["state"]), step=int(event["step"]), steps=int(event["steps"]))
-
-
-def _job(answer: Mapping[str, Any]) -> RemoteJob:
-    cache, error = answer.get("cache"), answer.get("error")
-    return RemoteJob(
-        id=answer["id"],
-        state=JobState(answer["state"]),
-        step=answer["step"],
-        steps=answer["steps"],
-        model=answer["request"]["model"],
-        seed=answer["request"]["seed"],
-        position=answer.get("position"),
-        total_s=(answer.get("timings") or {}).get("total_s"),
-        cache=CacheReport(**cache) if cache else None,
-        truncated=tuple(Truncation(**cut) for cut in answer.get("truncated") or ()),
-        images=len(answer.get("images") or ()),
-        error=error["message"] if error else None,
-        raw=answer,
+def _uncertain(url: str) -> OperatorError:
+    return OperatorError(
+        f"the server at {url} went away while it took the order, which may be queued all the same", "url"
     )

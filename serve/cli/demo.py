@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from serve.cli.answers import Pool, RemoteJob
 from serve.cli.child import ChildServer
-from serve.cli.client import Client, Pool, RemoteJob, local_url
+from serve.cli.client import Client
 from serve.cli.screen import job_bars, run_job
 from serve.cli.sheet import Picture, contact_sheet
 from serve.cli.wishes import WISHES, Wish
@@ -47,13 +48,13 @@ class Made:
     accepted: bool
 
 
-async def demo(settings: Settings, out: Path, *, keep: bool) -> int:
+async def demo(client: Client, settings: Settings, out: Path, *, keep: bool) -> int:
     """Make the pictures with the server that is up, or with one of our own, which `keep` keeps up until Ctrl-C.
 
     Exit code 1 if a picture failed or does not show what was asked for. Raises OperatorError.
     """
     console = Console(highlight=False, soft_wrap=True)
-    async with Client(local_url(settings.http)) as client:
+    async with client:
         with contextlib.ExitStack() as stack:
             server = await _running(client, settings, stack, console)
             began = time.monotonic()

@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from serve.cli.client import Client, RemoteJob
+from serve.cli.answers import RemoteJob
+from serve.cli.client import Client
 from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
 from serve.domain import JobState
 from serve.errors import OperatorError
@@ -20,7 +21,7 @@ _SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _REFERENCE = re.compile(r"[0-9a-f]{32}/([0-9]{1,4}|image|mask)")
 
 
-async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:
+async def generate(client: Client, order: Mapping[str, Any], out: Path, *, as_json: bool) -> int:
     """Exit code 0, or 1 when the job did not succeed. Bars go to stderr, the report to stdout.
 
     `image` and `mask` of the order are files here, or pictures that the server keeps (`<job id>/0`). Where it names no
@@ -30,7 +31,7 @@ async def generate(url: str, order: Mapping[str, Any], out: Path, *, as_json: bo
     pictures = {field: _picture(field, order.get(field)) for field in ("image", "mask")}
     order = {**order, **pictures}
     _make_folder(out.parent if _is_file(out) else out)
-    async with Client(url) as client:
+    async with client:
         with job_bars(Console(stderr=True)) as bars:
             job = await run_job(client, order, _short(order["prompt"]), bars)
         files = []

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from serve.cli.client import Client, RemoteText
-from serve.errors import ClientError, GenerationFailed, OperatorError, Unavailable
+from serve.cli.answers import RemoteText
+from serve.cli.client import Client
+from serve.errors import ClientError, Forbidden, GenerationFailed, OperatorError, Unauthorized, Unavailable
 
 PATIENCE_S = 60.0
 """How long a server that only says "later" is borne, counted from its last answer."""
@@ -56,13 +57,14 @@ class _Tally:
         self.heard = time.monotonic()
 
 
-async def warm(url: str, lines: Sequence[Line], *, concurrency: int) -> int:
+async def warm(client: Client, lines: Sequence[Line], *, concurrency: int) -> int:
     """Exit code 0, or 1 when the server refused a line. The bar goes to stderr, the report to stdout.
 
-    Raises OperatorError when the server is not there, Unavailable when it stays busy.
+    Raises OperatorError when the server is not there, Unavailable when it stays busy, Unauthorized or Forbidden where
+    the key will not do.
     """
     tally, began = _Tally(), time.monotonic()
-    async with Client(url) as client:
+    async with client:
         with _bar(Console(stderr=True)) as bar:
             task = bar.add_task("encoding", total=len(lines), failed="")
             waiting = iter(lines)
@@ -125,6 +127,8 @@ async def _one(client: Client, line: Line, tally: _Tally) -> None:
     while True:
         try:
             return tally.add(await client.encode(line.order))
+        except (Unauthorized, Forbidden):
+            raise  # as it would be for every other line
         except (ClientError, GenerationFailed) as error:
             return tally.fail(line.number, error.message)
         except Unavailable as error:

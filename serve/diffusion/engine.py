@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -43,13 +44,15 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: StepScheduler, profile: Profile, metrics: Metrics) -> None:
         self._runner = runner
         self._scheduler = scheduler
+        self._profile = profile
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._runs: dict[str, Run] = {}
         self._measurements = Measurements(runner)
         self._stopping = False
         self._ended = False
         self._broken = False
-        self._busy_since: float | None = None
+        self._working = False
+        self._moved_at = time.monotonic()
         self._forwards = Forwards(runner, profile, metrics, self._runs.get, self._fail, self._busy)
         self._vae = VaeWork(runner, metrics, self._command, self._here, self._fail, self._lost)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -57,14 +60,27 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the loop and the VAE's thread are there to do what is submitted."""
-        return not self._ended and self._thread.is_alive() and self._vae.alive
+        """Whether the loop and the VAE's thread are there to do what is submitted. No more, once a future has failed
+        because they are not."""
+        return not self._broken and not self._ended and self._thread.is_alive() and self._vae.alive
 
     @property
-    def busy_s(self) -> float:
-        """Seconds since what either thread is at began: a step, a decoding. 0 while both wait."""
-        since = self._busy_since
-        return max(0.0 if since is None else time.monotonic() - since, self._vae.busy_s)
+    def still_s(self) -> float:
+        """Seconds in which nothing went on although there was something to do: since a step, a command or what the VAE
+        had made was last done with, or since there was anything, or since what the VAE is at began. 0 with nothing in
+        hand. May be read on any thread."""
+        waiting_s = time.monotonic() - self._moved_at if self._in_hand else 0.0
+        return max(waiting_s, self._vae.busy_s)
+
+    @property
+    def slowest_step_s(self) -> float:
+        """Of the steps that the runs in hand make, as far as the profile knows. May be read on any thread."""
+        lanes = Counter[LatentShape]()
+        for run in list(self._runs.values()):
+            for row in run.rows:
+                lanes[row.group.shape] += row.lanes
+        known = self._profile
+        return max((known.step_ms(each, min(lanes[each], known.lanes(each))) for each in lanes), default=0.0) / 1000
 
     def submit(self, work: Work, on_step: OnStep, on_preview: OnPreview | None = None) -> Future[Rendered]:
         """Have the images join the next step; those that start from an image, once the VAE has encoded it.
@@ -91,14 +107,21 @@ class Engine:
         self._command(lambda: self._begin_measurement(measurement))
         return measurement.future
 
-    def stop(self) -> None:
-        """Finish the work that was submitted, then end both threads."""
+    def stop(self, within_s: float | None = None) -> None:
+        """Finish the work that was submitted, then end both threads. Returns after `within_s` in any case: a thread
+        that hangs is left to the end of the process."""
         self._command(self._stop)
-        self._thread.join()
+        self._thread.join(within_s)
         if not self._broken:
-            self._vae.join()
+            self._vae.join(within_s)
+
+    @property
+    def _in_hand(self) -> bool:
+        return self._working or bool(self._runs) or bool(self._measurements) or not self._commands.empty()
 
     def _command(self, command: Command) -> None:
+        if not self._in_hand:
+            self._moved_at = time.monotonic()
         self._commands.put(command)
         if self._ended:
             self._run_commands()
@@ -151,11 +174,12 @@ class Engine:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        self._busy_since = time.monotonic()
+        self._working = True
         try:
             yield
         finally:
-            self._busy_since = None
+            self._moved_at = time.monotonic()
+            self._working = False
 
     def _begin(self, work: Work, on_step: OnStep, on_preview: OnPreview | None, future: Future[Rendered]) -> None:
         if self._ended:
@@ -243,8 +267,9 @@ class Engine:
             self._measurements.add(measurement)
 
     def _measure(self) -> None:
-        with self._busy():
-            self._measurements.step()
+        if self._measurements:
+            with self._busy():
+                self._measurements.step()
 
     def _stop(self) -> None:
         self._stopping = True

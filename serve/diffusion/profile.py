@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 from serve.diffusion import curves as by_curve
@@ -55,16 +56,23 @@ class Profile:
 
     def lanes(self, shape: LatentShape) -> int:
         """The most lanes of a step for latents of this (height, width): at least 1, at most two an image."""
-        most = 2 * self.max_batch_size
-        if self._curves:
-            most = min(most, by_curve.cap(self._curves, shape))
         with self._lock:
-            loads = [load for above, load in self._limits.items() if above <= area(shape)]
-        return max(1, min([most, *(int(load / area(shape)) for load in loads)]))
+            return self._lanes(shape)
 
     def step_ms(self, shape: LatentShape, lanes: int) -> float:
         with self._lock:
             return self._step_ms(shape, lanes)
+
+    def curves(self, most: int) -> tuple[Curve, ...]:
+        """What steps take by now, of at most so many shapes: the measured ones first, then those stepped last. Each
+        ends at the most lanes of a step there, which is its cap."""
+        with self._lock:
+            measured = {curve.shape: set(curve.ms) for curve in self._curves}
+            shapes = islice(dict.fromkeys([*measured, *reversed(self._learned)]), most)
+            return tuple(
+                self._present(shape, measured.get(shape, set()) | self._learned.get(shape, {}).keys())
+                for shape in shapes
+            )
 
     def learn(self, shape: LatentShape, lanes: int, ms: float) -> None:
         """A step of that many lanes took `ms`. The first one of a size and batch is believed, unless it was measured;
@@ -88,6 +96,18 @@ class Profile:
         with self._lock:
             self._limits[area(shape)] = min(load, self._limits.get(area(shape), load))
         log.warning("%d lanes at latents of %dx%d ran out of memory: %d from now on", lanes, *shape, self.lanes(shape))
+
+    def _lanes(self, shape: LatentShape) -> int:
+        most = 2 * self.max_batch_size
+        if self._curves:
+            most = min(most, by_curve.cap(self._curves, shape))
+        loads = [load for above, load in self._limits.items() if above <= area(shape)]
+        return max(1, min([most, *(int(load / area(shape)) for load in loads)]))
+
+    def _present(self, shape: LatentShape, known: Iterable[int]) -> Curve:
+        cap = self._lanes(shape)
+        lanes = sorted({cap, *(each for each in known if each < cap)})
+        return Curve(shape, {each: self._step_ms(shape, each) for each in lanes}, cap)
 
     def _step_ms(self, shape: LatentShape, lanes: int) -> float:
         learned = self._learned.get(shape)

@@ -22,7 +22,7 @@ from serve.diffusion.scheduler import Group, Row
 from serve.diffusion.state import ImageState, Phases, Source, Start, start_from_image, start_from_noise
 from serve.diffusion.synthetic import synthetic_lanes
 from serve.domain import Schedule, Task
-from serve.errors import DeviceLost, GenerationFailed
+from serve.errors import DeviceLost, GenerationFailed, NotFinite
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
 
@@ -143,7 +143,7 @@ class Runner:
 
     def decode(self, latents: Latents, tiled: bool = False) -> Picture:
         """The finished image: RGB, or uint16 (H, W, 3) where 16 bits are asked for. `tiled` takes less memory and more
-        time. Raises GenerationFailed rather than give a black picture, OutOfMemory, DeviceLost."""
+        time. Raises NotFinite rather than give a black picture, OutOfMemory, DeviceLost."""
         with device_errors("the VAE"), torch.inference_mode(), self._own_stream(latents):
             pixels = self.family.vae.decode(latents.tensor, tiny=latents.tiny, tiled=tiled)
         pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
@@ -205,7 +205,7 @@ class Runner:
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, the rows can't go on
             return dict.fromkeys(rows, error)
-        trouble = GenerationFailed("the image came out as not-a-number; try other parameters")
+        trouble = NotFinite("the image came out as not-a-number; try other parameters")
         return {row: trouble for row, fine in zip(rows, sound, strict=True) if not fine}
 
     def _handed_over(self, tensor: torch.Tensor, tiny: bool = False, bit_depth: int = 8) -> Latents:

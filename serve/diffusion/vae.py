@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from serve.diffusion.families.load import load_part, loading
-from serve.errors import GenerationFailed, OperatorError
+from serve.errors import GenerationFailed, NotFinite, OperatorError
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
 
@@ -107,8 +107,7 @@ class Vae:
         """Pixels (3, H, W) of latents (1, C, h, w): float32, on the CPU, nominally in [-1, 1].
 
         `tiled` takes tiles of half the side, whatever the image's size: for one that ran out of memory. Pixels that are
-        not finite are decoded once more in float32. Raises GenerationFailed where they still are not: never a black
-        image.
+        not finite are decoded once more in float32. Raises NotFinite where they still are not: never a black image.
         """
         _one(latents)
         vae, dtype = (self._tiny, self._dtype) if tiny else (self._vae, self._decode_dtype)
@@ -122,7 +121,7 @@ class Vae:
                 log.warning("an image overflowed the VAE's %s and is decoded once more in float32", dtype)
                 pixels = self._decode(vae, latents, torch.float32)
         if not _finite(pixels):
-            raise GenerationFailed("the image came out as not-a-number; try other parameters")
+            raise NotFinite("the image came out as not-a-number; try other parameters")
         return pixels
 
     def _decode(self, vae: Any, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -50,8 +50,8 @@ class VaeThread:
         self._closed = True
         self._tasks.put((False, next(self._numbers), None))  # wakes it where it waits
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, within_s: float | None = None) -> None:
+        self._thread.join(within_s)
 
     def _work(self) -> None:
         while True:

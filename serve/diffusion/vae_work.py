@@ -66,9 +66,9 @@ class VaeWork:
         if self._thread is not None:
             self._thread.close()
 
-    def join(self) -> None:
+    def join(self, within_s: float | None = None) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(within_s)
 
     def encode(self, run: Run, then: Callable[[Run, Source | None], None]) -> None:
         """What the run starts from, for `then`."""

@@ -35,4 +35,5 @@ async def follow(
                 return
             # A ring is lost only with a connection that broke without a word.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), _LOOK_AGAIN_S)
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await changed.wait()

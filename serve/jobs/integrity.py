@@ -2,63 +2,144 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
 
 from serve.domain import JobState
 
-_INDEXES = ("tandem:queue", "tandem:leases", "tandem:deadlines")
+_INDEXES = ("records", "queue", "leases", "deadlines", "ended", "dead", "webhooks")
+_COUNTS = ("waiting", "unfinished", "backlog")
+_OTHERS = ("sequence", "round", "rounds", "workers", "alive")
+_OWN = ("job", "events", "previews")
+_APART = ("owner", "allowance", "order", "key", "keys")
 _ENTRY = b":entry"
+
+Fields = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """All that concerns more than one job: the sorted sets and the counts, by name, and the records, by id."""
+
+    indexes: Mapping[str, Mapping[str, float]]
+    counts: Mapping[str, Mapping[str, int]]
+    rounds: Mapping[str, float]
+    round: float | None
+    owned: Mapping[str, Mapping[str, float]]
+    jobs: Mapping[str, Fields]
 
 
 async def violations(redis: Redis, max_attempts: int) -> list[str]:
     """One line for each broken rule; empty when the store is sound. The store must not change meanwhile."""
     client: Any = redis  # its annotations cover every protocol and decoding at once
-    keys = {key.decode() async for key in client.scan_iter(match="tandem:*", count=1000)}
-    members: dict[str, dict[str, float]] = {}
-    for index in _INDEXES:
-        members[index] = {job.decode(): score for job, score in await client.zrange(index, 0, -1, withscores=True)}
-    jobs = {key.removeprefix("tandem:job:") for key in keys if key.startswith("tandem:job:")}
-    owned = {f"tandem:{part}:{job}" for job in jobs for part in ("job", "events", "previews")}
-    found = [f"{key} belongs to no job" for key in keys - owned - {*_INDEXES, "tandem:sequence"}]
-    found += [f"{index} holds {job}, which has no record" for index in _INDEXES for job in members[index].keys() - jobs]
-    for job in jobs:
-        found += [f"{job}: {rule}" for rule in await _broken(client, job, members, max_attempts)]
+    keys = sorted([key.decode() async for key in client.scan_iter(match="tandem:*", count=1000)])
+    store = await _read(client, keys)
+    found = _strays(keys, store.jobs.keys())
+    for index, members in store.indexes.items():
+        found += [f"{index} holds {job}, which has no record" for job in members.keys() - store.jobs.keys()]
+    found += _counted(store)
+    for job in store.jobs:
+        found += [f"{job}: {rule}" for rule in await _broken(client, job, store, max_attempts)]
     return found
 
 
-async def _broken(redis: Any, job: str, members: dict[str, dict[str, float]], max_attempts: int) -> list[str]:
-    pipeline = redis.pipeline(transaction=False)  # a full Redis refuses even reads inside a transaction
-    pipeline.hgetall(f"tandem:job:{job}").xrange(f"tandem:events:{job}")
-    pipeline.pttl(f"tandem:job:{job}").pttl(f"tandem:events:{job}")
-    pipeline.hgetall(f"tandem:previews:{job}")
-    record, stream, *ttls, previews = await pipeline.execute()
-    fields = {name.decode(): value.decode() for name, value in record.items()}
-    told = [(entry_id, entry) for entry_id, entry in stream if b"index" not in entry]
-    entries = [(JobState(entry[b"state"].decode()), int(entry[b"step"])) for _, entry in told]
-    state = JobState(fields["state"])
-    queue, leases, deadlines = (members[index] for index in _INDEXES)
-    ends = sum(each.terminal for each, _ in entries)
+async def _read(redis: Any, keys: Sequence[str]) -> _Store:
+    async def scores(key: str) -> dict[str, float]:
+        return {name.decode(): score for name, score in await redis.zrange(key, 0, -1, withscores=True)}
+
+    async def fields(key: str) -> dict[str, str]:
+        return {name.decode(): value.decode("utf-8", "replace") for name, value in (await redis.hgetall(key)).items()}
+
+    jobs, owners = "tandem:job:", "tandem:owner:"
+    latest = await redis.get("tandem:round")
+    return _Store(
+        indexes={name: await scores(f"tandem:{name}") for name in _INDEXES},
+        counts={name: {of: int(n) for of, n in (await fields(f"tandem:{name}")).items()} for name in _COUNTS},
+        rounds=await scores("tandem:rounds"),
+        round=None if latest is None else float(latest),
+        owned={key.removeprefix(owners): await scores(key) for key in keys if key.startswith(owners)},
+        jobs={key.removeprefix(jobs): await fields(key) for key in keys if key.startswith(jobs)},
+    )
+
+
+def _strays(keys: Sequence[str], jobs: Any) -> list[str]:
+    """Keys that belong to nothing."""
+    common = {f"tandem:{name}" for name in (*_INDEXES, *_COUNTS, *_OTHERS, "keys")}
+    own = {f"tandem:{part}:{job}" for job in jobs for part in _OWN}
+    apart = tuple(f"tandem:{name}:" for name in _APART)
+    return [f"{key} belongs to no job" for key in keys if key not in common | own and not key.startswith(apart)]
+
+
+def _counted(store: _Store) -> list[str]:
+    """What is counted, counted again."""
+    jobs, queue = store.jobs, [job for job in store.indexes["queue"] if job in store.jobs]
+    live = [job for job in store.indexes["deadlines"] if job in jobs]
+    backlog: Counter[str] = Counter()
+    for job in queue:
+        backlog[jobs[job]["model"]] += int(jobs[job]["cost"])
+    owned = {
+        owner: {job: float(each["sequence"]) for job, each in jobs.items() if each["owner"] == owner}
+        for owner in {each["owner"] for each in jobs.values()}
+    }
     rules = {
-        "is in the queue exactly while it is queued": (job in queue) is (state is JobState.QUEUED),
-        "keeps its place": job not in queue or queue[job] == float(fields["sequence"]),
-        "has a lease exactly while it runs": (job in leases) is (state is JobState.RUNNING),
-        "has a deadline exactly until it ends": (job in deadlines) is not state.terminal,
-        "has a time to live exactly once it ended": all((ttl > 0) is state.terminal for ttl in ttls),
+        "the waiting of each owner are counted": store.counts["waiting"]
+        == Counter(jobs[job]["owner"] for job in queue),
+        "the unfinished of each owner are counted": store.counts["unfinished"]
+        == Counter(jobs[job]["owner"] for job in live),
+        "the work that waits for each model is counted": store.counts["backlog"] == backlog,
+        "exactly the owners of queued jobs share rounds": store.rounds.keys() == {jobs[job]["owner"] for job in queue},
+        "there is a round only while something is queued": store.round is None or bool(queue),
+        "each owner's jobs are listed": store.owned == owned,
+    }
+    return [f"not so: {rule}" for rule, kept in rules.items() if not kept]
+
+
+async def _broken(redis: Any, job: str, store: _Store, max_attempts: int) -> list[str]:
+    pipeline = redis.pipeline(transaction=False)  # a full Redis refuses even reads inside a transaction
+    pipeline.xrange(f"tandem:events:{job}").hgetall(f"tandem:previews:{job}")
+    stream, previews = await pipeline.execute()
+    fields = store.jobs[job]
+    told = [entry for _, entry in stream if b"index" not in entry]
+    entries = [(JobState(entry[b"state"].decode()), int(entry[b"step"])) for entry in told]
+    claims = [(int(entry[b"fence"]), int(entry[b"attempt"])) for entry in told]
+    state = JobState(fields["state"])
+    within = {name: job in members for name, members in store.indexes.items()}
+    ends = sum(each.terminal for each, _ in entries)
+    last = place = float(fields["sequence"])
+    if fields["priority"] == "batch":
+        place += 2**50
+    rules = {
+        "is among the records, in its place": store.indexes["records"].get(job) == last,
+        "is in the queue exactly while it is queued": within["queue"] is (state is JobState.QUEUED),
+        "keeps its place": not within["queue"] or store.indexes["queue"][job] == place,
+        "has a lease exactly while a worker holds it": within["leases"] is state.held,
+        "has a deadline exactly until it ends": within["deadlines"] is not state.terminal,
+        "has an end of its record exactly once it ended": within["ended"] is state.terminal,
+        "is a dead letter only where it failed": not within["dead"] or state is JobState.FAILED,
         "says when it ended, exactly once it ended": ("finished" in fields) is state.terminal,
-        "shows previews only while it runs": state is JobState.RUNNING or not previews,
+        "shows previews only while it is held": state.held or not previews,
         "tells of one preview of an image, which it keeps": _match(stream, previews),
         "ends once, as its stream's last entry": ends == state.terminal and entries[-1][0].terminal is state.terminal,
         "its stream's last entry is its present": entries[-1] == (state, int(fields["step"])),
         "its stream starts in the queue": entries[0] == (JobState.QUEUED, 0),
+        "no entry of a claim follows one of a later claim": claims == sorted(claims, key=lambda claim: claim[0]),
+        "each claim begins with its text": all(
+            entries[n][0] is JobState.ENCODING for n in range(1, len(claims)) if claims[n][0] > claims[n - 1][0]
+        ),
         "uses no more attempts than it may": 0 <= int(fields["attempt"]) <= max_attempts,
         "has a claim for every attempt": int(fields["attempt"]) <= int(fields["fence"]),
         "makes no more steps than were asked for": 0 <= int(fields["step"]) <= int(fields["steps"]),
         "says why it failed": ("error" in fields) is (state in (JobState.FAILED, JobState.EXPIRED)),
         "has images exactly when it succeeded": ("images" in fields) is (state is JobState.SUCCEEDED),
         "says how exact its images are, exactly when it has some": ("approximate" in fields) is ("images" in fields),
+        "its webhook waits only once it ended": not within["webhooks"]
+        or (state.terminal and fields.get("webhook_state") == "pending"),
+        "its webhook's state is told exactly once it ended": ("webhook_state" in fields)
+        is (state.terminal and "webhook" in fields),
     }
     return [rule for rule, kept in rules.items() if not kept]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 
-from serve.domain import Preview, StepEvent
+from serve.domain import JobState, Preview, StepEvent
 from serve.errors import LeaseLost, TandemError, Unavailable
 from serve.jobs.records import step_of
 from serve.jobs.store import Claim, JobStore
+
+log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 1.0
 SHOW_EVERY_S = 0.5
@@ -18,7 +21,7 @@ SHOW_EVERY_S = 0.5
 class Pulse:
     """Tells the store of a claimed job's progress and renews its lease, one message at a time; sends its previews.
 
-    Steps that are made while a message is under way are told together by the next one. `gone` is set when nobody waits
+    What comes while a message is under way, steps and states, is told by the next one. `gone` is set when nobody waits
     for this run any more: the client cancelled the job, of which the pulse hears at once, or its time is over, or
     another worker owns it. The pulse has stopped then.
 
@@ -35,11 +38,17 @@ class Pulse:
         self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
+        self._state = JobState.ENCODING
         self._step = 0
         self._previews: dict[int, Preview] = {}
         self.gone = asyncio.Event()
         self._task = asyncio.create_task(self._beat())
         self._showing: asyncio.Task[None] | None = None
+
+    def enter(self, state: JobState) -> None:
+        """The job is at `running` or `storing` now."""
+        self._state = state
+        self._woken.set()
 
     def on_step(self, event: StepEvent) -> None:
         """Called on the engine's thread."""
@@ -50,11 +59,10 @@ class Pulse:
         self._loop.call_soon_threadsafe(self._show, preview)
 
     async def stop(self) -> None:
-        for task in (self._task, self._showing):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        tasks = [task for task in (self._task, self._showing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _note(self, step: int) -> None:
         self._step = step
@@ -69,13 +77,16 @@ class Pulse:
         async with self._jobs.cancels(self._claim, self._woken):
             while not self.gone.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), self._heartbeat_s)
+                    async with asyncio.timeout(self._heartbeat_s):
+                        await self._woken.wait()
                 self._woken.clear()
                 try:
-                    wanted = await self._jobs.renew(self._claim, self._step)
+                    wanted = await self._jobs.renew(self._claim, self._step, self._state)
                 except LeaseLost:
                     wanted = False
-                except Unavailable:  # the run goes on; its result is committed when the store is back
+                except Exception as error:  # the run goes on; its result is committed when the store is back
+                    if not isinstance(error, Unavailable):
+                        log.exception("the lease of job %s could not be renewed", self._claim.job_id)
                     await asyncio.sleep(min(self._heartbeat_s, _LOOK_AGAIN_S))
                     self._woken.set()
                     continue

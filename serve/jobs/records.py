@@ -17,11 +17,15 @@ from serve.domain import (
     JobError,
     JobEvent,
     JobState,
+    Priority,
     Task,
     Tier,
     Timings,
     Truncation,
+    WebhookState,
 )
+from serve.jobs.eta import Load, eta_s
+from serve.jobs.terms import Crew
 
 REQUEST = TypeAdapter(ImageRequest)
 TRUNCATED = TypeAdapter(tuple[Truncation, ...])
@@ -45,6 +49,8 @@ class Claim:
     fence: int
     request: ImageRequest
     truncated: tuple[Truncation, ...] = ()
+    cost_ms: int = 1
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +80,21 @@ def step_of(request: ImageRequest, forward: int, forwards: int) -> int:
 
 
 def claim(reply: Sequence[Any]) -> Claim:
-    job_id, attempt, fence, request, truncated = reply
+    job_id, attempt, fence, alone, cost, request, truncated = reply
     return Claim(
         job_id=job_id.decode(),
         attempt=attempt,
         fence=fence,
         request=REQUEST.validate_json(request),
         truncated=TRUNCATED.validate_json(truncated),
+        cost_ms=int(cost),
+        alone=bool(alone),
     )
 
 
-def job(job_id: str, snapshot: Sequence[Any]) -> Job | None:
+def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None:
     """`snapshot` is the answer of `snapshot()` in common.lua. None when there is no such job."""
-    flat, rank = snapshot
+    flat, standing = snapshot
     if not flat:
         return None
     fields = {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
@@ -94,6 +102,7 @@ def job(job_id: str, snapshot: Sequence[Any]) -> Job | None:
     started, finished = _seconds(fields, "started"), _seconds(fields, "finished")
     assert created is not None
     timings = TIMINGS.validate_json(fields["timings"]) if "timings" in fields else Timings()
+    place = standing[0] if standing else 0
     return Job(
         id=job_id,
         state=JobState(fields["state"].decode()),
@@ -104,7 +113,13 @@ def job(job_id: str, snapshot: Sequence[Any]) -> Job | None:
         created_at=created,
         started_at=started,
         finished_at=finished,
-        position=None if rank is None else rank + 1,
+        owner=fields["owner"].decode(),
+        priority=Priority(fields["priority"].decode()),
+        position=place or None,
+        eta_s=eta_s(_load(fields), standing, crew) if standing else None,
+        cost_ms=int(fields["cost"]),
+        webhook=fields["webhook"].decode() if "webhook" in fields else None,
+        webhook_state=WebhookState(fields["webhook_state"].decode()) if "webhook_state" in fields else None,
         truncated=TRUNCATED.validate_json(fields["truncated"]),
         cache=_cache(fields),
         timings=dataclasses.replace(timings, queued_s=_between(created, started), total_s=_between(created, finished)),
@@ -112,6 +127,17 @@ def job(job_id: str, snapshot: Sequence[Any]) -> Job | None:
         approximate=APPROXIMATE.validate_json(fields["approximate"]) if "approximate" in fields else (),
         error=ERROR.validate_json(fields["error"]) if "error" in fields else None,
     )
+
+
+def model_of(snapshot: Sequence[Any]) -> str | None:
+    """The model of a job that has not ended: whose workers its end depends on."""
+    flat, standing = snapshot
+    return flat[flat.index(b"model") + 1].decode() if flat and standing else None
+
+
+def _load(fields: Mapping[str, bytes]) -> Load:
+    left = 1 - int(fields["step"]) / int(fields["steps"])
+    return Load(cost_ms=int(fields["cost"]) * left, images=int(fields["rows"]), alone_ms=int(fields["alone"]) * left)
 
 
 def event(entry: Sequence[Any], preview: bytes | None) -> JobEvent:
@@ -122,6 +148,8 @@ def event(entry: Sequence[Any], preview: bytes | None) -> JobEvent:
         state=JobState(fields[b"state"].decode()),
         step=int(fields[b"step"]),
         steps=int(fields[b"steps"]),
+        attempt=int(fields[b"attempt"]),
+        fence=int(fields[b"fence"]),
         index=int(fields[b"index"]) if b"index" in fields else None,
         preview=preview,
     )

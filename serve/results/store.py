@@ -1,4 +1,4 @@
-"""Where finished images are kept. The key is made from job id and index, so a retry overwrites what it repeats."""
+"""Where finished images are kept, each stored once: the key is made from job id and index, and the first put stays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Protocol
 
 from serve.results.local import LocalStore
+from serve.results.stored import Stored
 from serve.settings import ResultSettings
+
+__all__ = ["ResultStore", "Stored", "open_store"]
 
 
 class ResultStore(Protocol):
@@ -15,15 +18,27 @@ class ResultStore(Protocol):
     A store that is away, full or refuses: BackendUnavailable, after a few retries of its own where that makes sense.
     """
 
-    async def put(self, key: str, data: bytes, content_type: str) -> None:
-        """Store durably and whole, or not at all; an object of the same key is replaced."""
+    kind: str
+    """`local` or `s3`."""
+
+    async def put(self, key: str, data: bytes, content_type: str) -> Stored:
+        """Store durably and whole, or not at all. An object that is there already stays as it is."""
+        ...
 
     async def get(self, key: str) -> bytes:
         """JobNotFound when there is none."""
         ...
 
+    async def size(self, key: str) -> int | None:
+        """Bytes of the object, None when there is none."""
+        ...
+
     async def delete(self, key: str) -> None:
         """Nothing happens when there is none."""
+
+    async def delete_job(self, job_id: str) -> None:
+        """Delete everything under `<job id>/` that is there at the time; what a writer puts meanwhile may stay. Nothing
+        happens when there is nothing. ValueError for an id of another shape."""
 
     def url(self, key: str) -> str | None:
         """A URL from which a client may GET the image for a while; None where the server has to hand it out."""

@@ -71,7 +71,10 @@ def test_events_tell_every_state_in_order(http: httpx.Client) -> None:
             if line.startswith("data:"):
                 events.append(json.loads(line.removeprefix("data:")))
     states = list(dict.fromkeys(event["state"] for event in events))
-    assert states == ["queued", "running", "succeeded"]
+    every = ["queued", "encoding", "running", "storing", "succeeded"]
+    assert states == [state for state in every if state in states]
+    # The pulse tells the latest: what lasts for a moment may have passed by then.
+    assert {"queued", "encoding", "running", "succeeded"} <= set(states)
     steps = [event["step"] for event in events]
     assert steps == sorted(steps)
     assert steps[-1] == STEPS

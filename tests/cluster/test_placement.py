@@ -75,6 +75,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
             data_dir=home,
             http={"port": port, "benchmark": True},
             jobs={"redis_url": SecretStr(jobs.url)},
+            keys={"required": False},
             cache={"redis_url": SecretStr(cache.url)},
             gpu_classes={"4gb": {"memory_gb": 4}, "11gb": {"memory_gb": 11}},
             diffusion={

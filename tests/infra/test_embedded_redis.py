@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from serve.embedded import EmbeddedRedis, check_redis
+from serve.embedded import EmbeddedRedis, check_redis, running_url
 from serve.errors import OperatorError
 
 
@@ -94,7 +94,7 @@ def test_it_ends_with_its_parent(tmp_path: Path, with_signal: signal.Signals) ->
     # Started by a thread that ends at once: the server must live as long as the process, and no longer.
     code = f"""
 import pathlib, threading, time
-from serve.embedded import EmbeddedRedis, check_redis
+from serve.embedded import EmbeddedRedis, check_redis, running_url
 server = EmbeddedRedis(pathlib.Path({str(tmp_path)!r}), "jobs")
 thread = threading.Thread(target=server.start); thread.start(); thread.join()
 check_redis(server.url, "jobs.redis_url")
@@ -124,3 +124,61 @@ def test_an_absent_server_is_one_line_that_names_the_setting(redis_server: Embed
         check_redis(wrong, "jobs.redis_url")
     with pytest.raises(OperatorError, match="not a Redis URL"):
         check_redis("localhost:6379", "jobs.redis_url")
+
+
+def test_it_tells_its_url_to_its_own_user_alone_while_it_runs(tmp_path: Path) -> None:
+    assert running_url(tmp_path) is None
+    with EmbeddedRedis(tmp_path, "jobs") as server:
+        file = server.folder / "url"
+        assert file.read_text() == f"{server.url}\n"
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert not list(server.folder.glob("url.*"))
+        assert running_url(tmp_path) == server.url
+        server.kill()
+        assert running_url(tmp_path) is None
+        server.start()
+        assert running_url(tmp_path) == server.url
+    assert not file.exists()
+    assert running_url(tmp_path) is None
+
+
+def test_what_a_killed_server_told_does_no_harm(tmp_path: Path, redis_server: EmbeddedRedis) -> None:
+    dead = EmbeddedRedis(tmp_path, "jobs")
+    dead.start()
+    dead.kill()
+    file = dead.folder / "url"
+    # Another server has the port by now, and even the password fits: it isn't this folder's.
+    file.write_text(f"{redis_server.url}\n")
+    assert running_url(tmp_path) is None
+    with EmbeddedRedis(tmp_path, "jobs", told=False) as quiet:
+        assert not file.exists()
+        assert running_url(tmp_path) is None
+        file.write_text(f"{dead.url}\n")  # as if nobody had removed it
+        assert running_url(tmp_path) is None
+        file.write_bytes(b"\xff nonsense")
+        assert running_url(tmp_path) is None
+        assert quiet.alive
+    file.write_text(f"{dead.url}\n")
+    file.chmod(0o644)
+    with EmbeddedRedis(tmp_path, "jobs") as successor:
+        assert running_url(tmp_path) == successor.url
+        assert file.stat().st_mode & 0o777 == 0o600
+        dead.stop()
+        assert running_url(tmp_path) == successor.url, "who is dead takes nothing along"
+
+
+def test_a_server_that_cannot_tell_its_url_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "redis" / "jobs" / "url" / "full").mkdir(parents=True)
+    with EmbeddedRedis(tmp_path, "jobs") as server:
+        check_redis(server.url, "jobs.redis_url")
+        with pytest.raises(OperatorError, match=r"^data_dir: .*Is a directory$"):
+            running_url(tmp_path)
+        assert not list(server.folder.glob("url.*"))
+    assert "won't find this server" in caplog.text
+
+
+def test_a_folder_in_use_is_told_at_once_to_who_does_not_wait(jobs_redis: EmbeddedRedis) -> None:
+    other = EmbeddedRedis(jobs_redis.folder.parent.parent, "jobs", told=False)
+    assert not other.try_start()
+    other.stop()
+    assert running_url(jobs_redis.folder.parent.parent) == jobs_redis.url

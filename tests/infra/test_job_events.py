@@ -25,8 +25,8 @@ def test_events_are_followed_live_by_many_and_resumed_anywhere(redis_url: str) -
             await bench.store.renew(claim, step)
         await bench.succeed(claim)
         told = await asyncio.wait_for(asyncio.gather(*followers), 10)
-        running = [(JobState.RUNNING, step) for step in range(4)]
-        assert states(told[0]) == [(JobState.QUEUED, 0), *running, (JobState.SUCCEEDED, 4)]
+        running = [(JobState.RUNNING, step) for step in range(1, 4)]
+        assert states(told[0]) == [(JobState.QUEUED, 0), (JobState.ENCODING, 0), *running, (JobState.SUCCEEDED, 4)]
         assert all(each == told[0] for each in told)
         for number, event in enumerate(told[0]):
             assert await history(bench.store, "a", event.id) == told[0][number + 1 :]
@@ -61,7 +61,7 @@ def test_a_hundred_followers_hang_up_and_leave_nothing(redis_url: str) -> None:
         async def hang_up() -> None:
             events = follow(bench.store, "a")
             async for event in events:
-                if event.state is JobState.RUNNING:
+                if event.state is JobState.ENCODING:
                     break
             await events.aclose()  # type: ignore[attr-defined]
 
@@ -129,7 +129,7 @@ def test_a_follower_is_told_of_an_outage_and_resumes(jobs_redis: EmbeddedRedis) 
         resumed = asyncio.create_task(listen())
         await bench.succeed(claim)
         await asyncio.wait_for(resumed, 10)
-        assert states(seen) == [(JobState.QUEUED, 0), (JobState.RUNNING, 0), (JobState.SUCCEEDED, 4)]
+        assert states(seen) == [(JobState.QUEUED, 0), (JobState.ENCODING, 0), (JobState.SUCCEEDED, 4)]
 
     on(jobs_redis.url, story)
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from serve.domain import (
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs.sweeper import sweep
+from serve.results.local import LocalStore
 
 
 def test_a_release_costs_no_attempt_but_fences_the_worker(redis_url: str) -> None:
@@ -105,12 +105,13 @@ def test_an_overdue_job_expires_queued_or_running(redis_url: str) -> None:
             return total == 2
 
         # An overdue job is not claimed even before the sweep comes.
-        await until(lambda: _is_none(bench.store.claim("worker", ANY)))
+        await bench.store._redis.zadd("tandem:deadlines", {"queued": 1})
+        assert await bench.store.claim("worker", ANY) is None
         await until(all_reaped)
-        for job_id in ("running", "queued"):
+        for job_id, code in (("running", "timed_out"), ("queued", "queue_timeout")):
             job = await bench.store.get(job_id)
             assert job.error is not None
-            assert (job.state, job.error.code) == (JobState.EXPIRED, "timed_out")
+            assert (job.state, job.error.code) == (JobState.EXPIRED, code)
         with pytest.raises(LeaseLost):
             await bench.store.renew(claim, 1)
 
@@ -122,10 +123,11 @@ def test_records_and_streams_leave_after_their_time(redis_url: str) -> None:
         for number in range(50):
             await bench.succeed(await bench.claimed(f"job{number}"))
 
-        async def empty() -> bool:
-            return [key async for key in bench.store._redis.scan_iter("*")] == [b"tandem:sequence"]
+        async def all_forgotten() -> bool:
+            await bench.store.forget(await bench.store.overdue())
+            return sorted([key async for key in bench.store._redis.scan_iter("*")]) == [b"tandem:sequence"]
 
-        await until(empty)
+        await until(all_forgotten)
 
     on(redis_url, story, result_ttl_s=0.05)
 
@@ -195,7 +197,7 @@ def test_a_full_disk_or_memory_refuses_and_keeps_what_was_accepted(tmp_path: Pat
         accepted: list[Job] = []
         with contextlib.suppress(BackendUnavailable):
             while True:
-                accepted.append(await bench.store.submit(f"job{len(accepted)}", a_request("x" * 8000)))
+                accepted.append((await bench.store.submit(f"job{len(accepted)}", a_request("x" * 8000))).job)
         assert accepted
         assert [(await bench.store.get(job.id)).id for job in accepted] == [job.id for job in accepted]
 
@@ -203,9 +205,10 @@ def test_a_full_disk_or_memory_refuses_and_keeps_what_was_accepted(tmp_path: Pat
         on(server.url, story, max_queued=100_000)
 
 
-def test_after_an_outage_the_workers_speak_before_the_sweep(jobs_redis: EmbeddedRedis) -> None:
+def test_after_an_outage_the_workers_speak_before_the_sweep(jobs_redis: EmbeddedRedis, tmp_path: Path) -> None:
     async def story(bench: Bench) -> None:
-        sweeping = asyncio.create_task(sweep(bench.store, lease_s=1.0, interval_s=0.01))
+        results = LocalStore(tmp_path)
+        sweeping = asyncio.create_task(sweep(bench.store, results, lease_s=1.0, interval_s=0.01))
         claim = await bench.claimed("a")
         await asyncio.to_thread(jobs_redis.kill)
         end = time.monotonic() + 1.2
@@ -218,7 +221,3 @@ def test_after_an_outage_the_workers_speak_before_the_sweep(jobs_redis: Embedded
         sweeping.cancel()
 
     on(jobs_redis.url, story, lease_s=1.0)
-
-
-async def _is_none(awaitable: Awaitable[object | None]) -> bool:
-    return await awaitable is None

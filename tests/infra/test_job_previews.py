@@ -104,7 +104,8 @@ def test_who_wants_no_previews_is_sent_none(redis_url: str) -> None:
         await listening
         assert [(event.state, event.step, event.index) for event in told] == [
             (JobState.QUEUED, 0, None),
-            *((JobState.RUNNING, step, None) for step in range(4)),
+            (JobState.ENCODING, 0, None),
+            *((JobState.RUNNING, step, None) for step in range(1, 4)),
             (JobState.SUCCEEDED, 4, None),
         ]
 

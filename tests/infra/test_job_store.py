@@ -18,15 +18,21 @@ from serve.jobs.store import Claim, Want
 def test_a_job_from_submission_to_success(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         store = bench.store
-        queued = await store.submit("a", a_request(), truncated=[CUT])
+        queued = (await store.submit("a", a_request(), truncated=[CUT])).job
         assert (queued.state, queued.position, queued.attempt, queued.steps) == (JobState.QUEUED, 1, 0, 4)
         assert (queued.request, queued.truncated, queued.cache) == (a_request(), (CUT,), None)
         claim = await store.claim("worker", [Want("other", 0, 4096), Want(MODEL, 0, 4096)])
         assert claim == Claim(job_id="a", attempt=1, fence=1, request=a_request(), truncated=(CUT,))
         assert await store.claim("worker", ANY) is None
+        encoding = await store.get("a")
+        assert (encoding.state, encoding.step, encoding.position) == (JobState.ENCODING, 0, None)
         assert await store.renew(claim, 3)
         running = await store.get("a")
         assert (running.state, running.step, running.position, running.attempt) == (JobState.RUNNING, 3, None, 1)
+        assert await store.renew(claim, 4, JobState.STORING)
+        assert await store.renew(claim, 2, JobState.ENCODING)  # nothing goes back
+        storing = await store.get("a")
+        assert (storing.state, storing.step) == (JobState.STORING, 4)
         await bench.succeed(claim)
         done = await store.get("a")
         assert (done.state, done.step, done.images, done.error) == (JobState.SUCCEEDED, 4, (IMAGE,), None)
@@ -76,7 +82,7 @@ def test_a_full_queue_refuses_and_logs_nothing(redis_url: str) -> None:
         with pytest.raises(QueueFull) as full:
             await bench.store.submit("c", a_request())
         assert full.value.retry_after_s is not None
-        assert 1 <= full.value.retry_after_s <= 60
+        assert 1 <= full.value.retry_after_s <= 120
         with pytest.raises(JobNotFound):
             await bench.store.get("c")
         await bench.store.claim("worker", ANY)
@@ -89,8 +95,8 @@ def test_a_full_queue_refuses_and_logs_nothing(redis_url: str) -> None:
 
 def test_the_same_submission_again_is_the_same_job(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
-        jobs = await asyncio.gather(*(bench.store.submit("a", a_request()) for _ in range(10)))
-        assert len(set(jobs)) == 1
+        answers = await asyncio.gather(*(bench.store.submit("a", a_request()) for _ in range(10)))
+        assert len({answer.job for answer in answers}) == 1
         assert await bench.store.queue_depth() == 1
 
     on(redis_url, story)
@@ -151,7 +157,7 @@ def test_cancel_before_during_and_after(redis_url: str) -> None:
         assert (await store.cancel("queued")).state is JobState.CANCELLED
         assert (await store.cancel("queued")).state is JobState.CANCELLED
         claim = await bench.claimed("running")
-        assert (await store.cancel("running")).state is JobState.RUNNING
+        assert (await store.cancel("running")).state is JobState.ENCODING
         assert await store.renew(claim, 1) is False
         await store.cancelled(claim)
         assert (await store.get("running")).state is JobState.CANCELLED

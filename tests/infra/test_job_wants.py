@@ -179,17 +179,6 @@ def test_a_job_that_comes_back_has_not_waited_and_keeps_its_place(redis_url: str
     on(redis_url, story)
 
 
-def test_a_record_of_an_older_version_counts_as_the_smallest(redis_url: str) -> None:
-    async def story(bench: Bench) -> None:
-        await bench.store.submit("a", a_request())
-        await bench.store._redis.hdel("tandem:job:a", "pixels", "waiting")
-        assert await bench.store.claim("worker", [Want(MODEL, 1, EVERYTHING)]) is None
-        assert await bench.store.claim("worker", [Want(MODEL, 0, 64, LONG_S)]) is None
-        assert await bench.store.claim("worker", [Want(MODEL, 0, 64)])
-
-    on(redis_url, story)
-
-
 async def _waited(bench: Bench, seconds: float, *job_ids: str) -> None:
     """As if they had waited for so long since they joined the queue."""
     now_s, _ = await bench.store._redis.time()

@@ -1,5 +1,6 @@
 """Settings: four origins, the later wins, nothing unknown slips through, no secret gets out."""
 
+import base64
 import contextlib
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
+from standardwebhooks import Webhook
 
 from serve.errors import OperatorError
 from serve.origins import flatten, load, shown
@@ -158,6 +160,34 @@ def test_the_benchmark_is_offered_where_somebody_said_so() -> None:
     assert not Settings().http.offers_benchmark
     assert not Settings(http={"benchmark": False}).http.offers_benchmark
     assert Settings(http={"host": "0.0.0.0", "benchmark": True}).http.offers_benchmark
+
+
+@pytest.mark.parametrize("size", [24, 32, 64])
+def test_webhooks_are_signed_by_a_secret_of_the_standard_form(size: int) -> None:
+    secret = "whsec_" + base64.b64encode(bytes(range(size))).decode()
+    settings = load(None, {}, {"webhooks.allowed_hosts": ["a.example"], "webhooks.secret": secret}).settings
+    assert settings.webhooks.secret == SecretStr(secret)
+    Webhook(secret)
+
+
+def test_webhooks_without_a_secret_or_with_another_are_refused() -> None:
+    said = "webhooks.secret: required with webhooks.allowed_hosts"
+    assert refused(webhooks__allowed_hosts=["a.example"]).startswith(said)
+    good = base64.b64encode(bytes(32)).decode()
+    short, long = (base64.b64encode(bytes(size)).decode() for size in (23, 65))
+    url_safe = base64.urlsafe_b64encode(b"\xff" * 32).decode()
+    for wrong in (
+        "",
+        "hunter2",
+        good,
+        f"whsec{good}",
+        f"whsec_a_{good}",
+        *(f"whsec_{key}" for key in ("", short, long, url_safe, f" {good}", f"{good}\n", good.rstrip("="), "ä" * 40)),
+    ):
+        message = refused(webhooks__secret=wrong)
+        assert message.startswith("webhooks.secret: whsec_ and 24 to 64 bytes in base64")
+        assert message.endswith("(from command line)")
+        assert "hunter2" not in message
 
 
 def test_an_override_that_may_stand_on_another_is_checked_by_itself_alone(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent
-_COMMON = (_FOLDER / "common.lua").read_text(encoding="utf-8")
+FOLDER = Path(__file__).parent
 
 
-def source(name: str) -> str:
-    return f"{_COMMON}\n{(_FOLDER / f'{name}.lua').read_text(encoding='utf-8')}"
+def sources(folder: Path = FOLDER) -> dict[str, str]:
+    """Every script by its name."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.lua"))}
+    common = texts.pop("common")
+    return {name: f"{common}\n{text}" for name, text in texts.items()}

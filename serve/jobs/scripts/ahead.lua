@@ -1,4 +1,4 @@
--- ARGV: ttl, id, tiers by unit. An ended job's record stays as it is.
-local id = ARGV[2]
-if redis.call('ZSCORE', DEADLINES, id) then set(id, 'ahead', ARGV[3]) end
+-- ARGV: settings, id, tiers by unit. An ended job's record stays as it is.
+local id = ARGV[4]
+if redis.call('ZSCORE', DEADLINES, id) then set(id, 'ahead', ARGV[5]) end
 return {ended, false}

@@ -1,40 +1,72 @@
 -- Stands in front of every script. A script is one atomic step: Redis runs nothing else meanwhile.
 --
--- Keys. Every key is one of the three indexes and the counter, or belongs to one job:
---   tandem:queue      sorted set  job id -> sequence number     exactly the queued jobs
---   tandem:leases     sorted set  job id -> end of the lease    exactly the running jobs
---   tandem:deadlines  sorted set  job id -> end of its time     exactly the jobs that have not ended
---   tandem:sequence   counter     number of the latest submission
---   tandem:job:ID     hash        the record; has a time to live once the job has ended
---   tandem:events:ID  stream      the job's transitions, steps and previews; has the same time to live
---   tandem:previews:ID  hash      a running job's previews, the latest of each image: field I holds the file, field
---                                 I:entry the stream's entry that tells of it
--- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew, tandem:cancel:ID when a running
--- job is no longer wanted.
+-- Keys. All times are milliseconds of this server's clock; a sequence is the number of a submission.
+--   tandem:sequence    counter     number of the latest submission
+--   tandem:records     sorted set  job id -> sequence            exactly the jobs that have a record
+--   tandem:queue       sorted set  job id -> place               exactly the queued jobs; `batch` after `interactive`
+--   tandem:leases      sorted set  job id -> end of the lease    exactly the jobs that a worker holds
+--   tandem:deadlines   sorted set  job id -> end of its time     exactly the jobs that have not ended
+--   tandem:ended       sorted set  job id -> end of its record   exactly the jobs that have ended
+--   tandem:dead        sorted set  job id -> sequence            ended: failed though nothing was wrong with the order
+--   tandem:webhooks    sorted set  job id -> time of the call    ended: somebody is still to be told
+--   tandem:rounds      sorted set  owner -> rounds paid for      exactly the owners of queued jobs
+--   tandem:round       number      the round of the latest claim; gone while nothing is queued
+--   tandem:waiting     hash        owner -> number of queued jobs, where there are any
+--   tandem:unfinished  hash        owner -> number of jobs that have not ended, where there are any
+--   tandem:backlog     hash        model -> predicted milliseconds of the queued jobs, where there are any
+--   tandem:workers     hash        worker -> its report;  tandem:alive  sorted set  worker -> when that is too old
+--   tandem:owner:O     sorted set  job id -> sequence            the records of one owner
+--   tandem:allowance:O hash        the token buckets of an owner; has a time to live
+--   tandem:order:ID    string      what an id was first used for; has a time to live, outlives the record
+--   tandem:job:ID      hash        the record
+--   tandem:events:ID   stream      the job's transitions, steps and previews
+--   tandem:previews:ID hash        a held job's previews, the latest of each image: field I holds the file, field
+--                                  I:entry the stream's entry that tells of it
+-- Records have no time to live of their own: the sweep deletes them after the job's pictures.
+-- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew, tandem:cancel:ID when a held
+-- job is no longer wanted, tandem:webhooks when a call is due.
 -- A preview's file lies beside the stream: a stream gives the memory of a deleted entry back only with its neighbours'.
--- All times are milliseconds of this server's clock. ARGV[1] is the time to live of an ended job's record.
+--
+-- ARGV of every script begins with three settings: the time to live of an ended job's record, that of a dead letter,
+-- and the most attempts.
 
-local QUEUE, LEASES, DEADLINES = 'tandem:queue', 'tandem:leases', 'tandem:deadlines'
-local TTL_MS = tonumber(ARGV[1])
+local SEQUENCE, RECORDS, QUEUE, LEASES = 'tandem:sequence', 'tandem:records', 'tandem:queue', 'tandem:leases'
+local DEADLINES, ENDED, DEAD, WEBHOOKS = 'tandem:deadlines', 'tandem:ended', 'tandem:dead', 'tandem:webhooks'
+local ROUNDS, ROUND, WAITING, UNFINISHED = 'tandem:rounds', 'tandem:round', 'tandem:waiting', 'tandem:unfinished'
+local BACKLOG, WORKERS, ALIVE = 'tandem:backlog', 'tandem:workers', 'tandem:alive'
+local TTL_MS, DEAD_TTL_MS, MAX_ATTEMPTS = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local AFTER_INTERACTIVE = 2 ^ 50
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- The jobs that this script ended, as {state, milliseconds since submission}: second half of every script's answer.
+-- The jobs that this script ended, as {state, milliseconds since submission}: first half of every script's answer.
 local ended = {}
 
 local function job_key(id) return 'tandem:job:' .. id end
 local function events_key(id) return 'tandem:events:' .. id end
 local function previews_key(id) return 'tandem:previews:' .. id end
+local function order_key(id) return 'tandem:order:' .. id end
+local function owner_key(owner) return 'tandem:owner:' .. owner end
+local function allowance_key(owner) return 'tandem:allowance:' .. owner end
 local function cancel_channel(id) return 'tandem:cancel:' .. id end
 local function exists(id) return redis.call('EXISTS', job_key(id)) == 1 end
 local function get(id, ...) return unpack(redis.call('HMGET', job_key(id), ...)) end
 local function set(id, ...) redis.call('HSET', job_key(id), ...) end
+local function number(value) return string.format('%.17g', value) end
+
+-- A counter that is gone at zero.
+local function count(key, field, by)
+  local left = redis.call('HINCRBY', key, field, by)
+  if left <= 0 then redis.call('HDEL', key, field) end
+  return left
+end
 
 -- The record's state and step become the newest entry of its stream.
 local function emit(id)
-  local state, step, steps = get(id, 'state', 'step', 'steps')
-  redis.call('XADD', events_key(id), '*', 'state', state, 'step', step, 'steps', steps)
+  local state, step, steps, attempt, fence = get(id, 'state', 'step', 'steps', 'attempt', 'fence')
+  redis.call('XADD', events_key(id), '*', 'state', state, 'step', step, 'steps', steps, 'attempt', attempt,
+      'fence', fence)
   redis.call('PUBLISH', events_key(id), '')
 end
 
@@ -48,62 +80,199 @@ local function forget_previews(id)
   redis.call('DEL', previews_key(id))
 end
 
+-- Fair queueing: deficit round robin (Shreedhar & Varghese 1996) between owners with an infinitely small quantum, so
+-- that it needs no turns: a round gives every owner with queued jobs its weight in milliseconds, and a job is claimed in
+-- the round that has paid for it. An owner's deficit is what the rounds since `tandem:rounds` have brought. Who comes
+-- back brings no savings along; a job that is started again was paid for.
+local function rounds_of(id)
+  local cost, weight, fence = get(id, 'cost', 'weight', 'fence')
+  return fence == '0' and tonumber(cost) / tonumber(weight) or 0
+end
+
 -- `waiting` is when the job last joined the queue: for how long no idle worker has taken it.
 local function enqueue(id)
+  local owner, model, cost, sequence, priority = get(id, 'owner', 'model', 'cost', 'sequence', 'priority')
   set(id, 'waiting', now)
-  redis.call('ZADD', QUEUE, get(id, 'sequence'), id)
+  if redis.call('HINCRBY', WAITING, owner, 1) == 1 then
+    redis.call('ZADD', ROUNDS, redis.call('GET', ROUND) or 0, owner)
+  end
+  redis.call('HINCRBY', BACKLOG, model, cost)
+  redis.call('ZADD', QUEUE, sequence + (priority == 'batch' and AFTER_INTERACTIVE or 0), id)
   emit(id)
   redis.call('PUBLISH', 'tandem:work', '')
 end
 
--- Back to the job's old place in the queue.
-local function requeue(id)
+local function dequeue(id)
+  if redis.call('ZREM', QUEUE, id) == 0 then return end
+  local owner, model, cost = get(id, 'owner', 'model', 'cost')
+  if count(WAITING, owner, -1) <= 0 then redis.call('ZREM', ROUNDS, owner) end
+  count(BACKLOG, model, -cost)
+  if redis.call('ZCARD', QUEUE) == 0 then redis.call('DEL', ROUND) end
+end
+
+-- Back to the job's old place in the queue, to be claimed after `delay` milliseconds.
+local function requeue(id, delay)
   redis.call('ZREM', LEASES, id)
   forget_previews(id)
   redis.call('HDEL', job_key(id), 'worker', 'started')
-  set(id, 'state', 'queued', 'step', 0)
+  set(id, 'state', 'queued', 'step', 0, 'not_before', now + delay)
   enqueue(id)
 end
 
 -- The only way into a terminal state. `...` are further fields of the record.
-local function finish(id, state, ...)
-  redis.call('ZREM', QUEUE, id)
+local function finish(id, state, dead, ...)
+  local owner, created, webhook, sequence = get(id, 'owner', 'created', 'webhook', 'sequence')
+  dequeue(id)
   redis.call('ZREM', LEASES, id)
   redis.call('ZREM', DEADLINES, id)
+  count(UNFINISHED, owner, -1)
   forget_previews(id)
   set(id, 'state', state, 'finished', now, ...)
   emit(id)
-  redis.call('PEXPIRE', job_key(id), TTL_MS)
-  redis.call('PEXPIRE', events_key(id), TTL_MS)
-  ended[#ended + 1] = {state, now - get(id, 'created')}
+  redis.call('ZADD', ENDED, now + (dead and DEAD_TTL_MS or TTL_MS), id)
+  if dead then redis.call('ZADD', DEAD, sequence, id) end
+  if webhook then
+    set(id, 'webhook_state', 'pending')
+    redis.call('ZADD', WEBHOOKS, now, id)
+    redis.call('PUBLISH', WEBHOOKS, '')
+  end
+  ended[#ended + 1] = {state, now - created}
 end
 
--- Nothing is left to be said of an id whose record somebody deleted.
-local function forget(id)
-  redis.call('ZREM', QUEUE, id)
-  redis.call('ZREM', LEASES, id)
-  redis.call('ZREM', DEADLINES, id)
-  redis.call('DEL', events_key(id), previews_key(id))
+-- Nothing is left to be said of an id whose record somebody deleted. What it counted for is counted anew.
+local function forget_lost(id)
+  for _, index in ipairs({RECORDS, QUEUE, LEASES, DEADLINES, ENDED, DEAD, WEBHOOKS}) do redis.call('ZREM', index, id) end
+  for _, owner in ipairs(redis.call('HKEYS', UNFINISHED)) do redis.call('ZREM', owner_key(owner), id) end
+  redis.call('DEL', events_key(id), previews_key(id), WAITING, UNFINISHED, BACKLOG)
+  for _, other in ipairs(redis.call('ZRANGE', DEADLINES, 0, -1)) do
+    if exists(other) then count(UNFINISHED, get(other, 'owner'), 1) end
+  end
+  for _, other in ipairs(redis.call('ZRANGE', QUEUE, 0, -1)) do
+    if exists(other) then
+      local owner, model, cost = get(other, 'owner', 'model', 'cost')
+      count(WAITING, owner, 1)
+      count(BACKLOG, model, cost)
+    end
+  end
+  for _, owner in ipairs(redis.call('ZRANGE', ROUNDS, 0, -1)) do
+    if redis.call('HEXISTS', WAITING, owner) == 0 then redis.call('ZREM', ROUNDS, owner) end
+  end
+  if redis.call('ZCARD', QUEUE) == 0 then redis.call('DEL', ROUND) end
 end
 
 -- An attempt ended without a result: once more, unless the client no longer wants it or the attempts are used up.
-local function retry(id, max_attempts, error)
+local function retry(id, delay, error)
   local attempt, cancel = get(id, 'attempt', 'cancel')
   if cancel then
-    finish(id, 'cancelled')
-  elseif tonumber(attempt) < max_attempts then
-    requeue(id)
+    finish(id, 'cancelled', false)
+  elseif tonumber(attempt) < MAX_ATTEMPTS then
+    requeue(id, delay)
   else
-    finish(id, 'failed', 'error', error)
+    finish(id, 'failed', true, 'error', error)
   end
 end
+
+local HELD = {encoding = 1, running = 2, storing = 3}
 
 -- Fencing: `fence` is the number of the claim. A later claim of the job has a higher one.
 local function holds(id, fence)
   local state, current = get(id, 'state', 'fence')
-  return state == 'running' and current == fence
+  return HELD[state] ~= nil and current == fence
+end
+
+-- The queued jobs of a model in the order in which they will be claimed, as {round, id, cost, rows}.
+local function line(model)
+  local paid, jobs = {}, {}
+  for place, id in ipairs(redis.call('ZRANGE', QUEUE, 0, -1)) do
+    local its, owner, cost, rows = get(id, 'model', 'owner', 'cost', 'rows')
+    if its == model then
+      paid[owner] = (paid[owner] or tonumber(redis.call('ZSCORE', ROUNDS, owner))) + rounds_of(id)
+      jobs[#jobs + 1] = {paid[owner], id, cost, rows, place}
+    end
+  end
+  table.sort(jobs, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[5] < b[5]) end)
+  return jobs
+end
+
+-- Predicted milliseconds and images that are left of the jobs of a model that workers hold, but for one, as a flat list.
+local function held(model, but)
+  local left = {}
+  for _, id in ipairs(redis.call('ZRANGE', LEASES, 0, -1)) do
+    local its, cost, rows, step, steps = get(id, 'model', 'cost', 'rows', 'step', 'steps')
+    if its == model and id ~= but then
+      left[#left + 1] = math.floor(cost * (1 - step / steps))
+      left[#left + 1] = rows
+    end
+  end
+  return left
+end
+
+local BEHIND = 64
+
+-- What an estimate of the job's end needs: its place, milliseconds and images of those before it, of at most BEHIND
+-- after it, of those that are held. False for a job that has ended.
+local function standing(id, state, model)
+  if state ~= 'queued' then return HELD[state] ~= nil and {0, {}, {}, held(model, id)} end
+  local place, ahead, behind = 0, {}, {}
+  for n, job in ipairs(line(model)) do
+    if job[2] == id then
+      place = n
+    elseif place == 0 or n - place <= BEHIND then
+      local side = place == 0 and ahead or behind
+      side[#side + 1] = job[3]
+      side[#side + 1] = job[4]
+    end
+  end
+  return {place, ahead, behind, held(model, id)}
 end
 
 local function snapshot(id)
-  return {redis.call('HGETALL', job_key(id)), redis.call('ZRANK', QUEUE, id)}
+  local state, model = get(id, 'state', 'model')
+  return {redis.call('HGETALL', job_key(id)), state and standing(id, state, model)}
+end
+
+-- What an id was used for before: 'taken' by another owner, 'conflict' where it was another order, 'gone' where its
+-- record is, 'again', or nil.
+local function former(id, owner, fingerprint)
+  local order = redis.call('GET', order_key(id))
+  if exists(id) then
+    if get(id, 'owner') ~= owner then return 'taken' end
+    return (get(id, 'fingerprint') or '') == fingerprint and 'again' or 'conflict'
+  elseif order then
+    if string.sub(order, 1, #owner + 1) ~= owner .. ':' then return 'taken' end
+    return order == owner .. ':' .. fingerprint and 'gone' or 'conflict'
+  end
+end
+
+-- The token buckets of an owner as they stand: requests a minute, milliseconds of a replica a day (-1 for no bound).
+local MINUTE, DAY = 60000, 86400000
+local function allowance(owner, requests, milliseconds)
+  local buckets = {
+    {name = 'requests_per_minute', size = tonumber(requests), window = MINUTE},
+    {name = 'engine_s_per_day', size = tonumber(milliseconds), window = DAY},
+  }
+  for _, bucket in ipairs(buckets) do
+    if bucket.size >= 0 then
+      local left, at = unpack(redis.call('HMGET', allowance_key(owner), bucket.name, bucket.name .. ':at'))
+      local back = at and (now - at) * bucket.size / bucket.window or 0
+      bucket.left = math.min(bucket.size, tonumber(left or bucket.size) + back)
+    end
+  end
+  return buckets
+end
+
+-- {name, size, left, milliseconds until all is back} of every bound that there is.
+local function limits_of(owner, buckets, most_unfinished)
+  local told = {}
+  for _, bucket in ipairs(buckets) do
+    if bucket.size >= 0 then
+      local reset = bucket.size > 0 and (bucket.size - bucket.left) * bucket.window / bucket.size or 0
+      told[#told + 1] = {bucket.name, bucket.size, math.max(0, math.floor(bucket.left)), math.ceil(reset)}
+    end
+  end
+  if most_unfinished >= 0 then
+    local unfinished = tonumber(redis.call('HGET', UNFINISHED, owner) or 0)
+    told[#told + 1] = {'max_unfinished', most_unfinished, math.max(0, most_unfinished - unfinished), 0}
+  end
+  return told
 end

@@ -1,9 +1,9 @@
--- ARGV: ttl, id, start of the range, count, 1 for the previews' files. Answers {state, entries, files}; the state is false
--- when there is no such job. Of the files, entry n's is the nth: the preview that it tells of, else false.
-local id = ARGV[2]
-local entries, files = redis.call('XRANGE', events_key(id), ARGV[3], '+', 'COUNT', ARGV[4]), {}
+-- ARGV: settings, id, start of the range, count, 1 for the previews' files. Answers {state, entries, files}; the state is
+-- false when there is no such job. Of the files, entry n's is the nth: the preview that it tells of, else false.
+local id = ARGV[4]
+local entries, files = redis.call('XRANGE', events_key(id), ARGV[5], '+', 'COUNT', ARGV[6]), {}
 for n, entry in ipairs(entries) do
   local name, index = unpack(entry[2], 7)
-  files[n] = ARGV[5] == '1' and name == 'index' and redis.call('HGET', previews_key(id), index)
+  files[n] = ARGV[7] == '1' and name == 'index' and redis.call('HGET', previews_key(id), index)
 end
 return {ended, {get(id, 'state'), entries, files}}

@@ -1,2 +1,2 @@
--- ARGV: ttl, id. Answers the snapshot; its first half is empty when there is no such job.
-return {ended, snapshot(ARGV[2])}
+-- ARGV: settings, id. Answers the snapshot; its first half is empty when there is no such job.
+return {ended, snapshot(ARGV[4])}

@@ -24,7 +24,8 @@ from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
 from serve.encoders.registry import Encoder, register
 from serve.errors import BackendUnavailable
-from serve.jobs.store import JobStore
+from serve.jobs.store import Claim, JobStore
+from serve.keys import KeyStore
 from serve.models import resolve
 from serve.placements import Fleet, plan_placements
 from serve.prompts.plan import Planner
@@ -58,6 +59,12 @@ class Stand:
     encode: Fetch
     planner: Planner
     metrics: InProcessMetrics
+    keys: KeyStore | None = None
+
+    async def key(self, **terms: Any) -> dict[str, str]:
+        """The header of a new key."""
+        assert self.keys is not None
+        return {"authorization": f"Bearer {(await self.keys.create('a key', **terms)).secret}"}
 
     async def create(self, **order: Any) -> dict[str, Any]:
         answer = await self.client.post("/v1/jobs", json={"prompt": "a red circle"} | order)
@@ -68,7 +75,7 @@ class Stand:
     async def finish(self, job_id: str, steps: int = 2, data: bytes = PNG, extension: str = "png") -> None:
         """Claim the job, take its steps, store one image."""
         claim = await self.jobs.claim("test", ANY)
-        assert claim is not None
+        assert isinstance(claim, Claim)
         assert claim.job_id == job_id
         for step in range(1, steps + 1):
             await self.jobs.renew(claim, step)
@@ -118,11 +125,12 @@ def tower(encoder: Encoder) -> TextTower:
 
 @contextlib.asynccontextmanager
 async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Stand]:
-    """`changes` are settings: `max_queued` of the jobs, `cache`, `text_models`, ...; or `encoder_away`, `benchmark`."""
+    """`changes` are settings: `cache`, `keys`, `webhooks`, `text_models`, ...; `jobs` (a dict of what differs) and
+    `max_queued` of them; or `encoder_away`, `benchmark`. Keys are asked for where `keys.required` is true."""
     away = changes.pop("encoder_away", False)
     benchmark = changes.pop("benchmark", None)
-    jobs = JobSettings(redis_url=SecretStr(url), max_queued=changes.pop("max_queued", 100))
-    tree = Settings(data_dir=folder, jobs=jobs, **changes)
+    rules = {"max_queued": changes.pop("max_queued", 100)} | changes.pop("jobs", {})
+    tree = Settings(data_dir=folder, jobs=JobSettings(redis_url=SecretStr(url), **rules), **changes)
     model = resolve(ModelSettings(), folder)
     others = [resolve(other, folder, text_only=True) for other in tree.text_models]
     models = {each.name: each for each in (model, *others)}
@@ -149,6 +157,8 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         pools={"text_encoder": probe_text, "diffusion": probe_diffusion},
         metrics=metrics,
         benchmark=benchmark,
+        rules=tree.jobs,
+        webhooks=tree.webhooks,
     )
     encoders = Pools({each.fingerprint: EncoderPool(tower(each), each, tree, metrics) for each in registry.encoders})
     encode = no_encoder if away else encoders.encode
@@ -161,7 +171,8 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         limits=tree.limits,
         cache_url=tree.cache.redis_url.get_secret_value() if tree.cache.redis_url else None,
     )
-    app = create_app(service, texts, tree)
+    keys = KeyStore(tree.jobs, metrics) if tree.keys.required else None
+    app = create_app(service, texts, tree, keys)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield Stand(
             app,
@@ -173,9 +184,13 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
             encode,
             planners[model.name],
             metrics,
+            keys,
         )
+    await service.close()
     await embeddings.close()
     await encoders.close()
+    if keys is not None:
+        await keys.close()
     await store.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from serve.errors import JobNotFound
-from serve.inputs import DECODINGS, Inputs, settled
+from serve.inputs import DECODINGS, Inputs, Pictures, settled
 from serve.jobs.store import JobStore
 from serve.orders import NewImage
 from serve.results.local import LocalStore
@@ -171,9 +171,17 @@ async def test_a_cancelled_submission_leaves_no_file_however_slow_the_disk(stand
 
 
 class CancelledAt(LocalStore):
-    """The real store, which has a task cancelled when it deletes."""
+    """The real store, which has a task cancelled when its mask is put, and again at every deletion."""
 
     task: asyncio.Task[Any]
+    puts = 0
+
+    async def put(self, key: str, data: bytes, content_type: str) -> Any:
+        self.puts += 1
+        if "mask" in key:
+            self.task.cancel()
+            await asyncio.sleep(0)
+        return await super().put(key, data, content_type)
 
     async def delete(self, key: str) -> None:
         self.task.cancel()
@@ -184,20 +192,11 @@ class CancelledAt(LocalStore):
 async def test_a_second_cancellation_does_not_stop_the_clearing_up(stand: Any, tmp_path: Path) -> None:
     store = CancelledAt(tmp_path / "images")
     inputs = Inputs(stand.jobs, store, LimitSettings())
-    uploads = await inputs.read(NewImage(prompt="a", image=text(file()), mask=text(file())))
-
-    async def story() -> None:
-        async with inputs.kept("0" * 32, uploads, 64, 64):
-            stored.set()
-            await asyncio.Event().wait()
-
-    stored = asyncio.Event()
-    store.task = asyncio.create_task(story())
-    await stored.wait()
-    assert kept(tmp_path) == 2
-    store.task.cancel()
+    uploads = await inputs.read(NewImage(prompt="a", image=text(file()), mask=text(file())), "")
+    store.task = asyncio.create_task(inputs.keep(Pictures("0" * 32, uploads), 64, 64))
     with pytest.raises(asyncio.CancelledError):
         await store.task
+    assert store.puts == 2
     assert not list((tmp_path / "images").rglob("*.*"))
 
 
@@ -215,7 +214,7 @@ class Logging(JobStore):
 
 async def test_a_submission_that_is_cancelled_while_it_is_logged_leaves_no_job(stand: Any, tmp_path: Path) -> None:
     service = stand.app.state.service
-    service._jobs = store = Logging(stand.jobs._settings, stand.metrics)
+    service._door.jobs = store = Logging(stand.jobs._settings, stand.metrics)
     store.task = asyncio.create_task(service.submit(NewImage(prompt="a", image=text(file()))))
     with pytest.raises(asyncio.CancelledError):
         await store.task
@@ -241,7 +240,7 @@ async def test_files_are_read_as_many_at_a_time_as_are_decoded(stand: Any, monke
         return file()
 
     monkeypatch.setattr("serve.inputs.written_file", watched)
-    reading = [asyncio.create_task(inputs.read(NewImage(prompt="a", image="AAAA"))) for _ in range(6)]
+    reading = [asyncio.create_task(inputs.read(NewImage(prompt="a", image="AAAA"), "")) for _ in range(6)]
     for _ in range(DECODINGS):
         assert await asyncio.to_thread(full.acquire, timeout=20)
     reading[0].cancel()  # its thread goes on, and counts

@@ -29,11 +29,14 @@ async def test_the_schema_describes_every_route(stand: Any) -> None:
     routes = {f"{method.upper()} {path}" for path, methods in schema["paths"].items() for method in methods}
     assert routes == {
         "POST /v1/jobs",
+        "GET /v1/jobs",
+        "PUT /v1/jobs/{id}",
         "GET /v1/jobs/{id}",
         "DELETE /v1/jobs/{id}",
         "GET /v1/jobs/{id}/events",
         "GET /v1/images/{id}/{index}",
         "GET /v1/models",
+        "GET /v1/limits",
         "POST /v1/benchmark",
         "POST /v1/embeddings",
         "GET /v1/cache",

@@ -7,18 +7,16 @@ import gc
 import io
 import json
 import os
-import socket
 import time
 import tracemalloc
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 from support.jobs import ANY
+from support.listening import listening
 
 from serve.domain import JobState
 from serve.embedded import EmbeddedRedis
@@ -27,19 +25,6 @@ from serve.jobs.store import JobStore
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}
-
-
-@contextlib.asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[int]:
-    """The application under uvicorn; the port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # so that whoever connects too early waits
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        yield listener.getsockname()[1]
-        server.should_exit = True
-        await serving
 
 
 async def queued(stand: Any) -> str:
@@ -99,10 +84,14 @@ async def test_whoever_hangs_up_cancels_the_job(stand: Any, running: bool) -> No
     assert (await stand.jobs.get(job_id)).state is JobState.CANCELLED
 
 
-def carried(app: Any, body: bytes, gone: asyncio.Event) -> asyncio.Task[None]:
+def carried(
+    app: Any, body: bytes, gone: asyncio.Event, path: str = "/v1/jobs", key: bytes | None = None
+) -> asyncio.Task[None]:
     """The application as an ASGI server calls it; `gone`: the caller hangs up."""
-    scope = {"type": "http", "method": "POST", "path": "/v1/jobs", "query_string": b"wait=true", "root_path": ""}
-    scope |= {"headers": [(b"content-type", b"application/json")], "app": app}
+    method = "POST" if path == "/v1/jobs" else "PUT"
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"wait=true", "root_path": ""}
+    headers = [(b"content-type", b"application/json")] + ([(b"idempotency-key", key)] if key else [])
+    scope |= {"headers": headers, "app": app}
     messages = [{"type": "http.request", "body": body}]
 
     async def receive() -> dict[str, Any]:
@@ -115,6 +104,35 @@ def carried(app: Any, body: bytes, gone: asyncio.Event) -> asyncio.Task[None]:
         pass
 
     return asyncio.create_task(app(scope, receive, send))
+
+
+async def test_a_carrier_that_tells_of_a_hang_up_twice_cancels_the_job(stand: Any) -> None:
+    """As Ray Serve does: the disconnect, then the task's cancellation, at whatever moment."""
+    for moments in range(40):
+        gone = asyncio.Event()
+        answering = carried(stand.app, json.dumps(ORDER).encode(), gone)
+        job_id = await queued(stand)
+        gone.set()
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        assert (await stand.jobs.get(job_id)).state is JobState.CANCELLED
+
+
+async def test_whoever_can_ask_again_cancels_nothing_by_hanging_up(stand: Any) -> None:
+    body = json.dumps(ORDER).encode()
+    for path, key in (("/v1/jobs", b"a-key"), (f"/v1/jobs/{'ab' * 16}", None)):
+        for cut in (False, True):
+            gone = asyncio.Event()
+            answering = carried(stand.app, body, gone, path, key)
+            job_id = await queued(stand)
+            if cut:
+                answering.cancel()  # as Ray Serve does
+            gone.set()
+            await asyncio.gather(answering, return_exceptions=True)
+            assert (await stand.jobs.get(job_id)).state is JobState.QUEUED
+        await stand.jobs.cancel(job_id)
 
 
 async def test_a_carrier_that_cancels_the_request_cancels_the_job(stand: Any) -> None:

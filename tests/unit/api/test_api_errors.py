@@ -1,6 +1,7 @@
 """The table of statuses, the shape of every error, and the middleware, on an app whose only routes fail on purpose."""
 
 import asyncio
+import dataclasses
 import inspect
 import pickle
 from collections.abc import AsyncIterator
@@ -15,6 +16,8 @@ from pydantic import ValidationError
 from serve import errors, service
 from serve.api.errors import STATUS, install
 from serve.api.middleware import BodyLimit, RequestIds, release_body
+from serve.api.ratelimits import UNITS
+from serve.callers import Allowance, Limit
 from serve.settings import HttpSettings, LimitSettings
 
 TREE = [
@@ -26,13 +29,19 @@ EXPECTED = {
     errors.TandemError: 500,
     errors.ClientError: 400,
     errors.InvalidRequest: 422,
+    errors.Conflict: 422,
     errors.PayloadTooLarge: 413,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
+    errors.JobGone: 410,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.Unavailable: 503,
+    errors.RateLimited: 429,
     errors.QueueFull: 503,
     errors.BackendUnavailable: 503,
     errors.GenerationFailed: 500,
+    errors.NotFinite: 500,
     errors.OutOfMemory: 500,
     errors.DeviceLost: 500,
     errors.LeaseLost: 500,
@@ -119,6 +128,37 @@ def test_a_pickled_error_answers_the_same() -> None:
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "3"
     assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_caller_over_the_own_limits_is_told_all_of_them() -> None:
+    limits = (
+        Limit(name="requests_per_minute", limit=60, remaining=0, reset_s=59.2, window_s=60),
+        Limit(name="engine_s_per_day", limit=3600, remaining=12, reset_s=86000.0, window_s=86400),
+        Limit(name="max_unfinished", limit=4, remaining=1),
+    )
+    sent = errors.RateLimited("more than 60 orders a minute", None, 0.4, limits)
+    answer = ask(failing_app(pickle.loads(pickle.dumps(sent))), "GET", "/fail")
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["ratelimit-policy"] == (
+        '"requests_per_minute";q=60;qu="requests";w=60, "engine_s_per_day";q=3600;qu="engine-seconds";w=86400, '
+        '"max_unfinished";q=4;qu="concurrent-requests"'
+    )
+    assert answer.headers["ratelimit"] == (
+        '"requests_per_minute";r=0;t=60, "engine_s_per_day";r=12;t=86000, "max_unfinished";r=1'
+    )
+    bare = ask(failing_app(errors.RateLimited("no")), "GET", "/fail")
+    assert not {"ratelimit", "ratelimit-policy"} & set(bare.headers), "a field must not be empty"
+
+
+def test_every_limit_has_a_unit() -> None:
+    assert set(UNITS) == {field.name for field in dataclasses.fields(Allowance)}
+
+
+def test_whoever_lacks_a_key_is_told_how_one_is_sent() -> None:
+    answer = ask(failing_app(errors.Unauthorized("no key")), "GET", "/fail")
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert "www-authenticate" not in ask(failing_app(errors.Forbidden("no")), "GET", "/fail").headers
 
 
 def test_a_backend_that_is_away_may_be_retried() -> None:

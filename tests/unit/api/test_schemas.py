@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from serve.api.job_schemas import webhook_body
 from serve.api.model_schemas import ModelView
 from serve.api.schemas import EventView, JobOrder, JobView, PreviewView
 from serve.api.text_schemas import EmbeddingOrder
@@ -50,6 +51,7 @@ def test_a_full_order_is_taken_as_it_stands() -> None:
     order |= {"use_t5": False, "step_cache": 0.1, "tiny_vae": True}
     order |= {"image": "data:image/png;base64,AAAA", "mask": f"{'0' * 32}/mask", "strength": 1, "preview_every": 5}
     order |= {"output_format": "webp", "output_compression": 80, "bit_depth": 8}
+    order |= {"priority": "batch", "webhook": "https://example.com/told?of=this"}
     assert parse(json.dumps(order)).model_dump() == order
 
 
@@ -137,6 +139,12 @@ def test_each_wrong_field_of_a_text_order_is_refused_by_name(field: str, value: 
         ("preview_every", "true"),
         ("step_cache", "null"),
         ("tiny_vae", "0"),
+        ("priority", '"urgent"'),
+        ("priority", "null"),
+        ("priority", "1"),
+        ("webhook", "1"),
+        ("webhook", r'"https://a.example/\u0000"'),
+        ("webhook", json.dumps("https://a.example/" + "x" * 2048)),
         ("steps", "20"),
         ("__class__", "{}"),
     ],
@@ -192,13 +200,15 @@ def test_a_finished_job_names_its_images_under_the_mount_and_hides_their_keys() 
 def test_the_request_of_a_job_is_an_order_that_repeats_it() -> None:
     salted = dataclasses.replace(job().request, clip_skip=1, salt="0123456789abcdef")
     view = json.loads(JobView.of(job(request=salted), "").model_dump_json())
-    again = parse(json.dumps(view["request"])).model_dump(exclude={"aspect_ratio", "round_size"})
+    again = parse(json.dumps(view["request"])).model_dump(exclude={"aspect_ratio", "round_size", "priority", "webhook"})
     assert again | {"salt": salted.salt} == dataclasses.asdict(salted)
 
 
 def test_what_a_job_started_from_is_a_reference_in_its_request() -> None:
     mine = "0" * 32
-    request = dataclasses.replace(job().request, image=f"{mine}/image.png", mask=f"{mine}/mask.png", strength=0.5)
+    request = dataclasses.replace(
+        job().request, image=f"{mine}/image-01234567.png", mask=f"{mine}/mask-01234567.png", strength=0.5
+    )
     view = JobView.of(job(request=request, approximate=("step_cache",)), "")
     assert (view.request.image, view.request.mask) == (f"{mine}/image", f"{mine}/mask")
     assert view.approximate == ("step_cache",)
@@ -213,8 +223,9 @@ def test_a_failed_job_says_why() -> None:
 
 
 def test_an_event() -> None:
-    event = JobEvent(id="1-0", state=JobState.RUNNING, step=3, steps=20)
-    assert json.loads(EventView.of(event).model_dump_json()) == {"state": "running", "step": 3, "steps": 20}
+    event = JobEvent(id="1-0", state=JobState.RUNNING, step=3, steps=20, attempt=2)
+    told = {"state": "running", "step": 3, "steps": 20, "attempt": 2}
+    assert json.loads(EventView.of(event).model_dump_json()) == told
 
 
 def test_a_preview_is_a_data_url() -> None:
@@ -226,3 +237,15 @@ def test_a_preview_is_a_data_url() -> None:
         "index": 1,
         "image": "data:image/jpeg;base64,/9g=",
     }
+
+
+def test_a_webhook_tells_the_job_as_the_api_does() -> None:
+    image = ImageRef(index=0, key="k", seed=1, width=64, height=64, content_type="image/png", bytes=10)
+    ended = job(
+        state=JobState.SUCCEEDED, images=(image,), finished_at=1700000000.5, webhook="https://a.example/?token=x"
+    )
+    told = json.loads(webhook_body(ended, "https://images.example"))
+    assert (told["type"], told["timestamp"]) == ("job.succeeded", "2023-11-14T22:13:20.500000Z")
+    assert told["data"] == json.loads(JobView.of(ended, "https://images.example").model_dump_json())
+    assert told["data"]["images"][0]["url"].startswith("https://images.example/v1/images/")
+    assert "token" not in json.dumps(told)

@@ -35,6 +35,10 @@ class Script:
     A job's events are numbered from 1: `STEPS` steps, then the end. `cut` holds how many events each connection lets
     through before it breaks (the last entry repeats); `hang` keeps a job running for ever.
 
+    The answers to the first `lost` orders break off, and then the refusal `after_loss` is all that the server says; an
+    order that comes again under its key is not taken twice. With a `key`, who does not send it is refused. `places` are
+    the job's places in the queue, one for each time that somebody looks, before it starts.
+
     A text is refused if it is "bad", and `busy` texts are answered 503 before the first is encoded. `most_at_once` is
     how many were on their way together.
     """
@@ -51,6 +55,13 @@ class Script:
     cancelled: threading.Event = field(default_factory=threading.Event)
     following: threading.Event = field(default_factory=threading.Event)
     seen: int = 0
+    lost: int = 0
+    after_loss: Response | None = None
+    idempotency_keys: list[str | None] = field(default_factory=list)
+    key: str | None = None
+    shown_keys: set[str | None] = field(default_factory=set)
+    places: list[int] = field(default_factory=list)
+    started: threading.Event = field(default_factory=threading.Event)
     texts: list[dict[str, Any]] = field(default_factory=list)
     busy: int = 0
     at_once: int = 0
@@ -61,12 +72,14 @@ class Script:
     def job(self) -> dict[str, Any]:
         ended = self.seen > STEPS
         order = self.orders[-1]
+        place = self.places[0] if self.places else None
         return {
             "id": JOB_ID,
-            "state": "cancelled" if self.cancelled.is_set() else self.end if ended else "running",
+            "state": "queued" if place else self._state(ended),
             "step": min(self.seen, STEPS),
             "steps": STEPS,
-            "position": None,
+            "position": place,
+            "eta_s": place and 4.0 * place,
             "request": order | {"model": "shapes", "seed": order.get("seed", 5)},
             "timings": {"total_s": 1.5 if ended else None},
             "cache": {"memory": 1, "redis": 0, "encoded": 1},
@@ -75,6 +88,9 @@ class Script:
             "error": None if self.end == "succeeded" else {"code": "out_of_memory", "message": "not enough memory"},
         }
 
+    def _state(self, ended: bool) -> str:
+        return "cancelled" if self.cancelled.is_set() else self.end if ended else "running"
+
     def _images(self, order: dict[str, Any]) -> list[dict[str, Any]]:
         kind = f"image/{order.get('output_format', 'png')}"
         return [{"index": index, "content_type": kind} for index in range(order.get("num_images", 1))]
@@ -82,14 +98,33 @@ class Script:
     async def create(self, request: Request) -> Response:
         if self.refusal is not None:
             return self.refusal
-        self.orders.append(await request.json())
+        if self._unknown(request):
+            return error(401, "this server wants an API key", None)
+        order, key = await request.json(), request.headers.get("idempotency-key")
+        if key is None or key not in self.idempotency_keys:
+            self.orders.append(order)
+        self.idempotency_keys.append(key)
+        if self.lost:
+            self.lost -= 1
+            self.refusal = self.after_loss
+            return BrokenOff()
         return JSONResponse(self.job(), 202)
+
+    def _unknown(self, request: Request) -> bool:
+        shown = request.headers.get("authorization")
+        self.shown_keys.add(shown)
+        return self.key is not None and shown != f"Bearer {self.key}"
 
     async def get(self, request: Request) -> Response:
         if self.refusal is not None:
             return self.refusal
+        if self._unknown(request):
+            return error(401, "this server wants an API key", None)
         if not self.streams and not self.hang:
             self.seen += 1
+        self.places = self.places[1:]
+        if not self.places:
+            self.started.set()
         return JSONResponse(self.job())
 
     async def cancel(self, request: Request) -> Response:
@@ -99,6 +134,7 @@ class Script:
     async def events(self, request: Request) -> Response:
         after = request.headers.get("last-event-id")
         self.resumed_after.append(after)
+        self._unknown(request)
         if not self.streams or self.refusal is not None:
             return self.refusal or JSONResponse({"detail": "a proxy that lets no stream pass"}, 502)
         let_through = self.cut.pop(0) if len(self.cut) > 1 else self.cut[0]
@@ -107,6 +143,8 @@ class Script:
     async def _events(self, after: int, let_through: int) -> AsyncIterator[str]:
         yield ": hello\n\n"
         self.following.set()
+        if self.places:
+            await asyncio.to_thread(self.started.wait, 10)
         for number in range(after + 1, STEPS + 2)[:let_through]:
             self.seen = max(self.seen, number)
             state = self.end if number > STEPS else "running"
@@ -116,6 +154,8 @@ class Script:
             await asyncio.to_thread(self.cancelled.wait, 10)
 
     async def image(self, request: Request) -> Response:
+        if self._unknown(request):
+            return error(401, "this server wants an API key", None)
         if "stored" not in request.query_params:
             return RedirectResponse(f"{request.url.path}?stored=1")
         file = io.BytesIO()
@@ -123,6 +163,8 @@ class Script:
         return Response(file.getvalue(), media_type="image/png")
 
     async def embed(self, request: Request) -> Response:
+        if self._unknown(request):
+            return error(401, "this server wants an API key", None)
         if self.refusal is not None:
             return self.refusal
         if self.busy:
@@ -146,6 +188,8 @@ class Script:
         return JSONResponse({"model": "shapes", "family": "sd", "cache": cache, "truncated": cut})
 
     async def cache_state(self, request: Request) -> Response:
+        if self._unknown(request):
+            return error(401, "this server wants an API key", None)
         return self.refusal or JSONResponse(self.cache)
 
     async def clear(self, request: Request) -> Response:
@@ -155,6 +199,13 @@ class Script:
     async def ready(self, request: Request) -> Response:
         ready = all(pool["ready"] for pool in self.pools.values())
         return JSONResponse({"ready": ready, "pools": self.pools}, 200 if ready else 503)
+
+
+class BrokenOff(Response):
+    """The connection ends in the middle of the answer."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 202, "headers": [(b"content-length", b"999")]})
 
 
 def error(status: int, message: str, param: str | None, **headers: str) -> Response:

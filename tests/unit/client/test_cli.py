@@ -144,6 +144,32 @@ def test_mistakes_are_one_line_that_names_them(
         assert f"http.port: 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
 
 
+def test_a_key_is_named_by_option_or_environment_and_its_refusal_is_one_line(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.key = "tdm_abc_def"
+    order = ("generate", "x", "--url", script.url, "-o", tmp_path)
+    (tmp_path / "prompts").write_text("one\ntwo\n")
+    for command in (order, ("cache", "stats", "--url", script.url), ("demo", "--port", script.url.rpartition(":")[2])):
+        assert tandem(monkeypatch, *command) == 2
+        captured = capsys.readouterr()
+        assert captured.err.endswith("tandem: this server wants an API key; name a key with --key or in TANDEM_KEY\n")
+    assert tandem(monkeypatch, "cache", "warm", tmp_path / "prompts", "--url", script.url, "--key", "tdm_other") == 2
+    assert "tandem: this server wants an API key" in capsys.readouterr().err, "no line is to blame"
+    assert tandem(monkeypatch, *order, "--key", script.key) == 0
+    monkeypatch.setenv("TANDEM_KEY", script.key)
+    capsys.readouterr()
+    assert tandem(monkeypatch, "config", "show", "--json") == 0, "no setting, and no mistake"
+    assert script.key not in capsys.readouterr().out
+    assert tandem(monkeypatch, *order, "--priority", "batch") == 0
+    assert script.orders[-1] == {"prompt": "x", "negative_prompt": "", "num_images": 1, "priority": "batch"}
+    error = {"message": "more than 60 orders a minute", "type": "x", "param": None, "code": "rate_limited"}
+    script.refusal = JSONResponse({"error": error}, 429, {"Retry-After": "12"})
+    capsys.readouterr()
+    assert tandem(monkeypatch, *order) == 2
+    assert one_line(capsys) == "tandem: more than 60 orders a minute; try again in 12 s\n"
+
+
 def test_a_file_that_can_t_be_written_is_named(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

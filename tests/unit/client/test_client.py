@@ -6,9 +6,21 @@ from typing import Any
 import pytest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from serve.cli.client import Client, Pool, Progress, local_url
+from serve.cli.answers import Pool, Progress
+from serve.cli.client import Client, local_url
 from serve.domain import CacheReport, JobState, Truncation
-from serve.errors import ClientError, GenerationFailed, InvalidRequest, JobNotFound, OperatorError, Unavailable
+from serve.errors import (
+    ClientError,
+    Forbidden,
+    GenerationFailed,
+    InvalidRequest,
+    JobNotFound,
+    OperatorError,
+    QueueFull,
+    RateLimited,
+    Unauthorized,
+    Unavailable,
+)
 from serve.settings import HttpSettings
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +99,9 @@ async def test_the_finished_job_tells_everything(script: Any) -> None:
         (refusal(400), ClientError, "the reason"),
         (refusal(404, "model"), JobNotFound, "the reason"),
         (refusal(500), GenerationFailed, "the reason"),
+        (refusal(401), Unauthorized, "the reason; name a key with --key or in TANDEM_KEY"),
+        (refusal(403), Forbidden, "the reason"),
+        (refusal(429), RateLimited, "the reason"),
         (HTMLResponse("<h1>It works!</h1>", 404), OperatorError, "is not a Tandem server"),
         (JSONResponse(["x"], 503), OperatorError, "is not a Tandem server"),
     ],
@@ -106,6 +121,62 @@ async def test_a_full_server_says_when_to_come_back(script: Any) -> None:
         with pytest.raises(Unavailable) as full:
             await server.create({"prompt": "a red circle"})
     assert full.value.retry_after_s == 7
+
+
+async def test_an_order_whose_answer_was_lost_is_sent_again_under_its_key(script: Any) -> None:
+    script.lost = 2
+    async with client(script.url) as server:
+        await server.create({"prompt": "a red circle"})
+        await server.create({"prompt": "a red circle"})
+    assert len(script.orders) == 2, "one for each call"
+    first, *again, other = script.idempotency_keys
+    assert again == [first, first]
+    assert other not in (None, first)
+
+
+async def test_an_order_that_was_lost_is_given_up_after_a_while_and_said_to_be_uncertain(script: Any) -> None:
+    script.lost = 10**6
+    async with client(script.url, patience_s=0.1) as server:
+        with pytest.raises(OperatorError, match="may be queued all the same"):
+            await server.create({"prompt": "a red circle"})
+    assert len(script.orders) == 1
+
+
+async def test_a_full_queue_is_an_answer_to_an_order_that_was_lost(script: Any) -> None:
+    error = {"message": "100 jobs are waiting already", "type": "x", "param": None, "code": "queue_full"}
+    script.lost, script.after_loss = 1, JSONResponse({"error": error}, 503, {"Retry-After": "7"})
+    async with client(script.url, patience_s=60) as server:
+        with pytest.raises(QueueFull, match="100 jobs"):
+            await server.create({"prompt": "a red circle"})
+
+
+async def test_nothing_is_sent_again_to_a_server_that_is_not_there(nowhere: str) -> None:
+    async with client(nowhere, patience_s=60) as server:
+        with pytest.raises(OperatorError, match="no server answers"):
+            await asyncio.wait_for(server.create({"prompt": "a red circle"}), 10)
+
+
+async def test_the_key_goes_with_every_request(script: Any) -> None:
+    script.key = "tdm_abc_def"
+    async with Client(script.url, f" {script.key}\n", poll_s=0.01) as server:
+        job = await server.create({"prompt": "a red circle"})
+        async for _ in server.follow(job.id):
+            pass
+        await server.get(job.id)
+        await server.image(job.id, 0)
+        await server.encode({"prompt": "a red circle"})
+        await server.cache()
+    assert script.shown_keys == {"Bearer tdm_abc_def"}
+    async with client(script.url) as server:
+        with pytest.raises(Unauthorized):
+            await server.create({"prompt": "a red circle"})
+
+
+@pytest.mark.parametrize("key", ["tdm_a b", "tdm_\n x", "ключ", "a\x00b"])
+async def test_what_can_be_no_key_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(OperatorError, match="TANDEM_KEY: that is not an API key") as refused:
+        Client("http://127.0.0.1", key)
+    assert key not in str(refused.value)
 
 
 async def test_pools_are_told_ready_or_not_and_nothing_else_is_mistaken_for_a_server(script: Any, nowhere: str) -> None:

@@ -14,7 +14,7 @@ from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row, StepScheduler
 from serve.domain import Conditioning, Schedule, StepEvent
-from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
+from serve.errors import DeviceLost, GenerationFailed, NotFinite, OutOfMemory
 from serve.telemetry.metrics import InProcessMetrics
 
 MakeWork = Callable[..., Work]
@@ -80,6 +80,36 @@ def test_a_late_short_job_overtakes_a_long_one(engine: Engine, work: MakeWork) -
     assert ended == ["short", "long"]
 
 
+def test_a_step_that_hangs_shows(runner: Runner, work: MakeWork) -> None:
+    """So does a command that waits behind it; an engine with nothing to do is not still."""
+    watched = WatchedRunner(runner)
+    engine = open_engine(watched)
+    assert engine.still_s == 0
+    future = engine.submit(work("hangs", num_inference_steps=2), ignore)
+    assert watched.under_way.wait(60)
+    before = engine.still_s
+    engine.cancel("nobody")
+    assert engine.still_s > before > 0
+    watched.gate.set()
+    future.result(60)
+    engine.stop()
+    assert engine.still_s == 0
+
+
+def test_the_slowest_known_step_is_that_of_what_is_in_hand(runner: Runner, work: MakeWork) -> None:
+    watched, profile = WatchedRunner(runner), Profile(4)
+    profile.learn((16, 16), 4, 300.0)
+    profile.learn((64, 64), 2, 9000.0)
+    engine = Engine(watched, StepScheduler(profile), profile, InProcessMetrics())
+    assert engine.slowest_step_s == 0
+    future = engine.submit(work("small", num_images=2, num_inference_steps=1), ignore)
+    assert watched.under_way.wait(60)
+    assert engine.slowest_step_s == pytest.approx(0.3)
+    watched.gate.set()
+    future.result(60)
+    engine.stop()
+
+
 def test_steps_are_told_in_order(engine: Engine, work: MakeWork) -> None:
     told: list[StepEvent] = []
     rendered = engine.submit(work("told", num_inference_steps=5, num_images=2), told.append).result(60)
@@ -127,7 +157,7 @@ def test_not_a_number_fails_its_job_drawn(engine: Engine, work: MakeWork) -> Non
     text = good.schedule.at(0)
     nan = Schedule.constant(Conditioning(torch.full_like(text.positive, torch.nan), text.negative))
     bad, fine = engine.submit(replace(good, run_id="bad", schedule=nan), ignore), engine.submit(good, ignore)
-    with pytest.raises(GenerationFailed, match="not-a-number"):
+    with pytest.raises(NotFinite, match="not-a-number"):
         bad.result(60)
     assert len(fine.result(60).images) == 1
     assert engine.alive
@@ -219,7 +249,7 @@ def test_a_lost_device_ends_the_loop_and_every_future(runner: Runner, work: Make
     assert not engine.alive
     assert isinstance(engine.submit(work("late"), ignore).exception(60), DeviceLost)
     assert isinstance(engine.measure((8, 8), 1, 1).exception(60), DeviceLost)
-    assert engine.busy_s == 0
+    assert engine.still_s == 0
 
 
 class NoRemoval(StepScheduler):

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from serve.diffusion import vae as vae_module
 from serve.diffusion.vae import Vae, open_vae
-from serve.errors import GenerationFailed, OperatorError
+from serve.errors import GenerationFailed, NotFinite, OperatorError
 from serve.models import check_folder
 from serve.settings import DiffusionSettings
 
@@ -139,7 +139,7 @@ def test_latents_that_are_not_a_number_fail_at_once(value: float) -> None:
     ours = Vae(overflowing(torch.float16), CPU, torch.float16)
     latents = noise(1, 4, 6, 10, dtype=torch.float16)
     latents[0, 1, 2, 3] = value
-    with pytest.raises(GenerationFailed, match="not-a-number; try other parameters"):
+    with pytest.raises(NotFinite, match="not-a-number; try other parameters"):
         ours.decode(latents)
     assert ours.retries == 0
 
@@ -149,7 +149,7 @@ def test_a_vae_that_is_broken_in_float32_too_fails(dtype: torch.dtype, retries: 
     model = vae(0).eval().requires_grad_(False)
     model.decoder.conv_out.bias.data[1] = float("nan")
     ours = Vae(torch.nn.Module.to(model, dtype), CPU, dtype)
-    with pytest.raises(GenerationFailed, match="not-a-number; try other parameters"):
+    with pytest.raises(NotFinite, match="not-a-number; try other parameters"):
         ours.decode(noise(1, 4, 6, 10, dtype=dtype))
     assert ours.retries == retries
     assert ours._vae.dtype == dtype

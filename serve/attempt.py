@@ -1,0 +1,229 @@
+"""One attempt at one claimed job: its text, its images, their files, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from serve.diffusion.engine import Engine, Rendered, Work
+from serve.domain import ImageRequest, JobError, JobState, Schedule, StepEvent, Timings
+from serve.encoders.cache import EmbeddingCache
+from serve.encoders.compose import compose
+from serve.errors import ClientError, LeaseLost, NotFinite, TandemError
+from serve.jobs.pulse import Pulse
+from serve.jobs.store import Claim, JobStore
+from serve.patience import GivenBack, Patience, Withdrawn, first
+from serve.prompts.plan import Planner
+from serve.reports import Pace
+from serve.results.store import ResultStore
+from serve.settings import JobSettings
+from serve.spool import Spool
+from serve.storing import encode_images, fetch_input, put_images, stored_before
+from serve.telemetry.metrics import Metrics
+from serve.text import count_text
+
+log = logging.getLogger(__name__)
+
+Settlement = Callable[[], Awaitable[object]]
+
+RETRIED: Mapping[type[BaseException], bool] = {
+    ClientError: False,  # what is wrong with an order stays wrong
+    NotFinite: False,  # the same seed comes to the same numbers
+    Exception: True,  # memory, a device, a part of the server that is away, whatever nobody thought of
+}
+"""Whether a job that failed of this is started again, `jobs.retry_backoff_s` later and as long as attempts remain. The
+nearest class counts."""
+
+
+def retried(error: Exception) -> bool:
+    return next(RETRIED[kind] for kind in type(error).__mro__ if kind in RETRIED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What all attempts of a replica share. `cost_of` predicts a request's milliseconds by what the replica knows now.
+    `draining` has them give back what has not begun, `leaving` whatever is not finished. `freed` is set when images in
+    hand no longer count."""
+
+    settings: JobSettings
+    jobs: JobStore
+    planner: Planner
+    embeddings: EmbeddingCache
+    engine: Engine
+    results: ResultStore
+    spool: Spool
+    pace: Pace
+    cost_of: Callable[[Pace, ImageRequest], float]
+    metrics: Metrics
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+    releasing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Attempt:
+    """Brings a claimed job to its end; whatever goes wrong on the way becomes the job's, never the replica's.
+
+    A job that is another worker's by now is left to it. While the job store is away the outcome waits for it; when this
+    replica has to leave meanwhile, the lease runs out and another worker finds the images that were stored.
+
+    Its images count against the replica until they are drawn and the spool has them. One that the spool has no room for
+    counts until it is stored, so that a replica whose result store is away claims no more in the end.
+    """
+
+    def __init__(self, means: Means, claim: Claim) -> None:
+        self.claim = claim
+        self.rows = claim.request.num_images
+        self._means = means
+        self._run_id = f"{claim.job_id}:{claim.fence}"
+        self._rendering = False
+        self._moved_at = 0.0
+        self._pulse = Pulse(means.jobs, claim, means.settings.heartbeat_s)
+        # A drain gives back what has not begun; what is drawn is worth waiting for, for as long as there is time.
+        self._beginning = Patience(self._pulse.gone, means.draining)
+        self._ending = Patience(self._pulse.gone, means.leaving)
+        means.pace.began(self._run_id, self.rows, partial(means.cost_of, means.pace, claim.request))
+
+    @property
+    def still_s(self) -> float:
+        """Seconds since the step loop last moved this job on; 0 where the loop has not got it."""
+        return time.monotonic() - self._moved_at if self._rendering else 0.0
+
+    async def run(self) -> None:
+        try:
+            settle = await self._outcome()
+            with contextlib.suppress(LeaseLost, Withdrawn, GivenBack):
+                await self._ending.repeat(settle)
+        except Exception:  # the lease runs out, and another worker takes the job
+            log.exception("job %s could not be settled", self.claim.job_id)
+        finally:
+            self._free(drawn=False)
+            await self._pulse.stop()
+
+    async def _outcome(self) -> Settlement:
+        """The settlement of the claim that this comes to, at once when the replica leaves: whatever hangs, be it the
+        step loop, is not waited for."""
+        drawing = asyncio.create_task(self._drawn())
+        try:
+            if await first(drawing, self._means.leaving.wait()) is drawing:
+                return await drawing
+        finally:
+            drawing.cancel()
+        self._means.engine.cancel(self._run_id)
+        return partial(self._means.jobs.cancelled, self.claim) if self._pulse.gone.is_set() else self._release
+
+    async def _drawn(self) -> Settlement:
+        """The same, once the job has come as far as it can."""
+        jobs, claim = self._means.jobs, self.claim
+        try:
+            return await self._draw()
+        except Withdrawn:
+            return partial(jobs.cancelled, claim)
+        except GivenBack:
+            return self._release
+        except TandemError as error:
+            log.error("job %s failed in attempt %d: %s", claim.job_id, claim.attempt, error.message)
+            told, retry = JobError(code=error.code, message=error.message), retried(error)
+        except Exception as error:
+            log.exception("job %s failed in attempt %d", claim.job_id, claim.attempt)
+            told = JobError(code=TandemError.code, message="an internal error; the server's log has the details")
+            retry = retried(error)
+        return partial(jobs.fail, claim, told, retry=retry, delay_s=self._means.settings.retry_backoff_s)
+
+    async def _release(self) -> None:
+        """One after the other: the last thing that a process does should need no new connection for each job."""
+        async with self._means.releasing:
+            await self._means.jobs.release(self.claim)
+
+    async def _draw(self) -> Settlement:
+        means, claim, request, started = self._means, self.claim, self.claim.request, time.monotonic()
+        before = await stored_before(means.results, claim, self._beginning)
+        if before is not None:
+            return partial(
+                means.jobs.succeed,
+                claim,
+                images=before.images,
+                cache={},
+                timings=Timings(),
+                approximate=before.approximate,
+            )
+        plan = means.planner.plan(request.text)
+        fetched = await self._beginning.obtain(lambda: means.embeddings.get_many(plan.units))
+        # In a thread: a T5's context is megabytes, and this loop keeps the leases of every job in hand.
+        conditioning = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
+        text_s = time.monotonic() - started
+        means.metrics.observe("tandem_text_wait_seconds", text_s)
+        image = await fetch_input(means.results, "image", request.image, self._beginning)
+        mask = await fetch_input(means.results, "mask", request.mask, self._beginning)
+        rendered = await self._render(Work(self._run_id, request, Schedule.constant(conditioning), image, mask))
+        self._pulse.enter(JobState.STORING)
+        denoise_s, decode_s, storing = rendered.denoise_s, rendered.decode_s, time.monotonic()
+        means.pace.decoded(request.pixels * request.num_images, decode_s)
+        encoded = await encode_images(claim, rendered, self._ending)
+        del rendered, image, mask, conditioning  # megabytes, and the store may be away for long
+        with means.spool.room(encoded.nbytes) as spooled:
+            if spooled:
+                self._free(drawn=True)
+            kept = await put_images(means.results, claim, encoded, self._ending, means.metrics)
+        self._free(drawn=True)
+        store_s = time.monotonic() - storing
+        timings = Timings(text_s=text_s, denoise_s=denoise_s, decode_s=decode_s, store_s=store_s)
+        tiers = {key: got.tier for key, got in fetched.items()}
+
+        async def succeed() -> None:
+            cost = await means.jobs.succeed(
+                claim, images=kept.images, cache=tiers, timings=timings, approximate=kept.approximate
+            )
+            count_text(means.metrics, plan, cost)
+            log.info("job drawn", extra={"job": claim.job_id, **_performance(request, timings)})
+
+        return succeed
+
+    async def _render(self, work: Work) -> Rendered:
+        on_preview = self._pulse.on_preview if work.request.preview_every else None
+        self._rendering, self._moved_at = True, time.monotonic()
+        drawing = asyncio.wrap_future(self._means.engine.submit(work, self._on_step, on_preview))
+        self._pulse.enter(JobState.RUNNING)
+        try:
+            return await self._ending.finish(drawing)
+        except Withdrawn:
+            self._means.engine.cancel(work.run_id)
+            with contextlib.suppress(TandemError):
+                await drawing
+            raise
+        finally:
+            drawing.cancel()  # where this was called off, nobody hears how it ends
+            self._rendering = False
+
+    def _on_step(self, event: StepEvent) -> None:
+        """Called on the engine's thread."""
+        self._moved_at = time.monotonic()
+        self._pulse.on_step(event)
+
+    def _free(self, *, drawn: bool) -> None:
+        """The images no longer count. Once; what comes later changes nothing."""
+        self.rows = 0
+        self._means.pace.ended(self._run_id, drawn)
+        self._means.freed.set()
+
+
+def _performance(request: ImageRequest, timings: Timings) -> dict[str, object]:
+    """What the log says of a job that was drawn: what was asked for, and the milliseconds of each stage."""
+    asked = {
+        "model": request.model,
+        "images": request.num_images,
+        "size": f"{request.width}x{request.height}",
+        "steps": request.num_inference_steps,
+    }
+    stages = {
+        "text": timings.text_s,
+        "denoise": timings.denoise_s,
+        "decode": timings.decode_s,
+        "store": timings.store_s,
+    }
+    return asked | {f"{name}_ms": round(1e3 * took) for name, took in stages.items() if took is not None}

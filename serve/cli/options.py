@@ -1,0 +1,65 @@
+"""Options that several commands share, and the settings that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from serve.cli.answers import KEY_VARIABLE
+from serve.cli.client import Client, local_url
+from serve.cli.running import run
+from serve.errors import OperatorError
+from serve.origins import Loaded, load
+
+if TYPE_CHECKING:
+    from serve.cli.backstage import Backstage
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings (docs/settings.md).")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="ROOM.FIELD=VALUE", help="Any setting; may be repeated.")
+]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+Url = Annotated[
+    str | None, typer.Option(help="The server's address.", show_default="http.host and http.port of the settings")
+]
+Key = Annotated[
+    str | None, typer.Option(envvar=KEY_VARIABLE, help="An API key, for a server that wants one.", show_default=False)
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder for images, Redis files and logs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load_settings(file: Path | None, assignments: Sequence[str] | None, named: dict[str, Any]) -> Loaded:
+    """The settings; an option of its own, in `named` by the setting's name, wins over the same setting in --set."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments or ():
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise OperatorError(f"--set {assignment}: write ROOM.FIELD=VALUE", "set")
+        overrides[name.strip()] = value
+    return load(file, overrides=overrides | {name: value for name, value in named.items() if value is not None})
+
+
+def client(url: str | None, key: str | None) -> Client:
+    """Of the server that the command is about."""
+    return Client(url or local_url(load().settings.http), key)
+
+
+def behind(
+    story: Callable[[Backstage], Awaitable[None]],
+    data_dir: Path | None,
+    config_file: Path | None,
+    assignments: Sequence[str] | None,
+) -> None:
+    """Run the story behind the scenes of the server that has these settings."""
+    settings = load_settings(config_file, assignments, {"data_dir": data_dir}).settings
+    from serve.cli.backstage import backstage  # redis takes a while to import
+
+    async def told() -> None:
+        async with backstage(settings) as stage:
+            await story(stage)
+
+    run(told())

@@ -1,0 +1,94 @@
+"""What every part of the job store stands on: its connections, its bell, and what the workers say of themselves."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from serve.domain import Job
+from serve.errors import JobNotFound
+from serve.jobs import records, scripts
+from serve.jobs.bell import Bell
+from serve.jobs.connection import Connection, milliseconds
+from serve.jobs.terms import REPORT, Backlog, Crew, WorkerReport
+from serve.settings import JobSettings
+from serve.telemetry.metrics import Metrics
+
+Fields = Mapping[str, str | bytes | int]
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_REPORT_S, _CREW_S = 30.0, 2.0
+_NOBODY = Crew()
+
+
+class Shared:
+    """Owns: this process's connections to the job Redis, its bell, and what it last heard of the workers."""
+
+    def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER) -> None:
+        """`folder` has the scripts."""
+        self._settings = settings
+        self._metrics = metrics
+        self._connection = Connection(settings, metrics, folder)
+        self._redis = self._connection.redis
+        self._run = self._connection.run
+        self._bell = Bell(self._redis)
+        self._crews: Mapping[str, Crew] = {}
+        self._heard_at = -_CREW_S
+
+    async def report(self, report: WorkerReport) -> None:
+        """Tell what a worker can do and how fast. It counts for half a minute."""
+        await self._run("report", milliseconds(_REPORT_S), report.name, REPORT.dump_json(report))
+
+    async def crew(self, model: str) -> Crew:
+        """The workers of a model that live, as this process heard of them within the last seconds."""
+        if time.monotonic() - self._heard_at >= _CREW_S:
+            found = await self._run("report", 0)
+            reports = sorted(map(REPORT.validate_json, found), key=lambda report: (report.model, report.name))
+            crews = itertools.groupby(reports, lambda report: report.model)
+            self._crews = {name: Crew(tuple(crew)) for name, crew in crews}
+            self._heard_at = time.monotonic()
+        return self._crews.get(model, _NOBODY)
+
+    async def backlog(self, model: str) -> Backlog:
+        """The work that waits, and that is in hand."""
+        return Backlog(*await self._run("backlog", model))
+
+    async def queue_depth(self) -> int:
+        """How many jobs wait."""
+        depth: int = await self._connection.guarded(self._redis.zcard("tandem:queue"))
+        self._metrics.set("tandem_queue_depth", depth)
+        return depth
+
+    async def ping(self) -> None:
+        """BackendUnavailable unless the store answers."""
+        await self._connection.guarded(self._redis.ping())
+
+    async def close(self) -> None:
+        await self._bell.close()
+        await self._redis.aclose()
+
+    async def _found(self, job_id: str, snapshot: Sequence[Any]) -> Job:
+        model = records.model_of(snapshot)
+        job = records.job(job_id, snapshot, await self.crew(model) if model else Crew())
+        if job is None:
+            raise unknown()
+        return job
+
+
+def flat(fields: Fields) -> list[str | bytes | int]:
+    return [part for field in fields.items() for part in field]
+
+
+def checked(job_id: str) -> str:
+    """Ids become parts of keys; one of another shape was never given."""
+    if not ID.fullmatch(job_id):
+        raise unknown()
+    return job_id
+
+
+def unknown() -> JobNotFound:
+    return JobNotFound("there is no such job, or its record's time is over", "id")

@@ -1,0 +1,142 @@
+"""The workers' side of the job store: claims, signs of life, settlements."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+from serve.domain import ImageRef, JobError, JobState, Preview, Tier, Timings
+from serve.errors import LeaseLost
+from serve.jobs import records, scripts
+from serve.jobs.base import Fields, Shared, flat
+from serve.jobs.connection import milliseconds
+from serve.jobs.records import Claim, Want, step_of, steps_of
+from serve.jobs.renewals import Renewals
+from serve.jobs.terms import Hold
+from serve.settings import JobSettings
+from serve.telemetry.metrics import Metrics
+
+
+class Claims(Shared):
+    """Every method may raise BackendUnavailable.
+
+    Owns: the renewals on their way.
+    """
+
+    def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER) -> None:
+        super().__init__(settings, metrics, folder)
+        self._renewals = Renewals(self._renew_all)
+
+    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
+        """Lease a queued job that satisfies the first want which any queued job satisfies, None if none does; Hold
+        where the job whose turn it is has to wait until this worker is `idle`.
+
+        So a later want is only served where nothing queued satisfies an earlier one. Of the jobs that satisfy it, the
+        owners take turns by weight and predicted cost, and an owner's `interactive` jobs go before the `batch` ones,
+        the oldest first. `waited_s` counts from when a job last joined the queue, which a retry and a release do again.
+        Jobs whose time is over, or not come yet, are passed over. It is one step of Redis and one pass over the queue.
+        """
+        flat = [part for want in wants for part in (want.model, want.above, want.upto, round(want.waited_s * 1000))]
+        lease, timeout = milliseconds(self._settings.lease_s), milliseconds(self._settings.timeout_s)
+        reply = await self._run("claim", worker, lease, timeout, int(idle), *flat)
+        if reply == b"alone":
+            return Hold.ALONE
+        return None if reply is None else records.claim(reply)
+
+    async def renew(self, claim: Claim, step: int = 0, state: JobState = JobState.RUNNING) -> bool:
+        """Renew the lease and tell the progress: `step` counts denoising steps done, `state` is one of those that a
+        worker holds. Neither goes back.
+
+        False: the client cancelled the job. LeaseLost: the claim is over. Renewals made together travel together.
+        """
+        return _held(claim, await self._renewals.renew(claim, step, state)) == b"held"
+
+    async def preview(self, claim: Claim, *previews: Preview) -> None:
+        """Put previews into the job's stream in this order, each in place of its image's former one, as one write.
+        LeaseLost: nothing was written.
+
+        They are no sign of life and no progress. The job's end takes them with it.
+        """
+        flat = [
+            part for each in previews for part in (each.index, step_of(claim.request, each.step, each.steps), each.data)
+        ]
+        _held(claim, await self._run("preview", claim.job_id, claim.fence, *flat))
+
+    def cancels(self, claim: Claim, event: asyncio.Event) -> AbstractAsyncContextManager[asyncio.Event]:
+        """Meanwhile `event` is set when the client cancels the claimed job; it may be set without reason."""
+        return self._bell.listening(f"tandem:cancel:{claim.job_id}", event)
+
+    async def succeed(
+        self,
+        claim: Claim,
+        *,
+        images: Sequence[ImageRef],
+        cache: Mapping[str, Tier],
+        timings: Timings,
+        approximate: Sequence[str] = (),
+    ) -> Mapping[str, Tier]:
+        """End the job with its stored images. `cache` says for each unit key where it came from, `approximate` what
+        kept the images from being exact.
+
+        Returns the same with what the text encoded ahead has cost, so that it is counted once: nothing, where this
+        settlement was made before. LeaseLost where the claim is over: the result does not count. Like every settlement
+        (`fail`, `cancelled`, `release`) it may be repeated when its answer was lost.
+        """
+        fields: dict[str, str | bytes | int] = {
+            "images": records.IMAGES.dump_json(tuple(images)),
+            "cache": records.TIERS.dump_json(dict(cache)),
+            "timings": records.TIMINGS.dump_json(timings),
+            "approximate": records.APPROXIMATE.dump_json(tuple(approximate)),
+            "step": steps_of(claim.request),
+        }
+        ahead = await self._settle(claim, "succeeded", fields)
+        return {} if ahead is None else records.tiers(ahead, cache)
+
+    async def fail(self, claim: Claim, error: JobError, *, retry: bool, delay_s: float = 0.0) -> None:
+        """End the attempt. With `retry` the job waits again at its old place while attempts remain, to be claimed after
+        half to one and a half times `delay_s`; without any left it failed, and is kept as a dead letter. Without
+        `retry` it failed by itself."""
+        told = records.ERROR.dump_json(error)
+        delay_ms = round(1000 * delay_s * random.uniform(0.5, 1.5))
+        await self._settle(claim, "retry" if retry else "failed", {"error": told}, delay_ms)
+
+    async def cancelled(self, claim: Claim) -> None:
+        """The worker stopped because the client no longer wants the job."""
+        await self._settle(claim, "cancelled")
+
+    async def release(self, claim: Claim) -> None:
+        """Give an unfinished job back to its old place in the queue; the attempt does not count."""
+        await self._settle(claim, "release")
+
+    async def wait_for_work(self, timeout_s: float) -> None:
+        """Return when a job was queued, at the latest after `timeout_s`. May return early, never raises."""
+        rung = self._bell.work()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await rung.wait()
+        rung.clear()
+
+    async def _settle(
+        self, claim: Claim, outcome: str, fields: Fields | None = None, delay_ms: int = 0
+    ) -> Mapping[str, Tier] | None:
+        """Where the text encoded ahead came from; None where the same settlement was made before."""
+        answer = await self._run("settle", claim.job_id, claim.fence, outcome, delay_ms, *flat(fields or {}))
+        if _held(claim, answer) == b"again":
+            return None
+        return records.TIERS.validate_json(answer) if answer else {}
+
+    async def _renew_all(self, renewals: Sequence[tuple[Claim, int, JobState]]) -> Sequence[bytes]:
+        flat = [part for claim, step, state in renewals for part in (claim.job_id, claim.fence, step, state)]
+        answers: list[bytes] = await self._run("renew", milliseconds(self._settings.lease_s), *flat)
+        return answers
+
+
+def _held(claim: Claim, answer: bytes) -> bytes:
+    """A script's answer, LeaseLost where the claim is over."""
+    if answer == b"lost":
+        raise LeaseLost(f"job {claim.job_id} is no longer held by this worker")
+    return answer

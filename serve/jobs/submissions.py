@@ -1,0 +1,199 @@
+"""The clients' side of the job store: orders, questions, cancellations."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from serve.callers import Allowance, Limit
+from serve.domain import ImageRequest, Job, JobEvent, JobState, Tier, Truncation
+from serve.errors import Conflict, InvalidRequest, JobGone, RateLimited
+from serve.jobs import records
+from serve.jobs.admission import queue_full
+from serve.jobs.base import ID, Shared, checked, flat, unknown
+from serve.jobs.connection import milliseconds
+from serve.jobs.records import steps_of
+from serve.jobs.terms import JobPage, Submitted, Terms
+
+_OWN_JOB_S = 2.0
+"""When to ask again for whom only one of their own jobs keeps out."""
+_EVENTS_PAGE, _LOOKED_AT = 200, 1000
+_DAY_S, _MINUTE_S = 86400, 60
+_EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+
+
+class Submissions(Shared):
+    """Every method may raise BackendUnavailable."""
+
+    async def submit(
+        self, job_id: str, request: ImageRequest, truncated: Sequence[Truncation] = (), *, terms: Terms = Terms()
+    ) -> Submitted:
+        """Log a job durably and queue it. The same call again is the same job.
+
+        Raises QueueFull and RateLimited; with a `fingerprint` also Conflict, where the id stands for another order,
+        JobGone where the record of this one is deleted; JobNotFound where the id is another owner's. Then nothing was
+        logged.
+        """
+        if not ID.fullmatch(job_id):
+            raise ValueError("a job id is 1 to 64 letters, digits, hyphens and underscores")
+        fields: dict[str, str | bytes | int] = {
+            "request": records.REQUEST.dump_json(request),
+            "truncated": records.TRUNCATED.dump_json(tuple(truncated)),
+            "model": request.model,
+            "pixels": request.pixels,
+            "rows": request.num_images,
+            "steps": steps_of(request),
+            "weight": repr(terms.weight),
+            "priority": terms.priority,
+            "cost": max(1, terms.cost_ms),
+            "alone": terms.alone_ms,
+            "token": uuid.uuid4().hex,
+        }
+        if terms.webhook is not None:
+            fields["webhook"] = terms.webhook
+        crew = await self.crew(request.model)
+        replicas = max(len(crew.reports), terms.replicas, 1)
+        status, *answer = await self._run(
+            "submit",
+            job_id,
+            terms.owner,
+            terms.fingerprint or "",
+            milliseconds(self._settings.idempotency_ttl_s),
+            self._settings.max_queued,
+            milliseconds(self._settings.max_queued_s * replicas),
+            milliseconds(self._settings.queue_ttl_s),
+            *_bounds(terms.allowance),
+            *flat(fields),
+        )
+        if status == b"full":
+            waiting_ms, over_ms = answer
+            raise queue_full(waiting_ms, over_ms, crew, self._settings)
+        if status == b"limited":
+            name, wait_ms, limits = answer
+            raise _limited(name.decode(), wait_ms, _limits(limits))
+        if status in (b"taken", b"conflict", b"gone"):
+            raise _refusal(status)
+        snapshot, limits = answer
+        return Submitted(job=await self._found(job_id, snapshot), replayed=status == b"again", limits=_limits(limits))
+
+    async def peek(self, job_id: str, owner: str, fingerprint: str) -> Job | None:
+        """The job that an idempotent submission would be answered with, None where it would be a new one.
+
+        Raises Conflict, JobGone, JobNotFound as `submit`.
+        """
+        status, snapshot = await self._run("peek", checked(job_id), owner, fingerprint)
+        if status == b"new":
+            return None
+        if status != b"again":
+            raise _refusal(status)
+        return await self._found(job_id, snapshot)
+
+    async def limits(self, owner: str, allowance: Allowance) -> tuple[Limit, ...]:
+        """The owner's limits as they stand; nothing is charged."""
+        return _limits(await self._run("limits", owner, *_bounds(allowance))) if allowance != Allowance() else ()
+
+    async def get(self, job_id: str, owner: str | None = None) -> Job:
+        """JobNotFound for an id that was never given, once the record's time is over, and for a job that is not
+        `owner`'s (None: whoever's)."""
+        job = await self._found(job_id, await self._run("get", checked(job_id)))
+        if owner is not None and job.owner != owner:
+            raise unknown()
+        return job
+
+    async def jobs(
+        self,
+        owner: str | None = None,
+        *,
+        states: Sequence[JobState] = (),
+        dead: bool = False,
+        after: str | None = None,
+        count: int = 50,
+    ) -> JobPage:
+        """A page of jobs, newest first: of an owner (None: of all), in these states (none: in any), with `dead` those
+        of nobody's fault that failed; behind the cursor `after`. Their place and ETA are not told.
+
+        A page may hold fewer although it goes on. Raises InvalidRequest for an `after` that is no cursor.
+        """
+        if after is not None and not re.fullmatch(r"[0-9]{1,15}", after):
+            raise InvalidRequest("cursor: send what the page before called next", "cursor")
+        index = "tandem:dead" if dead else "tandem:records" if owner is None else f"tandem:owner:{owner}"
+        ids, found, rest = await self._run("list", index, after or "+inf", count, _LOOKED_AT, *states)
+        jobs = [records.job(each.decode(), (record, False)) for each, record in zip(ids, found, strict=True)]
+        mine = tuple(job for job in jobs if job is not None and owner in (None, job.owner))
+        return JobPage(jobs=mine, next=rest.decode() or None)
+
+    async def cancel(self, job_id: str, owner: str | None = None) -> Job:
+        """A queued job ends at once, one that a worker holds when that hears of it, an ended one stays what it is.
+        JobNotFound for a job that is not `owner`'s (None: whoever's)."""
+        whose = (0, "") if owner is None else (1, owner)
+        return await self._found(job_id, await self._run("cancel", checked(job_id), *whose))
+
+    async def note_ahead(self, job_id: str, units: Mapping[str, Tier]) -> None:
+        """Tell where each text unit came from when the text was encoded while the job waits."""
+        await self._run("ahead", checked(job_id), records.TIERS.dump_json(dict(units)))
+
+    async def events_after(self, job_id: str, after: str | None, previews: bool = True) -> tuple[list[JobEvent], bool]:
+        """The next entries of the job's stream, at most a page, and whether the job had ended by then. Without
+        `previews` their files stay in Redis, and the events that tell of them have an `index` alone."""
+        if after is not None and not _EVENT_ID.fullmatch(after):
+            raise InvalidRequest("the id of the last event has the form 1700000000000-0", "after")
+        start = "-" if after is None else f"({after}"
+        state, entries, files = await self._run("events", checked(job_id), start, _EVENTS_PAGE, int(previews))
+        if state is None:
+            raise unknown()
+        events = [records.event(entry, file) for entry, file in zip(entries, files, strict=True)]
+        return events, JobState(state.decode()).terminal
+
+    def changes(self, job_id: str) -> AbstractAsyncContextManager[asyncio.Event]:
+        """An event that is set when the job's stream grew; it may be set without reason."""
+        return self._bell.listening(f"tandem:events:{checked(job_id)}")
+
+
+def _bounds(allowance: Allowance) -> tuple[int, int, int]:
+    """As the scripts want them: -1 for no bound, work in milliseconds."""
+    engine_ms = None if allowance.engine_s_per_day is None else round(allowance.engine_s_per_day * 1000)
+    requests, engine, unfinished = (
+        -1 if bound is None else bound for bound in (allowance.requests_per_minute, engine_ms, allowance.max_unfinished)
+    )
+    return requests, engine, unfinished
+
+
+def _refusal(status: bytes) -> Exception:
+    if status == b"conflict":
+        return Conflict("this id or key stands for another order already", "id")
+    if status == b"gone":
+        return JobGone("this order was served before, and its record's time is over", "id")
+    return unknown()
+
+
+def _limited(name: str, wait_ms: int, limits: tuple[Limit, ...]) -> RateLimited:
+    bound = next(each for each in limits if each.name == name)
+    told = {
+        "requests_per_minute": f"more than {bound.limit} orders a minute",
+        "engine_s_per_day": f"more than {bound.limit} predicted seconds of a replica a day",
+        "max_unfinished": f"{bound.limit} of your jobs have not ended",
+    }[name]
+    wait_s = wait_ms / 1000 or _OWN_JOB_S
+    return RateLimited(f"{told}: this key may have no more now ({name})", None, wait_s, limits)
+
+
+def _limits(flat: Sequence[Sequence[Any]]) -> tuple[Limit, ...]:
+    """As submit.lua tells them: milliseconds of work are seconds here."""
+    windows = {"requests_per_minute": _MINUTE_S, "engine_s_per_day": _DAY_S}
+    limits = []
+    for name, size, left, reset_ms in flat:
+        field, unit = name.decode(), 1000 if name == b"engine_s_per_day" else 1
+        limits.append(
+            Limit(
+                name=field,
+                limit=size // unit,
+                remaining=left // unit,
+                reset_s=reset_ms / 1000,
+                window_s=windows.get(field),
+            )
+        )
+    return tuple(limits)

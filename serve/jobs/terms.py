@@ -1,0 +1,109 @@
+"""How a job is queued, what a submission comes to, and what workers say of themselves."""
+
+from __future__ import annotations
+
+import enum
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from serve.callers import Allowance, Limit
+from serve.domain import Job, Priority
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How a job is queued.
+
+    `cost_ms` is the predicted share of one replica's time, `alone_ms` what an idle replica takes at least, `replicas`
+    how many may draw it as far as is known: they bound the work that waits. `fingerprint` is that of the order as the
+    client wrote it; with one, a further submission under the same id must be the same order.
+    """
+
+    owner: str = ""
+    weight: float = 1.0
+    priority: Priority = Priority.INTERACTIVE
+    cost_ms: int = 1
+    alone_ms: int = 0
+    replicas: int = 1
+    fingerprint: str | None = None
+    webhook: str | None = None
+    allowance: Allowance = field(default=Allowance())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """`replayed`: the order was logged before, and `job` is that one as it is now. `limits` are the owner's now."""
+
+    job: Job
+    replayed: bool = False
+    limits: tuple[Limit, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPage:
+    """Jobs, newest first; `next` goes on behind the last, None at the end."""
+
+    jobs: tuple[Job, ...]
+    next: str | None = None
+
+
+class Hold(enum.Enum):
+    """Why a worker that asks gets no job although there is one for it."""
+
+    ALONE = "alone"
+    """It must be drawn with nothing beside it: finish what is in hand first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """`depth` jobs wait for any model; `cost_ms` of predicted work wait for the model, `held_ms` are left of what its
+    workers have in hand."""
+
+    depth: int
+    cost_ms: int
+    held_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCurve:
+    """Milliseconds of a step by lanes (batch entries), for latents of this height and width."""
+
+    height: int
+    width: int
+    ms: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """What a worker says of itself. `vae_factor` is how many pixels a latent has on each side; `max_rows` the images
+    that it takes in hand at most, `batch` those of one step; `pace` what a predicted millisecond really takes there."""
+
+    name: str
+    model: str
+    placement: str
+    gpu_class: str | None = None
+    max_pixels: int
+    max_rows: int
+    batch: int
+    vae_factor: int
+    pace: float = 1.0
+    curves: tuple[StepCurve, ...] = ()
+    decode_ms_per_megapixel: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The workers of a model that live."""
+
+    reports: tuple[WorkerReport, ...] = field(default=())
+
+    @property
+    def pace(self) -> float:
+        """What a predicted millisecond really takes, on average."""
+        return statistics.fmean([report.pace for report in self.reports] or [1.0])
+
+
+REPORT = TypeAdapter(WorkerReport)

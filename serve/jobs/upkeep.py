@@ -1,0 +1,60 @@
+"""The upkeep of the job store: what time ends, what nobody may ask for any more, who is still to be told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+
+from serve.domain import JobError
+from serve.jobs import records
+from serve.jobs.base import Shared, checked
+from serve.jobs.connection import milliseconds
+
+WORKER_LOST = JobError(code="worker_lost", message="the worker died or was cut off, in every attempt")
+TIMED_OUT = JobError(code="timed_out", message="the job was not finished in time")
+NEVER_STARTED = JobError(code="queue_timeout", message="no worker was free in time")
+
+_PAGE = 100
+
+
+class Upkeep(Shared):
+    """Every method may raise BackendUnavailable. Any number of processes may do it at once."""
+
+    async def reap(self) -> int:
+        """Give the jobs of lapsed leases back or fail them, and expire those past their time. Returns how many."""
+        told = [records.ERROR.dump_json(error) for error in (WORKER_LOST, TIMED_OUT, NEVER_STARTED)]
+        total = 0
+        while True:
+            reaped: int = await self._run("reap", _PAGE, *told)
+            total += reaped
+            if reaped < _PAGE:
+                return total
+
+    async def overdue(self, count: int = _PAGE) -> list[str]:
+        """Ended jobs whose record's time is over, the oldest first. Once nothing else is left of them: `forget`."""
+        return [job_id.decode() for job_id in await self._run("overdue", count)]
+
+    async def forget(self, job_ids: Sequence[str]) -> int:
+        """Delete the records of those that are overdue; how many there were."""
+        return int(await self._run("forget", 0, *job_ids)) if job_ids else 0
+
+    async def put_off(self, job_ids: Sequence[str], delay_s: float) -> int:
+        """Keep those of them that are overdue for so much longer; how many there were."""
+        return int(await self._run("forget", milliseconds(delay_s), *job_ids)) if job_ids else 0
+
+    async def due_webhooks(self, lease_s: float, count: int = 10) -> list[str]:
+        """Ended jobs whose webhook is to be called now; nobody else is given them within `lease_s`."""
+        return [job_id.decode() for job_id in await self._run("webhook", "due", milliseconds(lease_s), count)]
+
+    async def webhook_done(self, job_id: str, delivered: bool) -> None:
+        """The end was told, or that was given up."""
+        await self._run("webhook", "done", checked(job_id), "delivered" if delivered else "failed")
+
+    async def webhook_again(self, job_id: str, delay_s: float) -> int:
+        """Call again after `delay_s`; how many calls there were, 0 where none is to be made any more."""
+        return int(await self._run("webhook", "again", checked(job_id), milliseconds(delay_s)))
+
+    def webhooks_changed(self) -> AbstractAsyncContextManager[asyncio.Event]:
+        """An event that is set when a webhook is to be called; it may be set without reason."""
+        return self._bell.listening("tandem:webhooks")

@@ -1,0 +1,206 @@
+"""One worker in a process of its own, without Ray: the store, the text encoder, the shipped model, the result store.
+
+The process is one that a test may kill: its job's id may say where it dies by itself. A `poison` kills every worker
+that begins it; `begin`, `step`, `decode`, `put` and `manifest` kill the first that comes to that place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from support.history import Heard
+
+from serve.diffusion.engine import Engine, Work
+from serve.diffusion.profile import Profile
+from serve.diffusion.run import Picture
+from serve.diffusion.runner import Latents, Runner, open_runner
+from serve.diffusion.scheduler import Row, StepScheduler
+from serve.diffusion.state import Source
+from serve.encoders.cache import EmbeddingCache
+from serve.encoders.forward import TextTower
+from serve.encoders.pool import EncoderPool
+from serve.encoders.registry import register
+from serve.jobs.store import Claim, JobStore
+from serve.models import resolve
+from serve.placements import Placement
+from serve.prompts.plan import Planner
+from serve.reports import cost_here, report_of
+from serve.results.store import ResultStore, open_store
+from serve.settings import Settings
+from serve.telemetry.metrics import InProcessMetrics
+from serve.worker import Worker
+
+PLACES = ("begin", "step", "decode", "put", "manifest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """`settings` as JSON of the tree; `folder` is where it writes what it was told, and where it has died once;
+    `clock_s` is how wrong its clock goes."""
+
+    name: str
+    settings: dict[str, Any]
+    folder: str
+    batch: int = 4
+    clock_s: float = 0.0
+
+
+class Deaths:
+    """Where the process ends itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def at(self, place: str, job_id: str) -> None:
+        kind = job_id.partition("-")[0]
+        if kind == "poison" or (kind == place and self._first(job_id)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _first(self, job_id: str) -> bool:
+        try:
+            (self._folder / f"died-{job_id}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+class MortalRunner(Runner):
+    """The runner, and the deaths on its way."""
+
+    def __init__(self, runner: Runner, deaths: Deaths) -> None:
+        super().__init__(runner.family)
+        self._deaths = deaths
+        self._released: dict[int, str] = {}
+
+    def begin(self, row: Row, work: Work, source: Source | None) -> None:
+        super().begin(row, work, source)
+        self._deaths.at("begin", work.run_id.partition(":")[0])
+
+    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+        failed = super().step(rows)
+        for row in rows:
+            self._deaths.at("step", row.run_id.partition(":")[0])
+        return failed
+
+    def release(self, row: Row) -> Latents:
+        latents = super().release(row)
+        self._released[id(latents)] = row.run_id.partition(":")[0]
+        return latents
+
+    def decode(self, latents: Latents, tiled: bool = False) -> Picture:
+        self._deaths.at("decode", self._released.pop(id(latents), ""))
+        return super().decode(latents, tiled)
+
+
+class MortalJobs(JobStore):
+    """The store, and a note of each settlement that this worker was told of."""
+
+    def __init__(self, settings: Settings, notes: Path) -> None:
+        super().__init__(settings.jobs, InProcessMetrics())
+        self._notes = notes
+
+    async def succeed(self, claim: Claim, **outcome: Any) -> Any:
+        told = await super().succeed(claim, **outcome)
+        self._note(claim, "succeeded")
+        return told
+
+    async def fail(self, claim: Claim, *args: Any, **outcome: Any) -> None:
+        await super().fail(claim, *args, **outcome)
+        self._note(claim, "failed")
+
+    async def cancelled(self, claim: Claim) -> None:
+        await super().cancelled(claim)
+        self._note(claim, "cancelled")
+
+    async def release(self, claim: Claim) -> None:
+        await super().release(claim)
+        self._note(claim, "release")
+
+    def _note(self, claim: Claim, outcome: str) -> None:
+        line = json.dumps(asdict(Heard(job=claim.job_id, fence=claim.fence, what=outcome)))
+        with self._notes.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def mortal(results: ResultStore, deaths: Deaths) -> ResultStore:
+    """Dies after the first put of an image, and after the manifest's."""
+    put = results.put
+
+    async def put_and_die(key: str, *args: Any, **options: Any) -> Any:
+        stored = await put(key, *args, **options)
+        deaths.at("manifest" if "manifest" in key else "put", key.partition("/")[0])
+        return stored
+
+    results.put = put_and_die  # type: ignore[method-assign]
+    return results
+
+
+async def serve(plan: WorkerPlan) -> None:
+    """Work until SIGTERM, then drain."""
+    settings, folder = Settings.model_validate(plan.settings), Path(plan.folder)
+    deaths = Deaths(folder)
+    metrics = InProcessMetrics()
+    model = resolve(settings.model, Path())
+    registry = register([model], settings)
+    pool = EncoderPool(TextTower.load(registry.encoders[0], "cpu"), registry.encoders[0], settings, metrics)
+    embeddings = EmbeddingCache(settings.cache, pool.encode, metrics, place="diffusion")
+    runner = MortalRunner(open_runner(model, settings.diffusion), deaths)
+    profile = Profile(plan.batch)
+    jobs = MortalJobs(settings, folder / f"settled-{plan.name}.jsonl")
+    placement = Placement(
+        name="a card", model=model.name, gpu_class=None, settings=settings.diffusion, max_pixels=1 << 20
+    )
+    worker = Worker(
+        name=plan.name,
+        placement=placement,
+        settings=settings.jobs,
+        jobs=jobs,
+        planner=Planner(model, registry.sources(model.name)),
+        embeddings=embeddings,
+        engine=Engine(runner, StepScheduler(profile), profile, metrics),
+        results=mortal(open_store(settings.results, settings.data_dir), deaths),
+        metrics=metrics,
+        batch=lambda: plan.batch,
+        report=partial(report_of, plan.name, placement, profile, runner.family.vae.scale_factor),
+        cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
+        spool_bytes=settings.results.spool_bytes,
+        stall_s=settings.diffusion.stall_s,
+    )
+    (folder / f"ready-{plan.name}").touch()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    await worker.drain(settings.diffusion.drain_s)
+    await jobs.close()
+
+
+def main(plan: WorkerPlan) -> None:
+    """The process. It ends with the one that started it."""
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    if plan.clock_s:
+        true = time.time
+        time.time = lambda: true() + plan.clock_s
+    logging.basicConfig(
+        filename=Path(plan.folder) / f"{plan.name}.log", level=logging.INFO, format="%(asctime)s %(name)s %(message)s"
+    )
+    asyncio.run(serve(plan))
+
+
+if __name__ == "__main__":
+    main(WorkerPlan(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
