@@ -31,8 +31,8 @@ test-slow: .venv/.installed ## The slow tests
 
 chaos: .venv/.installed ## Kill, cut and stall every part, and write the table of docs/reliability.md (half an hour)
 	@$(if $(ARGS),,rm -rf .pytest_cache/chaos)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chaos -m chaos -s $(ARGS)
-	PYTHONPATH=tests $(BIN)/python -m support.chaos_report
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chaos -m chaos -s $(ARGS); code=$$?; \
+	PYTHONPATH=tests $(BIN)/python -m support.chaos_report || exit 1; exit $$code
 
 check: .venv/.installed ## Lint, format, types, import contracts, generated docs
 	$(BIN)/ruff check

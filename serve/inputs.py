@@ -96,11 +96,6 @@ class Inputs:
         async with self._decoding:
             return await settled(asyncio.to_thread(work, *arguments))
 
-    async def check(self, pictures: Pictures, width: int, height: int) -> None:
-        """Decode them and keep nothing. Raises InvalidRequest for a file that is broken."""
-        for upload in pictures.uploads:
-            await self._decoded(upload, width, height)
-
     async def keep(self, pictures: Pictures, width: int, height: int) -> None:
         """Store them at that size; where this fails or is cancelled, they are deleted again. Raises InvalidRequest for
         a file that is broken, BackendUnavailable."""

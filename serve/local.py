@@ -24,10 +24,10 @@ from pydantic import SecretStr
 
 from serve.catalog import Catalog, open_catalog
 from serve.devices import claim_device
-from serve.embedded import EmbeddedRedis, check_redis
+from serve.embedded import EmbeddedRedis, check_redis, make_private
 from serve.errors import OperatorError, Unavailable
 from serve.keys import KeyStore
-from serve.origins import Loaded
+from serve.origins import Loaded, shown
 from serve.placements import GPU_CLASS_LABEL, HERE, plan_placements, setting_of
 from serve.results.store import open_store
 from serve.settings import JobSettings, Settings
@@ -73,8 +73,10 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     data_dir = settings.data_dir.absolute()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
+        if settings.results.store == "local":
+            make_private(data_dir / "images")  # where open_store has them
     except OSError as error:
-        raise OperatorError(f"data_dir: {data_dir}: {error.strerror}", "data_dir") from None
+        raise OperatorError(f"data_dir: {error.filename}: {error.strerror}", "data_dir") from None
     settings = settings.model_copy(update={"data_dir": data_dir})
     catalog = open_catalog(settings)
     for placement in plan_placements(settings, catalog.drawn):
@@ -85,7 +87,7 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
         asyncio.run(open_store(settings.results, data_dir).check())
     except Unavailable:
         setting = "results.s3.endpoint_url"
-        place = settings.results.s3.endpoint_url or "AWS"
+        place = shown(settings.results.s3.endpoint_url) or "AWS"
         raise OperatorError(f"{setting}: S3 at {place} does not answer", setting) from None
     servers: list[EmbeddedRedis] = []
 
@@ -159,6 +161,9 @@ def _start(settings: Settings, catalog: Catalog, stack: contextlib.ExitStack) ->
     import ray
     from ray import serve
 
+    # Ray makes all workers nice, the denoisers and those who answer for them alike; ours choose
+    # (deployments/diffusion.py).
+    os.environ.setdefault("RAY_worker_niceness", "0")
     temp_dir = Path(tempfile.mkdtemp(prefix="tandem-"))  # short: Ray keeps Unix sockets in it
     stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
     stack.callback(_end_ray, psutil.Process().children())  # also ends what an interrupted start has begun
@@ -176,7 +181,6 @@ def _start(settings: Settings, catalog: Catalog, stack: contextlib.ExitStack) ->
     settings = fit(settings, catalog.registry.encoders, placements, ray.cluster_resources())
     serve_logs = {"log_level": "DEBUG" if settings.log.level == "debug" else "WARNING"}
     serve.start(http_options={"host": settings.http.host, "port": settings.http.port}, logging_config=serve_logs)
-    stack.callback(serve.shutdown)
     application = pkgutil.resolve_name(APPLICATION)(settings)
     stack.callback(_drain, max((each.settings.drain_s for each in placements), default=0.0))
     try:

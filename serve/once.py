@@ -1,4 +1,4 @@
-"""What makes a submission idempotent: the id that it is logged under, and the fingerprint of its order."""
+"""What makes a submission idempotent: the name that it is known under, and the fingerprint of its order."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from serve.orders import NewImage
 _LARGE = ("image", "mask")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Once:
-    """Makes a submission idempotent: the same order under the same id is the same job. `named` is what the client gave,
-    `Idempotency-Key` or `id`."""
+    """Makes a submission idempotent: the same order under the same name is the same job. The name is either the `key`
+    that its owner gave (`Idempotency-Key`), or the `job_id` itself."""
 
-    job_id: str
-    named: str
+    key: str | None = None
+    job_id: str | None = None
 
-    @classmethod
-    def under_key(cls, owner: str, key: str) -> Once:
-        """Owners' keys are apart from each other."""
-        text = f"{len(owner)}:{owner}{key}"
-        return cls(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "Idempotency-Key")
+    @property
+    def named(self) -> str:
+        """What the client gave, in messages."""
+        return "id" if self.key is None else "Idempotency-Key"
 
 
 async def fingerprint_of(new: NewImage) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -21,6 +20,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 
 from serve.errors import OperatorError
 from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
+from serve.urls import shown_url, without_user
 
 TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements")
 """Fields of the tree that hold a table or a list."""
@@ -83,14 +83,10 @@ def _origin(name: str, values: Mapping[str, tuple[Any, str]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value fit for the terminal: secrets hidden, but the host of a secret URL kept."""
-    if not isinstance(value, SecretStr):
-        return "" if value is None else str(value)
-    parts = urlsplit(value.get_secret_value())
-    if not parts.hostname:
-        return "**********"
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, f"**********@{host}" if "@" in parts.netloc else host, parts.path, "", ""))
+    """A value fit for the terminal: secrets hidden, but the host of a secret URL kept; no URL names a user."""
+    if isinstance(value, SecretStr):
+        return shown_url(value.get_secret_value())
+    return "" if value is None else without_user(str(value))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

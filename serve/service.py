@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ from serve.text import count_prompts
 log = logging.getLogger(__name__)
 
 MAX_MEASURED_STEPS = 50
+READY_S = 1.0
+"""For so long what the parts said of themselves is told again, from when they were asked."""
 _PROBE_S = 2.0
 
 Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
@@ -73,7 +76,8 @@ Probe = Callable[[], Awaitable[PoolState]]
 class ImageService:
     """Submit, look up, follow and cancel image jobs. Another owner's job is one that there is not.
 
-    Owns: the way in, the tasks that have a queued job's text encoded, and those that cancel what nobody waits for.
+    Owns: the way in, the tasks that have a queued job's text encoded, those that cancel what nobody waits for, and the
+    one that asks the parts how they are.
     """
 
     def __init__(
@@ -108,6 +112,8 @@ class ImageService:
         self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners)
         self._ahead: dict[str, asyncio.Task[None]] = {}
         self._withdrawing: set[asyncio.Task[None]] = set()
+        self._asking: asyncio.Task[dict[str, PoolState]] | None = None
+        self._asked_at = 0.0
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What images can be ordered from; empty on a server that only encodes text."""
@@ -139,6 +145,8 @@ class ImageService:
         self._door.close()
         for task in (*self._ahead.values(), *self._withdrawing):
             task.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
 
     async def get(self, job_id: str, caller: Caller) -> Job:
         return await self._jobs.get(job_id, caller.owner)
@@ -212,7 +220,15 @@ class ImageService:
         return SelfTest(model=folder.name, width=width, height=height, steps=steps, placements=tables)
 
     async def readiness(self) -> dict[str, PoolState]:
-        """What each part says of itself; a part that fails to answer is not ready."""
+        """What each part says of itself; a part that fails to answer is not ready. They are asked once in READY_S,
+        however many want to know: whoever reaches the server may."""
+        asking = self._asking
+        if asking is None or (asking.done() and time.monotonic() - self._asked_at >= READY_S):
+            self._asked_at = time.monotonic()
+            asking = self._asking = asyncio.create_task(self._ask())
+        return await asyncio.shield(asking)
+
+    async def _ask(self) -> dict[str, PoolState]:
         states = await asyncio.gather(*(self._probe(probe) for probe in self._pools.values()))
         return dict(zip(self._pools, states, strict=True))
 

@@ -45,6 +45,9 @@ class HttpSettings(Room):
     """Number of ingress replicas."""
     max_connections: int = Field(1000, ge=1)
     """Requests, open event streams among them, that one ingress replica serves at once."""
+    max_streams: int = Field(64, ge=1)
+    """Event streams and waits (`wait=true`) that one caller, an API key or a tenant, may have open at one ingress
+    replica; one more is refused with 429."""
     num_cpus: float = Field(0.2, ge=0)
     """CPUs that one ingress replica reserves in Ray."""
     benchmark: bool | None = None
@@ -100,7 +103,8 @@ class JobSettings(Room):
     redis_url: SecretStr | None = None
     """Redis for jobs (durable, `noeviction`); by default `tandem up` starts one of its own under `data_dir`."""
     max_queued: int = Field(100, ge=1)
-    """Most jobs that wait at once; one more is refused with 503."""
+    """Most jobs that wait at once; one more is refused with 503. Half as many again, for callers who have fewer than
+    their share of them, so that nobody can take all places."""
     max_queued_s: float = Field(600.0, gt=0)
     """Most predicted seconds of work that wait for each replica of a model; what comes on top is refused with 503."""
     lease_s: float = Field(10.0, gt=0)
@@ -136,7 +140,8 @@ class KeySettings(Room):
 
 class WebhookSettings(Room):
     allowed_hosts: tuple[str, ...] = ()
-    """Hosts that orders may name in `webhook`; `*.example.com` allows what is below it. Without any there are none."""
+    """Hosts that orders may name in `webhook`; `*.example.com` allows what is below it, `host:port` another port than
+    443. Without any there are none."""
     allow_private: bool = False
     """Also call addresses that are not public (loopback, private networks), over http too."""
     secret: SecretStr | None = None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import io
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
 from serve.diffusion.engine import Rendered
-from serve.domain import ImageRef
+from serve.domain import ImageRef, ImageRequest
 from serve.errors import GenerationFailed, InvalidRequest, JobNotFound, Unavailable
 from serve.jobs.store import Claim
 from serve.patience import Patience
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _PUTS = 3
 """Times that an image is put which is deleted each time before it can be looked at."""
+_ANOTHER = "the result store holds the images of another order under this job's id"
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(ImageRequest)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +97,14 @@ async def put_images(
     """Put every image once, then the manifest. What an earlier run of the job has put stays, and is told as it is.
 
     Raises what Patience does while the store is away, GenerationFailed where the store has another order's manifest
-    under the job's id.
+    or images under the job's id.
     """
     entries, approximate = [], set[str]()
     for index, file in enumerate(encoded.files):
         patience.wanted()
         data = await _put_image(results, file, patience, metrics)
         ours = data is file.data
-        approximate.update(encoded.approximate if ours else await asyncio.to_thread(_approximate_of, data))
+        approximate.update(encoded.approximate if ours else await asyncio.to_thread(_adopted, file.data, data))
         entries.append(await asyncio.to_thread(_entry, claim, index, file, data))
     manifest = Manifest(
         attempt=claim.attempt,
@@ -172,7 +177,7 @@ async def _manifest(results: ResultStore, claim: Claim, patience: Patience) -> M
     if manifest is None:
         log.warning("the manifest %s can't be read", key)
     elif manifest.order != Order.of(claim.request):
-        raise GenerationFailed("the result store holds the images of another order under this job's id")
+        raise GenerationFailed(_ANOTHER)
     return manifest
 
 
@@ -193,12 +198,26 @@ def _outcome(manifest: Manifest) -> Outcome:
     return Outcome(tuple(entry.ref for entry in manifest.images), manifest.approximate)
 
 
-def _approximate_of(data: bytes) -> set[str]:
-    """What a stored image says of itself."""
+def _adopted(ours: bytes, found: bytes) -> set[str]:
+    """What made a found image approximate. GenerationFailed unless it says that it is of the order of our own."""
+    mine, its = _told(ours), _told(found)
+    if _order(mine) != _order(its):
+        raise GenerationFailed(_ANOTHER)
+    return set(its.get("approximate", ()))
+
+
+def _told(data: bytes) -> Mapping[str, Any]:
+    """What an image says of itself; a JPEG has no room for what is very long."""
     try:
-        return set(read_parameters(data).get("approximate", ()))
+        return read_parameters(data)
     except InvalidRequest:
-        return set()
+        return {}
+
+
+def _order(told: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """None of a file that says nothing. A field that it does not name has its default: another version may have
+    written it, whose orders had more of them or fewer."""
+    return {name: told.get(name, default) for name, default in _DEFAULTS.items()} if told else None
 
 
 def _decoded(data: bytes) -> Image.Image:

@@ -18,12 +18,12 @@ from serve.errors import (
     JobGone,
     JobNotFound,
     QueueFull,
+    RateLimited,
     Unavailable,
 )
 from serve.inputs import Inputs, Pictures, settled
-from serve.jobs.admission import over_ms, queue_full
 from serve.jobs.store import JobStore, Terms
-from serve.jobs.terms import Backlog, Crew, Submitted
+from serve.jobs.terms import Crew, Submitted
 from serve.models import ModelFolder
 from serve.once import Once, fingerprint_of
 from serve.orders import NewImage, complete, drawn
@@ -95,15 +95,26 @@ class Intake:
         A caller who goes away takes the job along, unless `once` lets them ask for it again. Raises what
         `ImageService.submit` raises.
         """
-        fingerprint = None
-        if once is not None:
-            fingerprint = await fingerprint_of(new)
+        if once is None:
+            return await self._new(new, caller, None, None)
+        fingerprint = await fingerprint_of(new)
+        if known := await self._former(once, caller, fingerprint):
+            return Accepted(submitted=known)
+        try:
+            return await self._new(new, caller, once, fingerprint)
+        except (QueueFull, RateLimited):
+            # The same order may have taken the last place meanwhile.
             if known := await self._former(once, caller, fingerprint):
                 return Accepted(submitted=known)
-        job_id = once.job_id if once else uuid.uuid4().hex
+            raise
+
+    async def _new(self, new: NewImage, caller: Caller, once: Once | None, fingerprint: str | None) -> Accepted:
+        job_id = (once and once.job_id) or uuid.uuid4().hex
         await self._look(new, caller)
         draft = await self._drafted(job_id, new, caller)
-        terms = _terms(new, caller, draft.estimate, fingerprint)
+        terms = _terms(new, caller, draft.estimate, fingerprint, once)
+        if draft.pictures.uploads:  # decoding and storing them is what a refusal must not cost
+            await self.jobs.admit(draft.request.model, draft.estimate.cost_ms, caller.owner, caller.allowance)
         await self.inputs.keep(draft.pictures, draft.request.width, draft.request.height)
         try:
             submitted = await settled(self._logged(draft, terms, once))
@@ -114,12 +125,12 @@ class Intake:
         return Accepted(submitted=submitted, plan=None if submitted.replayed else draft.plan)
 
     async def quote(self, new: NewImage, caller: Caller) -> Quote:
-        """What the order would come to; nothing is queued or kept, and nothing is charged."""
+        """What the order would come to; nothing is queued or kept, and nothing is charged. Of its pictures the headers
+        are read."""
         if new.webhook is not None:
             check_webhook(new.webhook, self.webhooks)
         draft = await self._drafted(uuid.uuid4().hex, new, caller)
         request, estimate = draft.request, draft.estimate
-        await self.inputs.check(draft.pictures, request.width, request.height)
         backlog = await self.jobs.backlog(request.model)
         workers = max(1, len(draft.crew.reports))
         work_ms = (backlog.cost_ms + backlog.held_ms) / workers + estimate.alone_ms
@@ -131,8 +142,15 @@ class Intake:
             position=backlog.depth + 1,
             eta_s=draft.crew.pace * work_ms / 1000,
             placements=tuple(each for each in self.fleet.for_model(request.model) if each.max_pixels >= request.pixels),
-            refusal=self._full(backlog, draft.crew, estimate.cost_ms),
+            refusal=await self._refusal(request, estimate, caller),
         )
+
+    async def _refusal(self, request: ImageRequest, estimate: Estimate, caller: Caller) -> Unavailable | None:
+        try:
+            await self.jobs.admit(request.model, estimate.cost_ms, caller.owner, caller.allowance)
+        except (QueueFull, RateLimited) as refusal:
+            return refusal
+        return None
 
     def close(self) -> None:
         for task in self.clearing:
@@ -141,10 +159,12 @@ class Intake:
     async def _former(self, once: Once, caller: Caller, fingerprint: str) -> Submitted | None:
         """Looked for before anything of the order is read: a replay costs one look, and stores no pictures."""
         try:
-            job = await self.jobs.peek(once.job_id, caller.owner, fingerprint)
+            job = await self.jobs.peek(caller.owner, fingerprint, key=once.key, job_id=once.job_id or "")
         except (Conflict, JobGone, JobNotFound) as error:
             raise type(error)(error.message, once.named) from None
-        return None if job is None else Submitted(job=job, replayed=True)
+        if job is None:
+            return None
+        return Submitted(job=job, replayed=True, limits=await self.jobs.limits(caller.owner, caller.allowance))
 
     async def _look(self, new: NewImage, caller: Caller) -> None:
         """What can be refused without a look at the pictures and the prompt is refused here. A full queue too: the
@@ -152,9 +172,7 @@ class Intake:
         if new.webhook is not None:
             check_webhook(new.webhook, self.webhooks)
         model, _ = drawn(new.model, self.models)
-        backlog = await self.jobs.backlog(model.name)
-        if full := self._full(backlog, await self.jobs.crew(model.name), 0):
-            raise full
+        await self.jobs.admit(model.name, 1, caller.owner, caller.allowance)
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
         pictures = Pictures(job_id, await self.inputs.read(new, caller.owner))
@@ -226,15 +244,8 @@ class Intake:
         if not kept:
             await self.inputs.discard(pictures)
 
-    def _full(self, backlog: Backlog, crew: Crew, cost_ms: int) -> QueueFull | None:
-        """As `submit.lua` decides, on figures that may be a moment old."""
-        over = over_ms(backlog, crew, self.rules, cost_ms)
-        if backlog.depth < self.rules.max_queued and not over:
-            return None
-        return queue_full(backlog.cost_ms, over, crew, self.rules)
 
-
-def _terms(new: NewImage, caller: Caller, estimate: Estimate, fingerprint: str | None) -> Terms:
+def _terms(new: NewImage, caller: Caller, estimate: Estimate, fingerprint: str | None, once: Once | None) -> Terms:
     return Terms(
         owner=caller.owner,
         weight=caller.weight,
@@ -243,6 +254,7 @@ def _terms(new: NewImage, caller: Caller, estimate: Estimate, fingerprint: str |
         alone_ms=estimate.alone_ms,
         replicas=estimate.replicas,
         fingerprint=fingerprint,
+        key=once.key if once else None,
         webhook=new.webhook,
         allowance=caller.allowance,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 
 from serve.attempt import Attempt, Means
@@ -102,14 +103,15 @@ class Worker:
 
     @property
     def hangs(self) -> bool:
-        """Nothing goes on in the step loop, or it passes a job over: that one's turn comes once each of the others had
-        theirs."""
+        """Nothing goes on in the step loop, or it passes a job over, whose turn comes once the others, a batch at a
+        time, had theirs."""
         held = self._held.values()
         megapixels = max((attempt.claim.request.pixels for attempt in held), default=0) / 1e6
         decode_s = megapixels * self._means.pace.decode_ms_per_megapixel / 1000
         allowed = allowed_s(self._stall_s, self._engine.slowest_step_s, decode_s)
         passed_over_s = max((attempt.still_s for attempt in held), default=0.0)
-        return self._engine.still_s > allowed or passed_over_s > allowed * max(1, self.rows)
+        turns = 1 + math.ceil(self.rows / max(1, self._batch()))
+        return self._engine.still_s > allowed or passed_over_s > allowed * turns
 
     async def drain(self, grace_s: float) -> None:
         """Claim no more, finish what can be finished in so many seconds, give the rest back, end the step loop."""
@@ -153,7 +155,7 @@ class Worker:
                 await first(self._freed.wait(), self._draining.wait())
                 continue
             try:
-                claim = await self._jobs.claim(self._name, wants, idle=not self._held)
+                claim = await self._jobs.claim(self._name, wants, idle=not self.rows)
             except Exception as error:  # noqa: BLE001  what can't be claimed must not stop what is in hand
                 log.warning("claiming: %s", error)
                 await first(asyncio.sleep(IDLE_WAIT_S), self._draining.wait())
@@ -171,7 +173,13 @@ class Worker:
             with contextlib.suppress(TandemError):
                 await self._jobs.release(claim)
             return
-        attempt = Attempt(self._means, claim)
+        try:
+            attempt = Attempt(self._means, claim)
+        except Exception:
+            log.exception("job %s could not be begun", claim.job_id)
+            with contextlib.suppress(TandemError):
+                await self._jobs.release(claim)
+            return
         task = asyncio.create_task(attempt.run())
         self._held[task] = attempt
         task.add_done_callback(self._ended)

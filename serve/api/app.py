@@ -11,6 +11,7 @@ from serve.api import errors, health, jobs, native, text
 from serve.api.auth import Doorkeeper
 from serve.api.middleware import BodyLimit, RequestIds
 from serve.api.parts import Root
+from serve.api.streams import Streams
 from serve.keys import KeyStore
 from serve.service import ImageService
 from serve.settings import Settings
@@ -33,6 +34,7 @@ def create_app(service: ImageService, texts: TextService, settings: Settings, ke
     app.state.keys = keys
     app.state.salted_keys = settings.keys.salt
     app.state.salt_header = settings.cache.salt_header
+    app.state.streams = Streams(settings.http.max_streams)
     app.state.job_timeout_s = settings.jobs.queue_ttl_s + settings.jobs.timeout_s
     errors.install(app)
     # The last one added is the outermost.

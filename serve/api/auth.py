@@ -51,11 +51,13 @@ async def caller(request: Request) -> Caller:
     return await _identified(request)
 
 
-def _needs(scope: Scope) -> Callable[[Request], Awaitable[Caller]]:
+def _needs(*scopes: Scope) -> Callable[[Request], Awaitable[Caller]]:
+    """Any of them will do."""
+
     async def allowed(request: Request) -> Caller:
         found = await _identified(request)
-        if scope not in found.scopes:
-            raise Forbidden(f"the API key lacks the scope {scope}")
+        if found.scopes.isdisjoint(scopes):
+            raise Forbidden(f"the API key lacks the scope {' or '.join(scopes)}")
         return found
 
     return allowed
@@ -64,6 +66,7 @@ def _needs(scope: Scope) -> Callable[[Request], Awaitable[Caller]]:
 Known = Annotated[Caller, Depends(caller)]
 Generates = Annotated[Caller, Depends(_needs(Scope.GENERATE))]
 Embeds = Annotated[Caller, Depends(_needs(Scope.EMBED))]
+Uses = Annotated[Caller, Depends(_needs(Scope.GENERATE, Scope.EMBED))]
 Administers = Annotated[Caller, Depends(_needs(Scope.ADMIN))]
 
 KEYED = (Security(_bearer), Security(_header))
@@ -114,12 +117,14 @@ async def _found(request: Request) -> Caller:
     if token is None:
         raise Unauthorized(_NO_KEY)
     key = await keys.find(token)
+    salted = request.app.state.salted_keys
     return Caller(
         owner=key.id,
         scopes=frozenset(key.scopes),
         weight=key.weight,
         allowance=key.allowance,
-        salt=key.id if request.app.state.salted_keys else tenant,
+        # The proxy's tenants stay apart behind one key too.
+        salt=".".join(filter(None, (key.id if salted else "", tenant))),
     )
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serve import errors, service
-from serve.api import ratelimits
+from serve.api import ratelimits, streams
 from serve.telemetry.logs import escape
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ STATUS: Mapping[type[errors.TandemError], int] = {
     errors.Forbidden: 403,
     service.NotOffered: 404,
     service.Busy: 429,
+    streams.TooManyStreams: 429,
     errors.Unavailable: 503,
     errors.RateLimited: 429,
     errors.GenerationFailed: 500,
@@ -135,7 +136,8 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
         return respond(400, f"the body is not JSON: {first['ctx']['error']}", "invalid_json", "body")
     if isinstance(first["input"], bytes):
         return respond(415, "send JSON, with Content-Type: application/json", "unsupported_media_type", "body")
-    param = ".".join(fields) or place
+    # Of a query parameter that came several times, it does not matter which is wrong.
+    param = ".".join(fields[:1] if place == "query" else fields) or place
     if place == "path" and request.method != "PUT":
         return respond(404, f"nothing has this {param}", errors.JobNotFound.code, param)
     reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]

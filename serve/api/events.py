@@ -10,7 +10,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from serve.api.auth import Generates
 from serve.api.errors import ErrorBody, public
-from serve.api.parts import JobId, Service
+from serve.api.parts import JobId, OpenStreams, Service
 from serve.api.schemas import EventView, PreviewView
 from serve.domain import JobEvent, JobState
 from serve.errors import TandemError
@@ -30,17 +30,24 @@ class EventStream(EventSourceResponse):
 
 
 async def _open(
-    job_id: JobId, service: Service, caller: Generates, last_event_id: LastEventId = None, previews: Previews = True
+    job_id: JobId,
+    service: Service,
+    caller: Generates,
+    streams: OpenStreams,
+    last_event_id: LastEventId = None,
+    previews: Previews = True,
 ) -> AsyncIterator[Events]:
-    """The job's events after `last_event_id`. An unknown job is a 404 here, before the answer has begun.
+    """The job's events after `last_event_id`. An unknown job is a 404 here, before the answer has begun, and one stream
+    too many a 429.
 
     The events are closed when the answer ends, whether the job or the client ended it.
     """
-    events = await service.events(job_id, caller, last_event_id, previews=previews)
-    try:
-        yield events
-    finally:
-        await events.aclose()
+    with streams.one(caller.owner):
+        events = await service.events(job_id, caller, last_event_id, previews=previews)
+        try:
+            yield events
+        finally:
+            await events.aclose()
 
 
 OpenEvents = Annotated[Events, Depends(_open)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import ServerSentEvent
 
-from serve.api.auth import KEYED, Generates
+from serve.api.auth import Generates
 from serve.api.errors import documented
 from serve.api.events import EventStream, OpenEvents, stream
 from serve.api.job_schemas import JobList, QuoteView
-from serve.api.parts import JobId, Root, Service
+from serve.api.parts import GUARDED, JobId, OpenStreams, Root, Service
 from serve.api.schemas import JobOrder, JobView
 from serve.api.waiting import ended, told_of
 from serve.callers import Caller
@@ -20,8 +20,9 @@ from serve.domain import JobState
 from serve.errors import InvalidRequest
 from serve.once import Once
 from serve.orders import NewImage
+from serve.service import ImageService
 
-router = APIRouter(prefix="/v1/jobs", tags=["native"], responses=documented(401, 403, 503), dependencies=KEYED)
+router = APIRouter(prefix="/v1/jobs", tags=["native"], responses=documented(401, 403, 503), dependencies=GUARDED)
 
 _LONGEST_KEY = 255
 
@@ -38,6 +39,13 @@ States = Annotated[list[JobState], Query(alias="state", description="Jobs in the
 PageSize = Annotated[int, Query(alias="limit", ge=1, le=100, description="Most jobs of a page.")]
 Cursor = Annotated[str | None, Query(max_length=64, description="What the page before called `next`.")]
 
+_DONE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": JobView | QuoteView,
+        "description": "With `wait`: the job has ended, as its `state` says. With `dry_run`: what it would come to",
+    }
+}
+
 
 def _once(request: Request, caller: Generates, key: IdempotencyKey = None) -> Once | None:
     if key is None:
@@ -45,20 +53,21 @@ def _once(request: Request, caller: Generates, key: IdempotencyKey = None) -> On
     keys = request.headers.getlist("idempotency-key")
     if len(keys) > 1 or not 1 <= len(key) <= _LONGEST_KEY or not all("!" <= letter <= "~" for letter in key):
         raise InvalidRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, sent once", "Idempotency-Key")
-    return Once.under_key(caller.owner, key)
+    return Once(key=key)
+
+
+async def _counted(caller: Generates, streams: OpenStreams, wait: Wait = False) -> AsyncIterator[None]:
+    """A wait is an open stream until its answer has ended."""
+    with streams.one(caller.owner if wait else ""):
+        yield
 
 
 @router.post(
     "",
     status_code=202,
     response_model=JobView,
-    responses=documented(400, 404, 410, 413, 415, 422, 429)
-    | {
-        200: {
-            "model": JobView | QuoteView,
-            "description": "With `wait`: the job has ended, as its `state` says. With `dry_run`: what it would come to",
-        }
-    },
+    dependencies=[Depends(_counted)],
+    responses=documented(400, 404, 410, 413, 415, 422, 429) | _DONE,
 )
 async def create_job(
     order: JobOrder,
@@ -76,19 +85,17 @@ async def create_job(
     With `?wait=true` it answers when the job has ended; whoever hangs up before cancels it, unless an `Idempotency-Key`
     lets them ask for it again. With `?dry_run=true` it answers what the order would come to.
     """
-    new = _new(order, caller)
     if dry_run:
-        told = QuoteView.of(await service.quote(new, caller), order)
-        return Response(told.model_dump_json(), media_type="application/json")
-    return await _ordered(new, service, root, caller, request, response, once, wait)
+        return await _quoted(order, service, caller)
+    return await _ordered(_new(order, caller), service, root, caller, request, response, once, wait)
 
 
 @router.put(
     "/{id}",
     status_code=202,
     response_model=JobView,
-    responses=documented(400, 404, 410, 413, 415, 422, 429)
-    | {200: {"model": JobView, "description": "With `wait`: the job has ended, as its `state` says"}},
+    dependencies=[Depends(_counted)],
+    responses=documented(400, 404, 410, 413, 415, 422, 429) | _DONE,
 )
 async def put_job(
     job_id: JobId,
@@ -99,12 +106,15 @@ async def put_job(
     request: Request,
     response: Response,
     wait: Wait = False,
+    dry_run: DryRun = False,
 ) -> Response | JobView:
     """Queue a job under an id of your own: 32 random hex digits. The same order again is the same job.
 
-    Whoever hangs up cancels nothing: the id finds the job.
+    Whoever hangs up cancels nothing: the id finds the job. With `?dry_run=true` the id stays as it is.
     """
-    once = Once(job_id, "id")
+    if dry_run:
+        return await _quoted(order, service, caller)
+    once = Once(job_id=job_id)
     return await _ordered(_new(order, caller), service, root, caller, request, response, once, wait)
 
 
@@ -130,7 +140,7 @@ async def get_job(job_id: JobId, service: Service, root: Root, caller: Generates
     return JobView.of(await service.get(job_id, caller), root)
 
 
-@router.get("/{id}/events", response_class=EventStream, responses=documented(404, 422))
+@router.get("/{id}/events", response_class=EventStream, responses=documented(404, 422, 429))
 async def follow_job(events: OpenEvents) -> AsyncIterator[ServerSentEvent]:
     """Server-Sent Events: `state` and `step` with JSON `{state, step, steps, attempt}`, from the job's first to its
     last. Where the order has `preview_every`, `preview` with `{state, step, steps, index, image}`, a small JPEG as a
@@ -153,9 +163,14 @@ def _new(order: JobOrder, caller: Caller) -> NewImage:
     return NewImage(**order.model_dump(), salt=caller.salt)
 
 
+async def _quoted(order: JobOrder, service: ImageService, caller: Caller) -> Response:
+    told = QuoteView.of(await service.quote(_new(order, caller), caller), order)
+    return Response(told.model_dump_json(), media_type="application/json")
+
+
 async def _ordered(
     new: NewImage,
-    service: Service,
+    service: ImageService,
     root: str,
     caller: Caller,
     request: Request,

@@ -10,14 +10,14 @@ from fastapi import APIRouter, Header, Response
 from fastapi.responses import RedirectResponse
 
 from serve.api import ratelimits
-from serve.api.auth import KEYED, Administers, Generates
+from serve.api.auth import Administers, Generates, Uses
 from serve.api.errors import documented
 from serve.api.job_schemas import LimitsView
 from serve.api.model_schemas import BenchmarkOrder, BenchmarkReport, ModelList, ModelView
-from serve.api.parts import ImageName, JobId, Service, Text
+from serve.api.parts import GUARDED, ImageName, JobId, Service, Text
 from serve.results.keys import CONTENT_TYPES
 
-router = APIRouter(prefix="/v1", tags=["native"], responses=documented(401, 403, 503), dependencies=KEYED)
+router = APIRouter(prefix="/v1", tags=["native"], responses=documented(401, 403, 503), dependencies=GUARDED)
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 
@@ -41,15 +41,15 @@ async def get_image(
         return RedirectResponse(image.url, headers={"Cache-Control": "no-store"})
     data = image.data or b""
     etag = f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
-    # A job's image is stored once and never again, so no copy of it can go stale.
-    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    # Asked for again each time: an id of the client's own may come to stand for another job, and rights end.
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if any(tag.strip().removeprefix("W/") in (etag, "*") for tag in if_none_match.split(",")):
         return Response(status_code=304, headers=headers)
     return Response(data, media_type=image.content_type, headers=headers | {"X-Content-Type-Options": "nosniff"})
 
 
 @router.get("/models")
-async def list_models(service: Service, texts: Text, caller: Generates) -> ModelList:
+async def list_models(service: Service, texts: Text, caller: Uses) -> ModelList:
     """The models that this server draws with, then those whose text alone it encodes."""
     drawn = {info.id: ModelView(images=True, **asdict(info)) for info in service.models()}
     others = {name: ModelView(id=name, family=family, images=False) for name, family in texts.models().items()}
@@ -57,7 +57,7 @@ async def list_models(service: Service, texts: Text, caller: Generates) -> Model
 
 
 @router.get("/limits")
-async def get_limits(service: Service, caller: Generates, response: Response) -> LimitsView:
+async def get_limits(service: Service, caller: Uses, response: Response) -> LimitsView:
     """What is left of your allowance now. Asking costs nothing of it."""
     limits = await service.limits(caller)
     response.headers.update(ratelimits.headers(limits))

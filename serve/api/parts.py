@@ -1,12 +1,18 @@
-"""What routes share: the services, the path that the server is mounted under, ids."""
+"""What routes share: the services, the path that the server is mounted under, ids, what may stand in a query."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
+from fastapi.dependencies.models import Dependant
 
+from serve.api.auth import KEYED
+from serve.api.streams import Streams
+from serve.errors import InvalidRequest
 from serve.service import ImageService
+from serve.telemetry.logs import escape
 from serve.text import TextService
 
 
@@ -25,8 +31,33 @@ def _root(request: Request) -> str:
     return root.rstrip("/")
 
 
+def _streams(request: Request) -> Streams:
+    streams: Streams = request.app.state.streams
+    return streams
+
+
+def _known_query(request: Request) -> None:
+    """Refuses a query parameter that the route does not have: with a misspelt `dry_run` an order would be queued."""
+    known = set(_queried(request.scope["route"].dependant))
+    for name in request.query_params:
+        if name not in known:
+            told = ", ".join(sorted(known)) or "none"
+            raise InvalidRequest(f"{escape(name)[:100]}: no such query parameter here; there are: {told}", name)
+
+
+def _queried(dependant: Dependant) -> Iterator[str]:
+    """The query parameters of a route and of all that it depends on."""
+    yield from (field.alias for field in dependant.query_params)
+    for other in dependant.dependencies:
+        yield from _queried(other)
+
+
+GUARDED = (*KEYED, Depends(_known_query))
+"""What every route under `/v1` depends on."""
+
 Service = Annotated[ImageService, Depends(_service)]
 Text = Annotated[TextService, Depends(_text)]
+OpenStreams = Annotated[Streams, Depends(_streams)]
 Root = Annotated[str, Depends(_root)]
 JobId = Annotated[str, Path(alias="id", pattern=r"^[0-9a-f]{32}$")]
 ImageName = Annotated[str, Path(alias="index", pattern=r"^([0-9]{1,4}|image|mask)$")]

@@ -10,14 +10,14 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from serve.api.auth import KEYED, Administers, Embeds
+from serve.api.auth import Administers, Embeds
 from serve.api.errors import documented
-from serve.api.parts import Text
+from serve.api.parts import GUARDED, Text
 from serve.api.text_schemas import CacheView, Cleared, EmbeddingOrder, EmbeddingReport
 from serve.encoders.export import shapes, to_safetensors
 from serve.text import Embedded, NewText
 
-router = APIRouter(prefix="/v1", tags=["text"], responses=documented(401, 403, 503), dependencies=KEYED)
+router = APIRouter(prefix="/v1", tags=["text"], responses=documented(401, 403, 503), dependencies=GUARDED)
 
 _FILE: dict[str, Any] = {
     "description": "The embeddings, or with `output: report` what is said of them",

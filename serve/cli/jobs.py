@@ -30,21 +30,22 @@ def list_jobs(
         bool, typer.Option("--dead", help="Those alone that failed although nothing was wrong with the order.")
     ] = False,
     state: Annotated[
-        list[JobState] | None, typer.Option(help="Those in this state alone; may be repeated.", show_default=False)
+        list[str] | None, typer.Option(help="Those in this state alone; may be repeated.", show_default=False)
     ] = None,
     owner: Annotated[str | None, typer.Option(help="Those of one API key, by its id or name.")] = None,
-    number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many, from the newest on.")] = 20,
+    number: Annotated[str, typer.Option("-n", "--number", metavar="N", help="How many, from the newest on.")] = "20",
     as_json: AsJson = False,
     data_dir: DataDir = None,
     config_file: ConfigFile = None,
     assignments: Assignments = None,
 ) -> None:
     """The newest jobs."""
+    states, most = _states(state or []), _count(number)
 
     async def story(stage: Backstage) -> None:
         keys = await stage.keys.list()
         names = {key.id: key.name for key in keys}
-        found = await _newest(stage, _owner(owner, names), state or [], dead, number)
+        found = await _newest(stage, _owner(owner, names), states, dead, most)
         if as_json:
             print(json.dumps([_JOB.dump_python(job, mode="json") for job in found], indent=2))
         else:
@@ -112,6 +113,19 @@ def cancel_job(
         print(f"{job.state}; its worker has been told" if job.state.held else job.state)
 
     behind(story, data_dir, config_file, assignments)
+
+
+def _states(names: list[str]) -> list[JobState]:
+    for name in names:
+        if name not in list(JobState):
+            raise OperatorError(f"--state {name}: there are {', '.join(JobState)}", "state")
+    return [JobState(name) for name in names]
+
+
+def _count(number: str) -> int:
+    if not (number.isdecimal() and number.isascii() and 0 < len(number) <= 9 and int(number)):
+        raise OperatorError(f"-n {number}: write a whole number from 1 on", "number")
+    return int(number)
 
 
 def _owner(name: str | None, names: dict[str, str]) -> str | None:

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from serve.callers import Allowance, Scope
-from serve.cli.options import AsJson, Assignments, ConfigFile, DataDir, load_settings
-from serve.cli.running import run
+from serve.cli.options import AsJson, Assignments, ConfigFile, DataDir, behind
 from serve.errors import OperatorError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from serve.cli.backstage import Backstage
     from serve.keys import ApiKey
 
@@ -75,13 +71,12 @@ def create_key(
 
     async def story(stage: Backstage) -> None:
         new = await stage.keys.create(name, scopes, weight, allowance, expires_in_s)
-        if as_json:
-            print(json.dumps({"secret": new.secret, **_told(new.key)}, indent=2))
-            return
-        print(new.secret)  # alone on standard output, so that a script can take it
-        print(f"shown this once, and kept only as a hash; `tandem keys revoke {new.key.id}` ends it", file=sys.stderr)
+        # The key is alone on standard output, so that a script can take it.
+        print(json.dumps({"secret": new.secret, **_told(new.key)}, indent=2) if as_json else new.secret)
+        ends = f"`tandem keys revoke {new.key.id}` ends it"
+        print(f"made in {stage.place}; shown this once, and kept only as a hash; {ends}", file=sys.stderr)
 
-    _behind(story, data_dir, config_file, assignments)
+    behind(story, data_dir, config_file, assignments, begin=True)
 
 
 @keys.command("list")
@@ -102,7 +97,7 @@ def list_keys(
         else:
             print(f"no API keys in {stage.place}; `tandem keys create NAME` makes one")
 
-    _behind(story, data_dir, config_file, assignments)
+    behind(story, data_dir, config_file, assignments)
 
 
 @keys.command("revoke")
@@ -118,24 +113,7 @@ def revoke_key(
         key = await stage.keys.revoke(key_id)
         print(f"{key.id} ({key.name}) is revoked; within a second every server refuses it")
 
-    _behind(story, data_dir, config_file, assignments)
-
-
-def _behind(
-    story: Callable[[Backstage], Awaitable[None]],
-    data_dir: Path | None,
-    config_file: Path | None,
-    assignments: list[str] | None,
-) -> None:
-    """Run the story behind the scenes of the server that has these settings."""
-    settings = load_settings(config_file, assignments, {"data_dir": data_dir}).settings
-    from serve.cli.backstage import backstage
-
-    async def told() -> None:
-        async with backstage(settings) as stage:
-            await story(stage)
-
-    run(told())
+    behind(story, data_dir, config_file, assignments)
 
 
 def _scopes(names: list[str]) -> frozenset[Scope]:

@@ -53,13 +53,15 @@ def behind(
     data_dir: Path | None,
     config_file: Path | None,
     assignments: Sequence[str] | None,
+    *,
+    begin: bool = False,
 ) -> None:
-    """Run the story behind the scenes of the server that has these settings."""
+    """Run the story behind the scenes of the server that has these settings, or will have where this may `begin` it."""
     settings = load_settings(config_file, assignments, {"data_dir": data_dir}).settings
     from serve.cli.backstage import backstage  # redis takes a while to import
 
     async def told() -> None:
-        async with backstage(settings) as stage:
+        async with backstage(settings, begin=begin) as stage:
             await story(stage)
 
     run(told())

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 
+from serve.devices import be_nice
 from serve.diffusion.forwards import Forwards
 from serve.diffusion.measurements import Measurement, Measurements
 from serve.diffusion.profile import Profile
@@ -41,7 +42,11 @@ class Engine:
     touch none of these.
     """
 
-    def __init__(self, runner: Runner, scheduler: StepScheduler, profile: Profile, metrics: Metrics) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: StepScheduler, profile: Profile, metrics: Metrics, niceness: int = 0
+    ) -> None:
+        """`niceness` is that of both threads: on a CPU, others want to be heard beside them."""
+        self._niceness = niceness
         self._runner = runner
         self._scheduler = scheduler
         self._profile = profile
@@ -54,7 +59,7 @@ class Engine:
         self._working = False
         self._moved_at = time.monotonic()
         self._forwards = Forwards(runner, profile, metrics, self._runs.get, self._fail, self._busy)
-        self._vae = VaeWork(runner, metrics, self._command, self._here, self._fail, self._lost)
+        self._vae = VaeWork(runner, metrics, self._command, self._here, self._fail, self._lost, niceness)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -127,6 +132,7 @@ class Engine:
             self._run_commands()
 
     def _loop(self) -> None:
+        be_nice(self._niceness)
         try:
             while self._admit():
                 plan = self._scheduler.plan()

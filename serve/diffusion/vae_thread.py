@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from serve.devices import be_nice
+
 log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
@@ -23,8 +25,9 @@ class VaeThread:
     Owns: the thread.
     """
 
-    def __init__(self, lost: Callable[[BaseException], None]) -> None:
+    def __init__(self, lost: Callable[[BaseException], None], niceness: int = 0) -> None:
         self._lost = lost
+        self._niceness = niceness
         self._tasks: queue.PriorityQueue[tuple[bool, int, Task | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._busy_since: float | None = None
@@ -54,6 +57,7 @@ class VaeThread:
         self._thread.join(within_s)
 
     def _work(self) -> None:
+        be_nice(self._niceness)
         while True:
             task = self._tasks.get()[2]
             if task is None or self._closed:

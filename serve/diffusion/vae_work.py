@@ -43,6 +43,7 @@ class VaeWork:
         here: Callable[[Run], bool],
         fail: Callable[[str, Exception], None],
         lost: Callable[[DeviceLost], None],
+        niceness: int = 0,
     ) -> None:
         self._runner = runner
         self._metrics = metrics
@@ -50,7 +51,7 @@ class VaeWork:
         self._here = here
         self._fail = fail
         self._lost = lost
-        self._thread = None if runner.family.device.type == "mps" else VaeThread(self._thread_ended)
+        self._thread = None if runner.family.device.type == "mps" else VaeThread(self._thread_ended, niceness)
 
     @property
     def alive(self) -> bool:

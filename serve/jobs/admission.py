@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from serve.errors import QueueFull
-from serve.jobs.terms import Backlog, Crew
+from serve.jobs.terms import Crew
 from serve.settings import JobSettings
 
 _SHORTEST_S, _LONGEST_S = 1.0, 120.0
 _ROOM = 0.1
 """Share of the queue that should have drained before those who were refused come back."""
-
-
-def over_ms(backlog: Backlog, crew: Crew, settings: JobSettings, cost_ms: int) -> float:
-    """Milliseconds of work that would be too many with another job of that cost. What an empty queue takes is never too
-    much: there is nothing that it could wait for."""
-    most = 1000 * settings.max_queued_s * max(1, len(crew.reports))
-    return max(0.0, backlog.cost_ms + cost_ms - most) if backlog.cost_ms else 0.0
 
 
 def queue_full(waiting_ms: float, over_ms: float, crew: Crew, settings: JobSettings) -> QueueFull:

@@ -21,6 +21,8 @@ from serve.telemetry.metrics import Metrics
 Fields = Mapping[str, str | bytes | int]
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+READERS = 16
+"""Connections for reading jobs' events."""
 _REPORT_S, _CREW_S = 30.0, 2.0
 _NOBODY = Crew()
 
@@ -33,6 +35,8 @@ class Shared:
         self._settings = settings
         self._metrics = metrics
         self._connection = Connection(settings, metrics, folder)
+        # A crowd that follows jobs waits for itself alone, and keeps no order, claim or sweep waiting.
+        self._reading = Connection(settings, metrics, folder, READERS)
         self._redis = self._connection.redis
         self._run = self._connection.run
         self._bell = Bell(self._redis)
@@ -70,6 +74,7 @@ class Shared:
     async def close(self) -> None:
         await self._bell.close()
         await self._redis.aclose()
+        await self._reading.redis.aclose()
 
     async def _found(self, job_id: str, snapshot: Sequence[Any]) -> Job:
         model = records.model_of(snapshot)

@@ -14,6 +14,10 @@ log = logging.getLogger(__name__)
 
 WORK = "tandem:work"
 _RECONNECT_S = 0.2
+_ANSWER_S = 5.0
+"""For each word with the server: a connection that was taken and then went silent must not hold those who wait."""
+_QUIET_S = 15.0
+"""After so long without a word the connection is tried."""
 
 
 class Bell:
@@ -72,11 +76,11 @@ class Bell:
 
     async def _follow(self, channel: str) -> None:
         """Make the subscription to `channel` what its listeners want now. One at a time: they come and go meanwhile."""
-        async with self._changing:
-            pubsub = self._pubsub
-            if pubsub is None:
-                return  # the next connection subscribes to every channel that is wanted then
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(_ANSWER_S), self._changing:
+                pubsub = self._pubsub
+                if pubsub is None:
+                    return  # the next connection subscribes to every channel that is wanted then
                 if channel not in self._waiting:
                     await pubsub.unsubscribe(channel)
                 elif channel.encode() in pubsub.channels.keys() - pubsub.pending_unsubscribe_channels:
@@ -88,13 +92,10 @@ class Bell:
         while True:
             try:
                 async with self._redis.pubsub() as pubsub:
-                    async with self._changing:
+                    async with asyncio.timeout(_ANSWER_S), self._changing:
                         await pubsub.subscribe(WORK, *self._waiting)
                         self._pubsub = pubsub
-                    while True:
-                        message = await pubsub.get_message(timeout=None)
-                        if message is not None:
-                            self._ring(message["channel"].decode())
+                    await self._heed(pubsub)
             except Exception as error:  # noqa: BLE001
                 log.debug("the subscription broke: %s", error)
             finally:
@@ -102,6 +103,22 @@ class Bell:
             for channel in self._waiting:
                 self._ring(channel)
             await asyncio.sleep(_RECONNECT_S)
+
+    async def _heed(self, pubsub: PubSub) -> None:
+        """Ring for every message. Raises when the connection breaks, or gives no answer any more."""
+        asked = False
+        while True:
+            message = await pubsub.get_message(timeout=_ANSWER_S if asked else _QUIET_S)
+            if message is not None:
+                asked = False
+                if message["channel"]:
+                    self._ring(message["channel"].decode())
+            elif asked:
+                raise TimeoutError("the subscription is silent")
+            else:
+                asked = True
+                async with asyncio.timeout(_ANSWER_S), self._changing:
+                    await pubsub.ping()
 
     def _ring(self, channel: str) -> None:
         for event in self._waiting.get(channel, ()):

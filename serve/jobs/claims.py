@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from serve.domain import ImageRef, JobError, JobState, Preview, Tier, Timings
-from serve.errors import LeaseLost
+from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs import records, scripts
 from serve.jobs.base import Fields, Shared, flat
 from serve.jobs.connection import milliseconds
@@ -24,12 +25,13 @@ from serve.telemetry.metrics import Metrics
 class Claims(Shared):
     """Every method may raise BackendUnavailable.
 
-    Owns: the renewals on their way.
+    Owns: the renewals on their way, and the numbers of claims whose answer may have been lost.
     """
 
     def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER) -> None:
         super().__init__(settings, metrics, folder)
         self._renewals = Renewals(self._renew_all)
+        self._unanswered: dict[str, str] = {}
 
     async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
         """Lease a queued job that satisfies the first want which any queued job satisfies, None if none does; Hold
@@ -42,7 +44,12 @@ class Claims(Shared):
         """
         flat = [part for want in wants for part in (want.model, want.above, want.upto, round(want.waited_s * 1000))]
         lease, timeout = milliseconds(self._settings.lease_s), milliseconds(self._settings.timeout_s)
-        reply = await self._run("claim", worker, lease, timeout, int(idle), *flat)
+        number = self._unanswered.pop(worker, None) or uuid.uuid4().hex
+        try:
+            reply = await self._run("claim", worker, number, lease, timeout, int(idle), *flat)
+        except BackendUnavailable:
+            self._unanswered[worker] = number  # it may have been given a job
+            raise
         if reply == b"alone":
             return Hold.ALONE
         return None if reply is None else records.claim(reply)

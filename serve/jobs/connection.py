@@ -30,8 +30,8 @@ _RETRY_AFTER_S = 2.0
 class Connection:
     """Owns: this process's connections to the job Redis. What fails is BackendUnavailable."""
 
-    def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER) -> None:
-        """`folder` has the scripts."""
+    def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER, most: int = 64) -> None:
+        """`folder` has the scripts; `most` bounds the connections."""
         if settings.redis_url is None:
             raise ValueError("settings.redis_url must be filled in by now")
         self._metrics = metrics
@@ -47,7 +47,7 @@ class Connection:
             # redis-py (8.1) then waits with `asyncio.wait_for`, which on Python 3.11 may swallow a cancellation.
             BlockingConnectionPool.from_url(
                 settings.redis_url.get_secret_value(),
-                max_connections=64,
+                max_connections=most,
                 timeout=None,
                 socket_timeout=None,
                 socket_connect_timeout=_CONNECT_S,
@@ -70,7 +70,7 @@ class Connection:
             async with asyncio.timeout(_ANSWER_S):
                 return await call
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            log.warning("the job store does not answer: %s", error)
+            log.warning("the job store does not answer: %s %s", type(error).__name__, error)
         raise BackendUnavailable("the job store does not answer", "jobs.redis_url", _RETRY_AFTER_S)
 
 

@@ -12,10 +12,10 @@ from redis.asyncio import Redis
 from serve.domain import JobState
 
 _INDEXES = ("records", "queue", "leases", "deadlines", "ended", "dead", "webhooks")
-_COUNTS = ("waiting", "unfinished", "backlog")
-_OTHERS = ("sequence", "round", "rounds", "workers", "alive")
+_COUNTS = ("waiting", "unfinished")
+_OTHERS = ("sequence", "round", "rounds", "workers", "alive", "rules")
 _OWN = ("job", "events", "previews")
-_APART = ("owner", "allowance", "order", "key", "keys")
+_APART = ("owner", "allowance", "order", "key", "keys", "claim", "line")
 _ENTRY = b":entry"
 
 Fields = Mapping[str, str]
@@ -30,6 +30,7 @@ class _Store:
     rounds: Mapping[str, float]
     round: float | None
     owned: Mapping[str, Mapping[str, float]]
+    lines: Mapping[str, Mapping[str, int]]
     jobs: Mapping[str, Fields]
 
 
@@ -54,7 +55,7 @@ async def _read(redis: Any, keys: Sequence[str]) -> _Store:
     async def fields(key: str) -> dict[str, str]:
         return {name.decode(): value.decode("utf-8", "replace") for name, value in (await redis.hgetall(key)).items()}
 
-    jobs, owners = "tandem:job:", "tandem:owner:"
+    jobs, owners, lines = "tandem:job:", "tandem:owner:", "tandem:line:"
     latest = await redis.get("tandem:round")
     return _Store(
         indexes={name: await scores(f"tandem:{name}") for name in _INDEXES},
@@ -62,6 +63,11 @@ async def _read(redis: Any, keys: Sequence[str]) -> _Store:
         rounds=await scores("tandem:rounds"),
         round=None if latest is None else float(latest),
         owned={key.removeprefix(owners): await scores(key) for key in keys if key.startswith(owners)},
+        lines={
+            key.removeprefix(lines): {of: int(n) for of, n in (await fields(key)).items()}
+            for key in keys
+            if key.startswith(lines)
+        },
         jobs={key.removeprefix(jobs): await fields(key) for key in keys if key.startswith(jobs)},
     )
 
@@ -78,9 +84,12 @@ def _counted(store: _Store) -> list[str]:
     """What is counted, counted again."""
     jobs, queue = store.jobs, [job for job in store.indexes["queue"] if job in store.jobs]
     live = [job for job in store.indexes["deadlines"] if job in jobs]
-    backlog: Counter[str] = Counter()
+    lines: dict[str, Counter[str]] = {}
     for job in queue:
-        backlog[jobs[job]["model"]] += int(jobs[job]["cost"])
+        owner, cost = jobs[job]["owner"], int(jobs[job]["cost"])
+        line = lines.setdefault(jobs[job]["model"], Counter())
+        line.update({"owners": f"jobs:{owner}" not in line})
+        line.update({"jobs": 1, "ms": cost, f"jobs:{owner}": 1, f"ms:{owner}": cost})
     owned = {
         owner: {job: float(each["sequence"]) for job, each in jobs.items() if each["owner"] == owner}
         for owner in {each["owner"] for each in jobs.values()}
@@ -90,7 +99,7 @@ def _counted(store: _Store) -> list[str]:
         == Counter(jobs[job]["owner"] for job in queue),
         "the unfinished of each owner are counted": store.counts["unfinished"]
         == Counter(jobs[job]["owner"] for job in live),
-        "the work that waits for each model is counted": store.counts["backlog"] == backlog,
+        "what waits for each model is counted": store.lines == lines,
         "exactly the owners of queued jobs share rounds": store.rounds.keys() == {jobs[job]["owner"] for job in queue},
         "there is a round only while something is queued": store.round is None or bool(queue),
         "each owner's jobs are listed": store.owned == owned,

@@ -29,7 +29,7 @@ class Pulse:
     jobs wait for. What has come of all images goes together, the image first that waits longest; one that still waits
     when the next of its image comes, or when the store is away, is dropped.
 
-    Owns: the tasks that beat and that send previews.
+    Owns: the tasks that beat, that listen for a cancellation and that send previews.
     """
 
     def __init__(self, jobs: JobStore, claim: Claim, heartbeat_s: float) -> None:
@@ -43,6 +43,7 @@ class Pulse:
         self._previews: dict[int, Preview] = {}
         self.gone = asyncio.Event()
         self._task = asyncio.create_task(self._beat())
+        self._listening = asyncio.create_task(self._listen())
         self._showing: asyncio.Task[None] | None = None
 
     def enter(self, state: JobState) -> None:
@@ -59,7 +60,7 @@ class Pulse:
         self._loop.call_soon_threadsafe(self._show, preview)
 
     async def stop(self) -> None:
-        tasks = [task for task in (self._task, self._showing) if task is not None]
+        tasks = [task for task in (self._task, self._listening, self._showing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -73,25 +74,29 @@ class Pulse:
         if self._showing is None or self._showing.done():
             self._showing = asyncio.create_task(self._send_previews())
 
-    async def _beat(self) -> None:
+    async def _listen(self) -> None:
+        """Beside the renewals: a subscription that hangs must not cost the lease."""
         async with self._jobs.cancels(self._claim, self._woken):
-            while not self.gone.is_set():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._heartbeat_s):
-                        await self._woken.wait()
-                self._woken.clear()
-                try:
-                    wanted = await self._jobs.renew(self._claim, self._step, self._state)
-                except LeaseLost:
-                    wanted = False
-                except Exception as error:  # the run goes on; its result is committed when the store is back
-                    if not isinstance(error, Unavailable):
-                        log.exception("the lease of job %s could not be renewed", self._claim.job_id)
-                    await asyncio.sleep(min(self._heartbeat_s, _LOOK_AGAIN_S))
-                    self._woken.set()
-                    continue
-                if not wanted:
-                    self.gone.set()
+            await self.gone.wait()
+
+    async def _beat(self) -> None:
+        while not self.gone.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._woken.wait()
+            self._woken.clear()
+            try:
+                wanted = await self._jobs.renew(self._claim, self._step, self._state)
+            except LeaseLost:
+                wanted = False
+            except Exception as error:  # the run goes on; its result is committed when the store is back
+                if not isinstance(error, Unavailable):
+                    log.exception("the lease of job %s could not be renewed", self._claim.job_id)
+                await asyncio.sleep(min(self._heartbeat_s, _LOOK_AGAIN_S))
+                self._woken.set()
+                continue
+            if not wanted:
+                self.gone.set()
 
     async def _send_previews(self) -> None:
         while self._previews and not self.gone.is_set():

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from serve.domain import JobState
-from serve.errors import TandemError
 from serve.jobs.records import Claim
 
 Send = Callable[[Sequence[tuple[Claim, int, JobState]]], Awaitable[Sequence[bytes]]]
@@ -39,7 +38,7 @@ class Renewals:
                 continue
             try:
                 answers = await self._send([(claim, step, state) for claim, step, state, _ in batch])
-            except TandemError as error:
+            except Exception as error:  # noqa: BLE001  whatever it is, those who wait are told
                 for *_, future in batch:
                     if not future.done():
                         future.set_exception(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,13 @@ from typing import Any
 
 from serve.callers import Allowance, Limit
 from serve.domain import ImageRequest, Job, JobEvent, JobState, Tier, Truncation
-from serve.errors import Conflict, InvalidRequest, JobGone, RateLimited
+from serve.errors import Conflict, InvalidRequest, JobGone, QueueFull, RateLimited
 from serve.jobs import records
 from serve.jobs.admission import queue_full
 from serve.jobs.base import ID, Shared, checked, flat, unknown
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import steps_of
-from serve.jobs.terms import JobPage, Submitted, Terms
+from serve.jobs.terms import Crew, JobPage, Submitted, Terms
 
 _OWN_JOB_S = 2.0
 """When to ask again for whom only one of their own jobs keeps out."""
@@ -34,9 +35,10 @@ class Submissions(Shared):
     ) -> Submitted:
         """Log a job durably and queue it. The same call again is the same job.
 
-        Raises QueueFull and RateLimited; with a `fingerprint` also Conflict, where the id stands for another order,
-        JobGone where the record of this one is deleted; JobNotFound where the id is another owner's. Then nothing was
-        logged.
+        With a `fingerprint` the order is known for a while under its name: its owner's key, or the id. The same order
+        under that name is the same job, whatever id it comes with. Raises QueueFull and RateLimited; Conflict where the
+        name stands for another order, JobGone where the record of this one is deleted; JobNotFound where the id is
+        another owner's. Then nothing was logged.
         """
         if not ID.fullmatch(job_id):
             raise ValueError("a job id is 1 to 64 letters, digits, hyphens and underscores")
@@ -62,6 +64,7 @@ class Submissions(Shared):
             job_id,
             terms.owner,
             terms.fingerprint or "",
+            _name(terms.owner, terms.key, job_id),
             milliseconds(self._settings.idempotency_ttl_s),
             self._settings.max_queued,
             milliseconds(self._settings.max_queued_s * replicas),
@@ -69,28 +72,40 @@ class Submissions(Shared):
             *_bounds(terms.allowance),
             *flat(fields),
         )
-        if status == b"full":
-            waiting_ms, over_ms = answer
-            raise queue_full(waiting_ms, over_ms, crew, self._settings)
-        if status == b"limited":
-            name, wait_ms, limits = answer
-            raise _limited(name.decode(), wait_ms, _limits(limits))
+        if status in (b"full", b"limited"):
+            raise self._not_now(status, answer, crew)
         if status in (b"taken", b"conflict", b"gone"):
             raise _refusal(status)
-        snapshot, limits = answer
-        return Submitted(job=await self._found(job_id, snapshot), replayed=status == b"again", limits=_limits(limits))
+        found, snapshot, limits = answer
+        job = await self._found(found.decode(), snapshot)
+        return Submitted(job=job, replayed=status == b"again", limits=_limits(limits))
 
-    async def peek(self, job_id: str, owner: str, fingerprint: str) -> Job | None:
-        """The job that an idempotent submission would be answered with, None where it would be a new one.
+    async def admit(self, model: str, cost_ms: int, owner: str, allowance: Allowance) -> None:
+        """QueueFull or RateLimited where an order of that cost would be refused now. Nothing is charged or reserved."""
+        crew = await self.crew(model)
+        most_ms = milliseconds(self._settings.max_queued_s * max(len(crew.reports), 1))
+        bounds = (self._settings.max_queued, most_ms, *_bounds(allowance))
+        status, *answer = await self._run("admit", owner, model, max(1, cost_ms), *bounds)
+        if status != b"admitted":
+            raise self._not_now(status, answer, crew)
 
-        Raises Conflict, JobGone, JobNotFound as `submit`.
-        """
-        status, snapshot = await self._run("peek", checked(job_id), owner, fingerprint)
+    def _not_now(self, status: bytes, answer: Sequence[Any], crew: Crew) -> QueueFull | RateLimited:
+        if status == b"full":
+            waiting_ms, over_ms = answer
+            return queue_full(waiting_ms, over_ms, crew, self._settings)
+        name, wait_ms, limits = answer
+        return _limited(name.decode(), wait_ms, _limits(limits))
+
+    async def peek(self, owner: str, fingerprint: str, *, key: str | None = None, job_id: str = "") -> Job | None:
+        """The job that a submission under the owner's `key`, or under an id, would be answered with; None where it
+        would be a new one. Raises Conflict, JobGone, JobNotFound as `submit`."""
+        status, *answer = await self._run("peek", _name(owner, key, job_id), job_id, owner, fingerprint)
         if status == b"new":
             return None
         if status != b"again":
             raise _refusal(status)
-        return await self._found(job_id, snapshot)
+        found, snapshot = answer
+        return await self._found(found.decode(), snapshot)
 
     async def limits(self, owner: str, allowance: Allowance) -> tuple[Limit, ...]:
         """The owner's limits as they stand; nothing is charged."""
@@ -142,7 +157,7 @@ class Submissions(Shared):
         if after is not None and not _EVENT_ID.fullmatch(after):
             raise InvalidRequest("the id of the last event has the form 1700000000000-0", "after")
         start = "-" if after is None else f"({after}"
-        state, entries, files = await self._run("events", checked(job_id), start, _EVENTS_PAGE, int(previews))
+        state, entries, files = await self._reading.run("events", checked(job_id), start, _EVENTS_PAGE, int(previews))
         if state is None:
             raise unknown()
         events = [records.event(entry, file) for entry, file in zip(entries, files, strict=True)]
@@ -162,6 +177,13 @@ def _bounds(allowance: Allowance) -> tuple[int, int, int]:
     return requests, engine, unfinished
 
 
+def _name(owner: str, key: str | None, job_id: str) -> str:
+    """Under which an order is known. A key is its owner's alone, and nothing that a client wrote enters a name."""
+    if key is None:
+        return f"id:{job_id}"
+    return f"key:{hashlib.blake2b(f'{len(owner)}:{owner}{key}'.encode(), digest_size=16).hexdigest()}"
+
+
 def _refusal(status: bytes) -> Exception:
     if status == b"conflict":
         return Conflict("this id or key stands for another order already", "id")
@@ -173,12 +195,12 @@ def _refusal(status: bytes) -> Exception:
 def _limited(name: str, wait_ms: int, limits: tuple[Limit, ...]) -> RateLimited:
     bound = next(each for each in limits if each.name == name)
     told = {
-        "requests_per_minute": f"more than {bound.limit} orders a minute",
-        "engine_s_per_day": f"more than {bound.limit} predicted seconds of a replica a day",
-        "max_unfinished": f"{bound.limit} of your jobs have not ended",
+        "requests_per_minute": f"orders a minute: {bound.limit} at most",
+        "engine_s_per_day": f"predicted seconds of a replica a day: {bound.limit} at most",
+        "max_unfinished": f"jobs that have not ended: {bound.limit} at most",
     }[name]
     wait_s = wait_ms / 1000 or _OWN_JOB_S
-    return RateLimited(f"{told}: this key may have no more now ({name})", None, wait_s, limits)
+    return RateLimited(f"{told} ({name})", None, wait_s, limits)
 
 
 def _limits(flat: Sequence[Sequence[Any]]) -> tuple[Limit, ...]:

@@ -19,7 +19,8 @@ class Terms:
 
     `cost_ms` is the predicted share of one replica's time, `alone_ms` what an idle replica takes at least, `replicas`
     how many may draw it as far as is known: they bound the work that waits. `fingerprint` is that of the order as the
-    client wrote it; with one, a further submission under the same id must be the same order.
+    client wrote it; with one, a further submission under the same name, which is the owner's `key` or else the id, must
+    be the same order.
     """
 
     owner: str = ""
@@ -29,6 +30,7 @@ class Terms:
     alone_ms: int = 0
     replicas: int = 1
     fingerprint: str | None = None
+    key: str | None = None
     webhook: str | None = None
     allowance: Allowance = field(default=Allowance())
 

@@ -6,15 +6,19 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
+from pydantic import ValidationError
+
 from serve.domain import JobError
 from serve.jobs import records
 from serve.jobs.base import Shared, checked
 from serve.jobs.connection import milliseconds
+from serve.settings import JobSettings
 
 WORKER_LOST = JobError(code="worker_lost", message="the worker died or was cut off, in every attempt")
 TIMED_OUT = JobError(code="timed_out", message="the job was not finished in time")
 NEVER_STARTED = JobError(code="queue_timeout", message="no worker was free in time")
 
+RULES = "tandem:rules"
 _PAGE = 100
 
 
@@ -31,6 +35,21 @@ class Upkeep(Shared):
             if reaped < _PAGE:
                 return total
 
+    async def tell_rules(self) -> None:
+        """Leave the settings of jobs where the operator's commands find them (`told_rules`)."""
+        told = self._settings.model_dump_json(exclude={"redis_url"})
+        await self._connection.guarded(self._redis.set(RULES, told))
+
+    async def told_rules(self) -> JobSettings:
+        """Those that a server has left there, else this store's own."""
+        told = await self._connection.guarded(self._redis.get(RULES))
+        if told is None:
+            return self._settings
+        try:
+            return JobSettings.model_validate_json(told).model_copy(update={"redis_url": self._settings.redis_url})
+        except ValidationError:
+            return self._settings  # another version's
+
     async def overdue(self, count: int = _PAGE) -> list[str]:
         """Ended jobs whose record's time is over, the oldest first. Once nothing else is left of them: `forget`."""
         return [job_id.decode() for job_id in await self._run("overdue", count)]
@@ -46,6 +65,11 @@ class Upkeep(Shared):
     async def due_webhooks(self, lease_s: float, count: int = 10) -> list[str]:
         """Ended jobs whose webhook is to be called now; nobody else is given them within `lease_s`."""
         return [job_id.decode() for job_id in await self._run("webhook", "due", milliseconds(lease_s), count)]
+
+    async def webhook_called(self, job_id: str, lease_s: float) -> int:
+        """A call is made now: the how manieth, 0 where none is to be made any more. Nobody else is given the job within
+        `lease_s`."""
+        return int(await self._run("webhook", "call", checked(job_id), milliseconds(lease_s)))
 
     async def webhook_done(self, job_id: str, delivered: bool) -> None:
         """The end was told, or that was given up."""

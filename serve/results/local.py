@@ -105,7 +105,8 @@ class LocalStore:
     def _write(self, path: Path, data: bytes) -> Stored:
         """After this the file survives a power cut, whole. A crash in between leaves a temporary file only."""
         made = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         stored = _there(path)
         if stored is None:
             with _written(path, data) as temporary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +87,7 @@ class S3Store:
                 config=config,
             )
         except (BotoCoreError, ValueError) as error:
-            raise OperatorError(f"results.s3: {' '.join(str(error).split())}", "results.s3") from None
+            raise OperatorError(f"results.s3: {_told(error)}", "results.s3") from None
 
     async def put(self, key: str, data: bytes, content_type: str) -> Stored:
         name = self._name(key)
@@ -243,6 +244,11 @@ def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def _told(reason: object) -> str:
+    """boto's words on one line, less whoever stands before the host of a URL in them."""
+    return re.sub(r"\S*@", "", " ".join(str(reason).split()))
+
+
 def _away(reason: object) -> BackendUnavailable:
-    log.warning("the result store does not answer: %s", reason)
+    log.warning("the result store does not answer: %s", _told(reason))
     return BackendUnavailable("the result store does not answer", "results.s3", _RETRY_AFTER_S)

@@ -12,6 +12,8 @@ from serve.settings import WebhookSettings
 
 Address = IPv4Address | IPv6Address
 
+_PORTS = {"https": 443, "http": 80}
+_ENTRY = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*):(?P<port>[0-9]{1,5})")
 _LONGEST_URL = 2048
 # A last label that is a number makes the name another spelling of an IPv4 address.
 _NAME = re.compile(r"(?!(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
@@ -42,7 +44,7 @@ def checked(url: str, settings: WebhookSettings) -> httpx.URL:
         raise _refusal("names no port")
     if parsed.userinfo or parsed.fragment:
         raise _refusal("must have neither a user nor a fragment (#)")
-    _check_host(host, settings)
+    _check_place(host, parsed.port or _PORTS[parsed.scheme], _PORTS[parsed.scheme], settings)
     return parsed
 
 
@@ -64,13 +66,23 @@ def _embedded(address: IPv6Address) -> IPv4Address | None:
     return address.ipv4_mapped or address.sixtofour
 
 
-def _check_host(host: str, settings: WebhookSettings) -> None:
+def _check_place(host: str, port: int, usual: int, settings: WebhookSettings) -> None:
+    """Behind another port of a listed host there may be somebody else: only `host:port` on the list opens that."""
     if _literal(host) is None and not _NAME.fullmatch(host):
         raise _refusal("names no host")
-    if not any(_matches(host, allowed.lower()) for allowed in settings.allowed_hosts):
+    ports = {opened for allowed, opened in map(_entry, settings.allowed_hosts) if _matches(host, allowed)}
+    if not ports:
         raise _refusal("names a host that this server does not call (webhooks.allowed_hosts)")
+    if port not in {opened or usual for opened in ports}:
+        raise _refusal("names a port of this host that this server does not call (webhooks.allowed_hosts)")
     if _literal(host) is not None and not settings.allow_private and not public(host):
         raise _refusal("names an address that is not public (webhooks.allow_private)")
+
+
+def _entry(allowed: str) -> tuple[str, int | None]:
+    """The host of the list, and the port where it names one. An IPv6 address with a port stands in brackets."""
+    found = _ENTRY.fullmatch(allowed.lower())
+    return (found["host"], int(found["port"])) if found else (allowed.lower(), None)
 
 
 def _matches(host: str, allowed: str) -> bool:

@@ -7,11 +7,11 @@ import contextlib
 import enum
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from weakref import WeakValueDictionary
 
+import httpx
 from standardwebhooks import Webhook
 
 from serve import __version__
@@ -22,10 +22,10 @@ from serve.settings import WebhookSettings
 from serve.telemetry.metrics import Metrics
 from serve.webhooks.addresses import checked
 from serve.webhooks.calls import Caller, Resolve
+from serve.webhooks.turns import CALLS, IN_HAND, Crowded, Turns
 
 log = logging.getLogger(__name__)
 
-_CALLS, _CALLS_A_HOST, _IN_HAND = 16, 2, 256
 _LARGEST_BODY = 1024 * 1024
 _GONE = 410
 
@@ -41,12 +41,14 @@ class Outcome(enum.StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """Seconds. `first_retry_s` doubles with every call up to `longest_retry_s`, each half to one and a half times as
-    long by chance; `turn_s` is how long a call waits for others to its host, `store_s` how long the store may take to
-    note what came of it; `look_again_s` is when to look for what is due, without a ring of the store's."""
+    long by chance; `turn_s` is how long a call waits here for others to its host, `later_s` when one that found no
+    place is looked at again at the earliest; `store_s` is how long the store may take to note what came of it;
+    `look_again_s` is when to look for what is due, without a ring of the store's."""
 
     first_retry_s: float = 10.0
     longest_retry_s: float = 900.0
-    turn_s: float = 30.0
+    turn_s: float = 5.0
+    later_s: float = 5.0
     store_s: float = 15.0
     look_again_s: float = 2.0
 
@@ -57,8 +59,8 @@ class Deliverer:
     A call is made at least once: a process that dies before it could note the answer leaves the job to the next one. So
     every call about a job has the same `webhook-id`.
 
-    A host gets few calls at a time, so that a slow one does not hold the others. A call that waits too long for its
-    turn is put off like one that failed.
+    A host gets few calls at a time, and few wait here for their turn, so that a slow one does not hold the others. What
+    finds no place, or waits too long, is put off by some seconds: no call was made, and none counts.
 
     Owns: its calls under way.
     """
@@ -80,9 +82,8 @@ class Deliverer:
         self._metrics = metrics
         self._pace = pace
         self._signer = Webhook(settings.secret.get_secret_value()) if settings.secret else None
-        self._caller = Caller(settings, _CALLS, resolve)
-        self._calls = asyncio.Semaphore(_CALLS)
-        self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._caller = Caller(settings, CALLS, resolve)
+        self._turns = Turns(pace.turn_s, pace.later_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._lease_s = pace.turn_s + settings.timeout_s + pace.store_s
 
@@ -105,9 +106,9 @@ class Deliverer:
 
     async def _take(self) -> bool:
         """Begin what is due, as far as it can be held. Whether there may be more."""
-        if len(self._tasks) >= _IN_HAND:
+        if len(self._tasks) >= IN_HAND:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        room = _IN_HAND - len(self._tasks)
+        room = IN_HAND - len(self._tasks)
         try:
             due = await self._store.due_webhooks(self._lease_s, room)
         except TandemError as error:
@@ -121,47 +122,60 @@ class Deliverer:
 
     async def _tell(self, job_id: str) -> None:
         try:
-            outcome = await self._call(job_id)
-            if outcome is Outcome.RETRIED:
-                outcome = await self._put_off(job_id)
-            if outcome is not Outcome.RETRIED:
-                await self._store.webhook_done(job_id, outcome is Outcome.DELIVERED)
-            self._metrics.inc("tandem_webhooks_total", outcome=outcome)
+            outcome = await self._attempt(job_id)
+            if outcome is not None:
+                self._metrics.inc("tandem_webhooks_total", outcome=outcome)
         except TandemError as error:
             # Its lease runs out, and it is due again.
             log.warning("the webhook of job %s: %s", job_id, error.message)
 
-    async def _call(self, job_id: str) -> Outcome:
-        """One call, RETRIED unless it has settled the matter. BackendUnavailable."""
+    async def _attempt(self, job_id: str) -> Outcome | None:
+        """One call, and what came of it noted; None where none was to be made, or not now. BackendUnavailable."""
+        calls = 0
         try:
             job = await self._store.get(job_id)
             url = checked(job.webhook or "", self._settings)
-            async with self._turn(url.raw_host.decode("ascii")):
-                body = self._body(job)
-                if len(body) > _LARGEST_BODY:
-                    raise InvalidRequest(f"there are {len(body)} bytes to tell", "webhook")
-                return _outcome(await self._caller.post(url, self._headers(job_id, body), body))
-        except TimeoutError:
-            log.info("the webhook of job %s waits for others to its host", job_id)
+            async with self._turns.at(url.raw_host.decode("ascii")):
+                calls = await self._store.webhook_called(job_id, self._lease_s)
+                if not calls:  # another process has ended the matter, or the record is deleted
+                    return None
+                outcome = await self._call(job, url)
+        except Crowded as crowd:
+            await self._store.webhook_again(job_id, crowd.delay_s)
+            return None
         except ClientError as error:
             # The record's time is over, or the settings no longer allow the address.
             log.warning("the webhook of job %s is given up: %s", job_id, error.message)
-            return Outcome.FAILED
+            outcome = Outcome.FAILED
         except Unavailable:
             raise
         except Exception:
             log.exception("the webhook of job %s", job_id)
-        return Outcome.RETRIED
+            # What can't even be read or written counts, so that it is given up in the end.
+            calls = calls or await self._store.webhook_called(job_id, self._lease_s)
+            if not calls:
+                return None
+            outcome = Outcome.RETRIED
+        return await self._note(job_id, outcome, calls)
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, host: str) -> AsyncIterator[None]:
-        """TimeoutError where too many others wait. A host's semaphore is forgotten when nobody holds it."""
-        of_host = self._hosts.setdefault(host, asyncio.Semaphore(_CALLS_A_HOST))
-        async with contextlib.AsyncExitStack() as turn:
-            async with asyncio.timeout(self._pace.turn_s):
-                await turn.enter_async_context(of_host)
-                await turn.enter_async_context(self._calls)
-            yield
+    async def _call(self, job: Job, url: httpx.URL) -> Outcome:
+        """RETRIED unless it has settled the matter. InvalidRequest where there is too much to tell."""
+        body = self._body(job)
+        if len(body) > _LARGEST_BODY:
+            raise InvalidRequest(f"there are {len(body)} bytes to tell", "webhook")
+        return _outcome(await self._caller.post(url, self._headers(job.id, body), body))
+
+    async def _note(self, job_id: str, outcome: Outcome, calls: int) -> Outcome:
+        """`calls` counts this one. FAILED where it was the last."""
+        if outcome is Outcome.RETRIED and calls < self._settings.max_attempts:
+            delay_s = min(self._pace.first_retry_s * 2.0 ** min(calls - 1, 32), self._pace.longest_retry_s)
+            await self._store.webhook_again(job_id, delay_s * random.uniform(0.5, 1.5))
+            return outcome
+        if outcome is Outcome.RETRIED:
+            log.warning("the webhook of job %s is given up: no call was answered with a 2xx", job_id)
+            outcome = Outcome.FAILED
+        await self._store.webhook_done(job_id, outcome is Outcome.DELIVERED)
+        return outcome
 
     def _headers(self, job_id: str, body: bytes) -> dict[str, str]:
         assert self._signer is not None, "without allowed hosts nothing is called"
@@ -173,18 +187,6 @@ class Deliverer:
             "webhook-timestamp": str(int(now.timestamp())),
             "webhook-signature": self._signer.sign(job_id, now, body.decode()),
         }
-
-    async def _put_off(self, job_id: str) -> Outcome:
-        """FAILED where it was the last call, which is then left to be noted."""
-        calls = await self._store.webhook_again(job_id, self._lease_s)
-        if not calls:  # another process has ended the matter, or the record is deleted
-            return Outcome.RETRIED
-        if calls >= self._settings.max_attempts:
-            log.warning("the webhook of job %s is given up: no call was answered with a 2xx", job_id)
-            return Outcome.FAILED
-        delay_s = min(self._pace.first_retry_s * 2.0 ** min(calls - 1, 32), self._pace.longest_retry_s)
-        await self._store.webhook_again(job_id, delay_s * random.uniform(0.5, 1.5))
-        return Outcome.RETRIED
 
 
 def _outcome(status: int | None) -> Outcome:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from support.chaos import House, until
 from support.chaos_collect import collected, puts_of_folder
-from support.chaos_report import judged
+from support.chaos_report import Verdict
 from support.chaos_worker import WorkerPlan
 
 from serve.domain import JobState
@@ -63,7 +63,8 @@ def mounts() -> None:
 
 
 @pytest.mark.usefixtures("mounts")
-async def test_15_a_full_disk_takes_no_new_work_and_corrupts_none(tmp_path: Path, seed: int) -> None:
+@pytest.mark.scenario(15, "disk of the images full")
+async def test_15_a_full_disk_takes_no_new_work_and_corrupts_none(tmp_path: Path, seed: int, verdict: Verdict) -> None:
     spool = {"spool_bytes": 20_000}
     async with (
         House(tmp_path, seed=seed, workers=0, s3=False, results=spool) as house,
@@ -84,12 +85,12 @@ async def test_15_a_full_disk_takes_no_new_work_and_corrupts_none(tmp_path: Path
             (disk / "filler").unlink()
             await house.ended(60)
         puts = puts_of_folder(disk)
-        history = await collected(house.inside, house.told, puts)
+        history = await collected(house.inside, [*house.told, *house.words()], puts)
         left = [str(path) for path in disk.rglob("*.tmp")]
         for put in puts:
             if put.key.endswith(".png"):
                 with Image.open(disk / put.key) as image:
                     image.load()
-    ends = judged(15, "disk of the images full", 3, history)
+    ends = verdict.of(3, history)
     assert ends == {JobState.SUCCEEDED: 190}
     assert left == []

@@ -7,7 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.history import Accepted, Answer, Entry, Heard, Put, Refused, Transition, Unheard, read, violations, write
+from support.history import (
+    Accepted,
+    Answer,
+    Entry,
+    Heard,
+    Late,
+    Put,
+    Refused,
+    Transition,
+    Unheard,
+    read,
+    spoke_too_late,
+    violations,
+    write,
+)
 
 from serve.domain import JobState
 
@@ -43,7 +57,12 @@ def sound() -> list[Entry]:
         *stream("again", (QUEUED, 0, 0, 0), (ENCODING, 0, 1, 1), (RUNNING, 2, 1, 1), (QUEUED, 0, 1, 1),
                 (ENCODING, 0, 2, 2), (STORING, 2, 2, 2), (SUCCEEDED, 2, 2, 2)),
         *objects("again"),
-        Heard(job="again", fence=2, what="succeeded"),
+        # As it is collected, by worker: the first one renews as it loses its lease, and is told when it goes on.
+        Heard(job="again", fence=1, what="claimed", asked=1.0, told=1.1),
+        Heard(job="again", fence=1, what="renewed", asked=2.9, told=5.0),
+        Late(job="again", fence=1, what="renewed", asked=5.1, told=5.2),
+        Heard(job="again", fence=2, what="claimed", asked=3.0, told=4.2),
+        Heard(job="again", fence=2, what="succeeded", asked=6.0, told=6.1),
         Answer(job="again", state=SUCCEEDED, attempt=2, images={0: 100}),
         Accepted(job="released"),
         *stream("released", (QUEUED, 0, 0, 0), (ENCODING, 0, 1, 1), (QUEUED, 0, 0, 1), (ENCODING, 0, 1, 2),
@@ -154,8 +173,23 @@ PLANTED: dict[str, tuple[Callable[[list[Entry]], None], str]] = {
         "again: claim 1 was settled as retry, which its stream does not know",
     ),
     "late renewal that was taken": (
-        add(Heard(job="again", fence=2, what="claimed"), Heard(job="again", fence=1, what="renewed")),
+        add(Heard(job="plain", fence=2, what="claimed"), Heard(job="plain", fence=1, what="renewed")),
+        "plain: claim 1 heard that it was renewed after claim 2 was made",
+    ),
+    "late renewal, by the clock": (
+        lambda history: history.insert(0, Heard(job="again", fence=1, what="renewed", asked=4.3, told=4.4)),
         "again: claim 1 heard that it was renewed after claim 2 was made",
+    ),
+    "refused without a reason": (
+        add(Late(job="plain", fence=2, what="renewed")),
+        "plain: claim 2 heard that it is over, and was never made",
+    ),
+    "refused while it held the job": (
+        both(
+            drop(lambda entry: isinstance(entry, Transition) and entry.job == "plain" and entry.state is SUCCEEDED),
+            add(Late(job="plain", fence=1, what="renewed")),
+        ),
+        "plain: claim 1 heard that it is over, which its stream does not know",
     ),
     "attempts without end": (change("poison", 7, attempt=4), "poison: used 4 attempts of 3"),
     "life after death": (then("unwanted", (RUNNING, 0, 0, 1)), "unwanted: went on after it had ended"),
@@ -205,6 +239,10 @@ def test_what_is_planted_is_found(name: str) -> None:
     history = sound()
     plant(history)
     assert any(line.startswith(told) for line in violations(history)), violations(history)
+
+
+def test_who_spoke_too_late_is_known_by_the_clock() -> None:
+    assert [(late.job, late.fence, late.asked) for late in spoke_too_late(sound())] == [("again", 1, 5.1)]
 
 
 def test_a_history_survives_its_file(tmp_path: Path) -> None:

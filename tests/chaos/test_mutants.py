@@ -195,8 +195,8 @@ def told_of(url: str, folder: Path = scripts.FOLDER) -> list[str]:
     return asyncio.run(run())
 
 
-FULL = "if redis.call('ZCARD', QUEUE) >= max_queued or (waiting_ms > 0 and over_ms > 0) then"
-ANSWER = "return {ended, {'queued', snapshot(id), limits()}}"
+FULL = "if refused then return {ended, refused} end"
+ANSWER = "return {ended, {'queued', id, snapshot(id), limits_of(owner, buckets, most_unfinished)}}"
 FENCED = "return HELD[state] ~= nil and current == fence"
 CLAIMED = "redis.call('HINCRBY', job_key(id), '{}', 1)"
 MUTANTS: dict[str, tuple[str, Mapping[str, str]]] = {
@@ -215,12 +215,12 @@ MUTANTS: dict[str, tuple[str, Mapping[str, str]]] = {
     "a claim without a new fence": ("claim", {CLAIMED.format("fence"): "tonumber(fence)"}),
     "a claim is no attempt": ("claim", {CLAIMED.format("attempt"): "tonumber(attempt)"}),
     "a claim leaves the job queued": ("claim", {"\ndequeue(id)\n": "\n"}),
-    "a second submission starts anew": ("submit", {"local before = former(id, owner, fingerprint)": "local before"}),
+    "a second submission starts anew": ("submit", {"job = former(name, id, owner, fingerprint)": "job"}),
     "a refused job is queued": (
         "submit",
         {
-            FULL: "if false then",
-            ANSWER: f"if redis.call('ZCARD', QUEUE) > max_queued then return {{ended, {{'full', 0, 0}}}} end {ANSWER}",
+            FULL: "",
+            ANSWER: f"{FULL} {ANSWER}",
         },
     ),
     "a lapsed lease loses the job": ("reap", {"retry(id, 0, ARGV[5])": "redis.call('ZREM', LEASES, id)"}),

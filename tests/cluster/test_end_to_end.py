@@ -49,7 +49,12 @@ def test_a_job_that_had_to_queue_seldom_waits_for_its_text(
 ) -> None:
     """Text is encoded while the job waits: what is left for the replica is a look into Redis."""
     colors, grounds = ("red", "green", "blue", "yellow", "purple"), ("white", "black", "pink", "orange")
-    prompts = [f"a {color} star on a {ground} background" for color in colors for ground in grounds]
+    prompts = [
+        f"a {color} {shape} on a {ground} background"
+        for color in colors
+        for ground in grounds
+        for shape in ("star", "circle")
+    ]
     ids = [submit(http, prompt, negative_prompt="dull") for prompt in prompts]
     jobs = [finished(http, job_id) for job_id in ids]
     waits = sorted(job["timings"]["text_s"] for job in jobs if job["timings"]["queued_s"] > 0.3)
@@ -125,7 +130,7 @@ def test_a_killed_replica_loses_nothing(http: httpx.Client, server: Server) -> N
     assert job["attempt"] == 2
     assert [image["index"] for image in job["images"]] == list(range(8))
     stored = sorted(path.name for path in (server.data_dir / "images" / job_id).iterdir())
-    assert stored == [f"{index}.png" for index in range(8)]
+    assert stored == [*(f"{index}.png" for index in range(8)), "manifest.json"]
 
 
 def test_cancel_ends_a_running_job_at_the_next_step(http: httpx.Client) -> None:

@@ -126,6 +126,49 @@ def test_an_absent_server_is_one_line_that_names_the_setting(redis_server: Embed
         check_redis("localhost:6379", "jobs.redis_url")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            f"redis://:{password}@127.0.0.1:1/0"
+            for password in ("sec/ret", "sec#ret", "sec?ret", "sec@ret", "1/sec@ret")
+        ),
+        "redis://:secret/0",
+        "redis://[secret",
+        "unix://:sec/ret@/nowhere.sock",
+    ],
+)
+def test_a_password_that_is_not_escaped_is_never_shown_in_part(url: str) -> None:
+    with pytest.raises(OperatorError) as one:
+        check_redis(url, "jobs.redis_url")
+    assert "sec" not in one.value.message
+    assert "ret" not in one.value.message
+    assert "in a password are %2F" in one.value.message
+
+
+def test_a_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError, match=rf"^jobs\.redis_url: Redis at {tmp_path}/redis\.sock does not answer$"):
+        check_redis(f"unix://{tmp_path}/redis.sock?password=secret", "jobs.redis_url")
+
+
+def test_what_it_keeps_is_for_its_own_user_alone(tmp_path: Path) -> None:
+    """Prompts and the hashes of keys are in it; the umask of the operator may be any."""
+    before = os.umask(0)
+    try:
+        with EmbeddedRedis(tmp_path / "data", "jobs") as server, redis.Redis.from_url(server.url) as client:
+            client.set("prompt", "x")
+            client.bgrewriteaof()
+            while client.info("persistence")["aof_rewrite_in_progress"]:
+                os.sched_yield()
+            modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    finally:
+        os.umask(before)
+    assert modes.pop(Path("data")) == 0o777, "it may hold what others read"
+    assert modes.pop(Path("data/redis")) == modes.pop(Path("data/redis/jobs")) == 0o700
+    assert Path("data/redis/jobs/jobs.aof") in modes
+    assert set(modes.values()) == {0o600}
+
+
 def test_it_tells_its_url_to_its_own_user_alone_while_it_runs(tmp_path: Path) -> None:
     assert running_url(tmp_path) is None
     with EmbeddedRedis(tmp_path, "jobs") as server:

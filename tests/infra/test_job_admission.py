@@ -124,7 +124,7 @@ def test_unfinished_jobs_are_bounded_and_an_end_makes_room(redis_url: str) -> No
         claim = await bench.store.claim("worker", ANY)
         assert claim is not None
         assert claim is not Hold.ALONE
-        with pytest.raises(RateLimited, match="2 of your jobs"):
+        with pytest.raises(RateLimited, match="2 at most"):
             await bench.store.submit("c", a_request(), terms=terms)
         await bench.succeed(claim)
         await bench.store.submit("c", a_request(), terms=terms)
@@ -138,8 +138,11 @@ def test_who_is_over_the_own_bound_is_told_so_in_a_full_house_too(redis_url: str
         await bench.store.submit("a", a_request(), terms=terms)
         with pytest.raises(RateLimited):
             await bench.store.submit("b", a_request(), terms=terms)
+        await bench.store.submit("c", a_request(), terms=Terms(owner="l"))
+        with pytest.raises(RateLimited):
+            await bench.store.submit("d", a_request(), terms=terms)
         with pytest.raises(QueueFull):
-            await bench.store.submit("c", a_request(), terms=Terms(owner="l"))
+            await bench.store.submit("e", a_request(), terms=Terms(owner="m"))
 
     on(redis_url, story, max_queued=1)
 
@@ -164,9 +167,9 @@ def test_the_same_key_a_hundred_times_at_once_is_one_job(redis_url: str) -> None
 def test_an_id_stands_for_its_order_and_owner_even_when_the_record_is_gone(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         store, terms = bench.store, Terms(owner="k", fingerprint="an order")
-        assert await store.peek("a", "k", "an order") is None
+        assert await store.peek("k", "an order", job_id="a") is None
         await store.submit("a", a_request(), terms=terms)
-        assert (await store.peek("a", "k", "an order")) == await store.get("a", "k")
+        assert (await store.peek("k", "an order", job_id="a")) == await store.get("a", "k")
         for gone in (False, True):
             if gone:
                 await store.cancel("a")
@@ -175,13 +178,66 @@ def test_an_id_stands_for_its_order_and_owner_even_when_the_record_is_gone(redis
                 with pytest.raises(JobGone):
                     await store.submit("a", a_request(), terms=terms)
                 with pytest.raises(JobGone):
-                    await store.peek("a", "k", "an order")
+                    await store.peek("k", "an order", job_id="a")
             for owner, fingerprint, refusal in (("k", "other", Conflict), ("l", "an order", JobNotFound)):
                 with pytest.raises(refusal):
                     await store.submit("a", a_request(), terms=Terms(owner=owner, fingerprint=fingerprint))
                 with pytest.raises(refusal):
-                    await store.peek("a", owner, fingerprint)
-        assert 86_000_000 < await store._redis.pttl("tandem:order:a") <= 86_400_000
+                    await store.peek(owner, fingerprint, job_id="a")
+        assert 86_000_000 < await store._redis.pttl("tandem:order:id:a") <= 86_400_000
+
+    on(redis_url, story)
+
+
+def test_a_key_is_its_owners_alone_and_names_no_id(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        store = bench.store
+        first = await store.submit("a", a_request(), terms=Terms(owner="k", fingerprint="x", key="mine"))
+        again = await store.submit("b", a_request(), terms=Terms(owner="k", fingerprint="x", key="mine"))
+        assert (again.job.id, again.replayed, first.replayed) == ("a", True, False)
+        assert await store.peek("k", "x", key="mine") == first.job
+        assert await store.peek("l", "x", key="mine") is None
+        others = await store.submit("c", a_request(), terms=Terms(owner="l", fingerprint="x", key="mine"))
+        assert (others.job.id, others.replayed) == ("c", False)
+        with pytest.raises(Conflict):
+            await store.submit("d", a_request(), terms=Terms(owner="k", fingerprint="y", key="mine"))
+        with pytest.raises(JobNotFound):
+            await store.get("b")
+        # Under another's id nothing is found, and nothing can be put in its way.
+        with pytest.raises(JobNotFound):
+            await store.submit("a", a_request(), terms=Terms(owner="l", fingerprint="x"))
+
+    on(redis_url, story)
+
+
+def test_a_full_queue_keeps_room_for_who_has_less_than_their_share(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        store, heavy = bench.store, Terms(owner="heavy")
+        for number in range(10):
+            await store.submit(f"heavy{number}", a_request(), terms=heavy)
+        with pytest.raises(QueueFull):
+            await store.submit("more", a_request(), terms=heavy)
+        for number in range(5):  # a share of two owners is five; half as much again is five more
+            await store.admit(MODEL, 1, "light", Allowance())
+            await store.submit(f"light{number}", a_request(), terms=Terms(owner="light"))
+        for owner in ("light", "heavy", "third"):
+            with pytest.raises(QueueFull):
+                await store.admit(MODEL, 1, owner, Allowance())
+            with pytest.raises(QueueFull):
+                await store.submit("x", a_request(), terms=Terms(owner=owner))
+
+    on(redis_url, story, max_queued=10)
+
+
+def test_a_look_at_the_door_says_what_the_submission_would(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        store, allowance = bench.store, Allowance(requests_per_minute=1, max_unfinished=5)
+        await store.admit(MODEL, 1, "k", allowance)
+        await store.submit("a", a_request(), terms=Terms(owner="k", allowance=allowance))
+        with pytest.raises(RateLimited) as refused:
+            await store.admit(MODEL, 1, "k", allowance)
+        assert [limit.name for limit in refused.value.limits] == ["requests_per_minute", "max_unfinished"]
+        await store.admit(MODEL, 1, "l", allowance)
 
     on(redis_url, story)
 

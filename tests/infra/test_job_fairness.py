@@ -222,3 +222,72 @@ def test_ten_owners_at_once_lose_no_count(redis_url: str) -> None:
         assert (await bench.store.backlog(MODEL)).depth == 0
 
     on(redis_url, story)
+
+
+def test_work_for_another_model_puts_no_newcomer_behind_who_was_there(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        for number in range(91):
+            await bench.store.submit(f"heavy{number}", a_request(), terms=Terms(owner="heavy", cost_ms=100))
+        for number in range(20):
+            await bench.store.submit(f"b{number}", a_request(model="b"), terms=Terms(owner="other", cost_ms=100))
+            assert await bench.store.claim("b", [Want("b", 0, 1 << 30)]) is not None
+        for number in range(9):
+            await bench.store.submit(f"light{number}", a_request(), terms=Terms(owner=f"k{number}", cost_ms=100))
+        order = await _claim_all(bench)
+        assert {f"light{number}" for number in range(9)} <= set(order[:20])
+
+    on(redis_url, story)
+
+
+def test_a_job_that_nobody_can_take_saves_its_owner_no_turns(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.store.submit("parked", a_request(model="absent"), terms=Terms(owner="heavy", cost_ms=100))
+        for number in range(50):
+            await bench.store.submit(f"busy{number}", a_request(), terms=Terms(owner="busy", cost_ms=100))
+            assert await bench.store.claim("worker", ANY) is not None
+        for number in range(30):
+            await bench.store.submit(f"heavy{number}", a_request(), terms=Terms(owner="heavy", cost_ms=100))
+        await bench.store.submit("light", a_request(), terms=Terms(owner="light", cost_ms=100))
+        order = await _claim_all(bench)
+        assert "light" in order[:4]
+
+    on(redis_url, story)
+
+
+def test_one_worker_at_a_time_makes_room_for_a_job_that_must_run_alone(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        for _ in range(2):
+            await (bench.store.claim("w", ANY) if await bench.store.queue_depth() else bench.claimed("suspect"))
+            await _lose(bench, "suspect")
+        for number in range(3):
+            await bench.store.submit(f"other{number}", a_request())
+        assert await bench.store.claim("first", ANY, idle=False) is Hold.ALONE
+        for _ in range(3):
+            claim = await bench.store.claim("second", ANY, idle=False)
+            assert claim is not None
+            assert claim is not Hold.ALONE
+            assert claim.job_id.startswith("other")
+        assert await bench.store.claim("second", ANY, idle=False) is None
+        assert await bench.store.claim("first", ANY, idle=False) is Hold.ALONE
+        claim = await bench.store.claim("first", ANY, idle=True)
+        assert claim is not None
+        assert claim is not Hold.ALONE
+        assert (claim.job_id, claim.alone) == ("suspect", True)
+
+    on(redis_url, story)
+
+
+def test_a_claim_whose_answer_was_lost_is_the_same_claim_again(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        for job_id in "ab":
+            await bench.store.submit(job_id, a_request())
+        args = ("worker", "number 1", 10_000, 600_000, 1, MODEL, 0, 1 << 30, 0)
+        first, again = [await bench.store._run("claim", *args) for _ in range(2)]
+        assert first == again
+        assert first[:3] == [b"a", 1, 1]
+        other = await bench.store.claim("worker", ANY)
+        assert other is not None
+        assert other is not Hold.ALONE
+        assert other.job_id == "b"
+
+    on(redis_url, story)

@@ -106,6 +106,13 @@ class JobMachine(RuleBasedStateMachine):
         queued = (job_id for job_id, job in self.expected.items() if job.state is JobState.QUEUED)
         return sorted(queued, key=lambda job_id: self.expected[job_id].place)
 
+    def full(self, model: str, owner: str) -> bool:
+        """Whether the model's line has no place for one more of this owner."""
+        owners = [job.terms.owner for job in map(self.expected.get, self.queue()) if job and job.request.model == model]
+        sharing = len({*owners, owner})
+        below = sharing > 1 and owners.count(owner) < MAX_QUEUED / sharing
+        return len(owners) >= MAX_QUEUED * (1.5 if below else 1)
+
     def settle_accounts(self) -> None:
         """After whatever changed the queue."""
         owners = {self.expected[job_id].terms.owner for job_id in self.queue()}
@@ -159,7 +166,7 @@ class JobMachine(RuleBasedStateMachine):
             with pytest.raises(RateLimited):
                 self.run(self.store.submit(job_id, request, terms=terms))
             return
-        if len(self.queue()) >= MAX_QUEUED:
+        if self.full(model, owner):
             with pytest.raises(QueueFull):
                 self.run(self.store.submit(job_id, request, terms=terms))
             return
@@ -179,7 +186,7 @@ class JobMachine(RuleBasedStateMachine):
         assert (
             again.job
             == self.run(self.store.get(job_id))
-            == self.run(self.store.peek(job_id, job.terms.owner, f"order {job_id}"))
+            == self.run(self.store.peek(job.terms.owner, f"order {job_id}", job_id=job_id))
         )
 
     @with_jobs

@@ -88,6 +88,10 @@ def test_every_end_of_a_job_is_to_be_told_once(redis_url: str, end: str) -> None
         assert (job.webhook, job.webhook_state) == ("https://example.com/done", WebhookState.PENDING)
         assert await store.due_webhooks(lease_s=60) == ["a"]
         assert await store.due_webhooks(lease_s=60) == []
+        assert await store.webhook_again("a", delay_s=0.001) == 0  # nobody has called yet
+        while not await store.due_webhooks(lease_s=60):
+            await store.ping()
+        assert await store.webhook_called("a", lease_s=60) == 1
         assert await store.webhook_again("a", delay_s=0.001) == 1
         while not (due := await store.due_webhooks(lease_s=60)):
             await store.ping()

@@ -17,9 +17,10 @@ from serve.cli.app import main
 from serve.cli.backstage import Backstage, backstage
 from serve.domain import ImageRef, Job, JobState, Priority, Tier, Timings
 from serve.errors import InvalidRequest, JobNotFound
-from serve.jobs.store import Claim, Terms
+from serve.jobs.store import Claim, JobStore, Terms
 from serve.retry import retry
 from serve.settings import JobSettings, Settings
+from serve.telemetry.metrics import InProcessMetrics
 
 PNG = b"\x89PNG not really"
 DONE, FAILED, DRAWN, WAITING = "d" * 32, "f" * 32, "e" * 32, "a" * 32
@@ -90,6 +91,11 @@ async def _house(stage: Backstage) -> str:
     await stage.jobs.renew(claim, 2, JobState.RUNNING)
     await stage.jobs.submit(WAITING, a_request("a blue square", num_images=2))
     return key
+
+
+async def _crowd(stage: Backstage) -> None:
+    """Two wait now: one that is allowed has room for another owner's beside it, and for no third."""
+    await stage.jobs.submit("b" * 32, a_request())
 
 
 def rows(told: str) -> dict[str, str]:
@@ -233,6 +239,7 @@ def test_a_retry_is_a_new_job_that_outlives_the_old(operator: Operator) -> None:
 
 def test_a_retry_that_has_no_room_leaves_nothing(operator: Operator) -> None:
     operator.behind(_house)
+    operator.behind(_crowd)
     full = operator.settings.jobs.model_copy(update={"max_queued": 1})
     operator.settings = operator.settings.model_copy(update={"jobs": full})
 
@@ -242,6 +249,67 @@ def test_a_retry_that_has_no_room_leaves_nothing(operator: Operator) -> None:
     with pytest.raises(Exception, match="1 jobs are waiting already"):
         operator.behind(try_it)
     assert [path.name for path in (operator.settings.data_dir / "images").iterdir() if path.is_dir()] == [FAILED]
+
+
+def test_jobs_are_treated_by_the_server_s_own_rules(operator: Operator) -> None:
+    """Not by those of the shell that the operator happens to sit in."""
+
+    async def tell(stage: Backstage) -> None:
+        rules = {"max_queued": 1, "max_attempts": 7, "queue_ttl_s": 4321.0}
+        server = JobStore(stage.settings.jobs.model_copy(update=rules), InProcessMetrics())
+        await server.tell_rules()
+        await server.close()
+
+    operator.behind(_house)
+    operator.behind(_crowd)
+    operator.behind(tell)
+    assert "attempts 1 of 7" in " ".join(operator("show", FAILED)[1].split())
+    code, _, err = operator("retry", FAILED)
+    assert code == 2
+    assert "1 jobs are waiting already" in err
+
+    async def look(stage: Backstage) -> None:
+        rules = stage.settings.jobs
+        assert (rules.max_queued, rules.queue_ttl_s) == (1, 4321.0)
+        assert rules.redis_url == operator.settings.jobs.redis_url
+
+    operator.behind(look)
+
+
+@pytest.mark.parametrize("command", [("list",), ("list", "--json"), ("show", "a"), ("retry", "a"), ("cancel", "a")])
+def test_who_only_looks_begins_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+) -> None:
+    place = tmp_path / "elsewhere"
+    monkeypatch.setattr(sys, "argv", ["tandem", "jobs", *command, "--data-dir", str(place)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr()
+    assert (end.value.code, told.out) == (2, "")
+    assert told.err == f"tandem: data_dir: nothing there: no server has kept jobs or keys in {place}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--state", "done"), "--state done: there are queued, encoding, running, "),
+        (("--state", "queued", "--state", ""), "--state : there are "),
+        (("-n", "0"), "-n 0: write a whole number"),
+        (("-n", "-1"), "-n -1: write a whole number"),
+        (("-n", "many"), "-n many: write a whole number"),
+        (("-n", "1.5"), "-n 1.5: write a whole number"),
+        (("-n", "9" * 5000), "-n 999"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(operator: Operator, options: tuple[str, ...], named: str) -> None:
+    code, out, err = operator("list", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"tandem: {named}")
+    assert err.count("\n") == 1
 
 
 def test_cancelling(operator: Operator) -> None:

@@ -61,7 +61,7 @@ def test_the_first_key_is_made_before_any_server_runs(
     token = told.out.strip()
     assert told.out == f"{token}\n", "a script takes it from there"
     assert told.err.count("\n") == 1
-    assert "shown this once" in told.err
+    assert f"made in {tmp_path}; shown this once" in told.err
     assert token not in told.err
     with EmbeddedRedis(tmp_path, "jobs") as server:
         assert found(server.url, token).name == "laptop"
@@ -123,12 +123,34 @@ def test_the_table_fits_into_80_columns_and_takes_a_name_by_the_letter(
 def test_no_keys_is_said_with_the_place(
     tandem: Tandem, tmp_path: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    EmbeddedRedis(tmp_path, "jobs").__enter__().stop()
     assert tandem("list", "--data-dir", tmp_path) == 0
     assert capsys.readouterr().out == f"no API keys in {tmp_path}; `tandem keys create NAME` makes one\n"
     assert tandem("list", "--set", f"jobs.redis_url={redis_url}") == 0
     told = capsys.readouterr().out
-    assert redis_url.rpartition("@")[2] in told
+    assert redis_url.rpartition("@")[2].partition("/")[0] in told
     assert redis_url.split("@")[0][9:] not in told, "the password"
+
+
+@pytest.mark.parametrize("command", [("list",), ("list", "--json"), ("revoke", "a" * 12)])
+def test_who_only_looks_begins_nothing(
+    tandem: Tandem, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    place = tmp_path / "elsewhere"
+    assert tandem(*command, "--data-dir", place) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"tandem: data_dir: nothing there: no server has kept jobs or keys in {place}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_key_was_made_is_told_as_json_is_too(
+    tandem: Tandem, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tandem("create", "a", "--json", "--set", f"jobs.redis_url={redis_url}") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["name"] == "a"
+    assert told.err.startswith("made in redis://**********@127.0.0.1:")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +196,7 @@ def test_a_redis_that_does_not_answer_is_one_line(tandem: Tandem, capsys: pytest
 
 def on_stage(settings: Settings, story: Callable[[Any], Any]) -> Any:
     async def run() -> Any:
-        async with backstage(settings) as stage:
+        async with backstage(settings, begin=True) as stage:
             return await story(stage)
 
     return asyncio.run(run())

@@ -20,6 +20,7 @@ from serve.results.encode import read_parameters
 from serve.results.keys import manifest_key
 from serve.results.local import LocalStore
 from serve.results.manifest import read
+from serve.results.png import parameters
 from serve.results.store import Stored
 from serve.storing import Encoded, Outcome, encode_images, put_images, stored_before
 from serve.telemetry.metrics import InProcessMetrics
@@ -195,6 +196,45 @@ async def test_another_orders_images_are_never_this_jobs(store: Store, change: d
     encoded = await encode_images(held, drawn(), patience())
     with pytest.raises(GenerationFailed, match="another order"):
         await put_images(store, held, encoded, patience(), InProcessMetrics())
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": "a blue square"}, {"height": 72}, {"clip_skip": 2}, {"guidance_scale": 4.0}, {"num_images": 2}],
+)
+async def test_an_image_of_another_order_is_not_adopted(store: Store, kind: str, change: dict[str, Any]) -> None:
+    """Its manifest was never put, or is gone: the file alone says whose it is."""
+    before = await stored(store, output_format=kind)
+    await store.delete(manifest_key(JOB))
+    first = await store.get(before.images[0].key)
+    if "num_images" in change:
+        assert await stored(store, seed=1, output_format=kind, **change), "the order of the picture is the same"
+    else:
+        with pytest.raises(GenerationFailed, match="another order"):
+            await stored(store, seed=1, output_format=kind, **change)
+    assert await store.get(before.images[0].key) == first
+
+
+async def test_a_file_that_does_not_say_whose_it_is_is_not_adopted(store: Store) -> None:
+    await LocalStore.put(store, f"{JOB}/0.png", b"no picture", "image/png")
+    with pytest.raises(GenerationFailed, match="another order"):
+        await stored(store)
+
+
+async def test_an_image_of_another_version_s_is_the_same_order_s(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During a rollout: its orders had a field more or less, which stands at its default."""
+
+    def known(request: ImageRequest, index: int, approximate: Any = ()) -> dict[str, Any]:
+        told = parameters(request, index, approximate)
+        del told["use_t5"]
+        return told | {"one_more": 7}
+
+    monkeypatch.setattr("serve.storing.parameters", known)
+    before = await stored(store)
+    await store.delete(manifest_key(JOB))
+    monkeypatch.undo()
+    assert await stored(store, fence=2, seed=1) == before
 
 
 async def test_puts_wait_for_the_store_and_are_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

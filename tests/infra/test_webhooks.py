@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,6 +25,7 @@ from serve.domain import Job, WebhookState
 from serve.jobs.terms import Terms
 from serve.settings import WebhookSettings
 from serve.webhooks import Deliverer, Pace
+from serve.webhooks.turns import IN_HAND, IN_HAND_A_HOST
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 QUICK = Pace(first_retry_s=0.02, longest_retry_s=0.05, look_again_s=0.02)
@@ -50,11 +52,16 @@ def names(*addresses: Sequence[str]) -> tuple[Callable[..., Any], list[str]]:
 
 
 @contextlib.asynccontextmanager
-async def delivering(bench: Bench, settings: WebhookSettings | None = None, **other: Any) -> AsyncIterator[None]:
-    """A deliverer runs meanwhile, and leaves nothing."""
+async def delivering(
+    bench: Bench, *receivers: Receiver, settings: WebhookSettings | None = None, **other: Any
+) -> AsyncIterator[None]:
+    """A deliverer runs meanwhile, and leaves nothing. It may call the receivers' ports at every host."""
     before = asyncio.all_tasks()
     options = {"body": told, "pace": QUICK} | other
-    deliverer = Deliverer(bench.store, settings or a_settings(), metrics=bench.metrics, **options)
+    settings = settings or a_settings()
+    places = [f"{host}:{receiver.port}" for host in settings.allowed_hosts for receiver in receivers]
+    settings = settings.model_copy(update={"allowed_hosts": (*settings.allowed_hosts, *places)})
+    deliverer = Deliverer(bench.store, settings, metrics=bench.metrics, **options)
     running = asyncio.create_task(deliverer.run())
     try:
         yield
@@ -79,6 +86,11 @@ async def settled(bench: Bench, job_id: str = "a") -> WebhookState | None:
     return (await bench.store.get(job_id)).webhook_state
 
 
+async def true(fact: bool) -> bool:
+    await asyncio.sleep(0)
+    return fact
+
+
 def counts(bench: Bench) -> tuple[float, float, float]:
     delivered, retried, failed = (
         bench.metrics.value("tandem_webhooks_total", outcome=outcome) for outcome in ("delivered", "retried", "failed")
@@ -88,7 +100,7 @@ def counts(bench: Bench) -> tuple[float, float, float]:
 
 def test_a_receiver_verifies_a_call_with_the_standard_s_library(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
-        async with Receiver() as receiver, delivering(bench):
+        async with Receiver() as receiver, delivering(bench, receiver):
             await ended(bench, receiver.url())
             assert await settled(bench) is WebhookState.DELIVERED
         (call,) = receiver.calls
@@ -115,7 +127,7 @@ def test_a_receiver_verifies_a_call_with_the_standard_s_library(redis_url: str) 
 
 def test_jobs_without_a_webhook_and_jobs_that_run_call_nobody(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
-        async with Receiver() as receiver, delivering(bench):
+        async with Receiver() as receiver, delivering(bench, receiver):
             await bench.store.submit("plain", a_request())
             await bench.store.cancel("plain")
             await bench.store.submit("waiting", a_request(), terms=Terms(webhook=receiver.url()))
@@ -132,7 +144,7 @@ def test_a_call_is_made_again_until_it_is_heard(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         async with Receiver() as elsewhere:
             redirect = f"HTTP/1.1 307 Go\r\nlocation: {elsewhere.url()}\r\ncontent-length: 0\r\n\r\n".encode()
-            async with Receiver(500, redirect, b"no HTTP at all\r\n\r\n", 200) as receiver, delivering(bench):
+            async with Receiver(500, redirect, b"no HTTP at all\r\n\r\n", 200) as receiver, delivering(bench, receiver):
                 await ended(bench, receiver.url())
                 assert await settled(bench) is WebhookState.DELIVERED
             assert len(receiver.calls) == 4
@@ -152,7 +164,7 @@ def test_a_call_that_nobody_hears_is_given_up(
     redis_url: str, status: int, calls: int, expected: tuple[int, int, int]
 ) -> None:
     async def story(bench: Bench) -> None:
-        async with Receiver(status) as receiver, delivering(bench):
+        async with Receiver(status) as receiver, delivering(bench, receiver):
             await ended(bench, receiver.url())
             assert await settled(bench) is WebhookState.FAILED
             assert len(receiver.calls) == calls
@@ -174,7 +186,7 @@ def test_the_distances_grow(redis_url: str) -> None:
             times.append(loop.time())
             return told(job)
 
-        async with Receiver(500) as receiver, delivering(bench, pace=pace, body=body):
+        async with Receiver(500) as receiver, delivering(bench, receiver, pace=pace, body=body):
             await ended(bench, receiver.url())
             assert await settled(bench) is WebhookState.FAILED
         for number, (earlier, later) in enumerate(pairwise(times)):
@@ -186,7 +198,7 @@ def test_the_distances_grow(redis_url: str) -> None:
 def test_a_slow_receiver_holds_nobody_else(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         resolve, _ = names(["127.0.0.1"])
-        async with Receiver() as slow, Receiver() as fast, delivering(bench, resolve=resolve):
+        async with Receiver() as slow, Receiver() as fast, delivering(bench, slow, fast, resolve=resolve):
             slow.open_.clear()
             await ended(bench, slow.url("slow.test"), *(f"slow-{n}" for n in range(40)))
             await ended(bench, fast.url("fast.test"), "fast")
@@ -204,23 +216,77 @@ def test_a_slow_receiver_holds_nobody_else(redis_url: str) -> None:
     on(redis_url, story)
 
 
-def test_a_call_that_waits_too_long_for_its_turn_is_put_off(redis_url: str) -> None:
+def test_hundreds_of_calls_that_hang_hold_nobody_else(redis_url: str) -> None:
+    """More than a process has places for, and all of them due before the one that is heard at once."""
+
     async def story(bench: Bench) -> None:
-        pace = Pace(first_retry_s=0.02, longest_retry_s=0.05, turn_s=0.05, look_again_s=0.02)
-        async with Receiver() as receiver, delivering(bench, a_settings(max_attempts=50), pace=pace):
+        resolve, _ = names(["127.0.0.1"])
+        async with Receiver() as slow, Receiver() as fast:
+            slow.open_.clear()
+            await ended(bench, slow.url("slow.test"), *(f"slow-{n}" for n in range(IN_HAND + 10)))
+            await ended(bench, fast.url("fast.test"), "fast")
+            patient = dataclasses.replace(QUICK, later_s=60.0, turn_s=60.0)
+            settings = a_settings(timeout_s=60.0)
+            async with delivering(bench, slow, fast, settings=settings, resolve=resolve, pace=patient):
+                assert await settled(bench, "fast") is WebhookState.DELIVERED
+                assert slow.held == slow.most_held == 2, "not one of them was answered"
+
+    on(redis_url, story)
+
+
+def test_a_missed_turn_is_no_call(redis_url: str) -> None:
+    """However often a call finds no place: the first that is made is the first that counts."""
+
+    async def story(bench: Bench) -> None:
+        pace = dataclasses.replace(QUICK, turn_s=0.05)
+        put_off: dict[str, int] = {}
+        again = bench.store.webhook_again
+
+        async def watched(job_id: str, delay_s: float) -> int:
+            put_off[job_id] = calls = await again(job_id, delay_s)
+            return calls
+
+        bench.store.webhook_again = watched  # type: ignore[method-assign]
+        jobs = [f"job-{n}" for n in range(IN_HAND_A_HOST + 8)]
+        async with Receiver() as receiver, delivering(bench, receiver, settings=a_settings(max_attempts=1), pace=pace):
             receiver.open_.clear()
-            await ended(bench, receiver.url(), "a", "b", "c")
-
-            async def put_off() -> bool:
-                await bench.store.ping()
-                return counts(bench)[1] > 0
-
-            await until(put_off)
-            assert receiver.held == 2
+            await ended(bench, receiver.url(), *jobs)
+            await until(lambda: true(len(put_off) == len(jobs) - 2))
+            assert set(put_off.values()) == {0}, "none was made of what is put off"
+            assert counts(bench) == (0, 0, 0)
             receiver.open_.set()
-            for job_id in ("a", "b", "c"):
+            for job_id in jobs:
                 assert await settled(bench, job_id) is WebhookState.DELIVERED
-        assert len(receiver.calls) == 3
+        assert len(receiver.calls) == len(jobs)
+        assert counts(bench) == (len(jobs), 0, 0)
+
+    on(redis_url, story)
+
+
+def test_a_process_that_dies_before_its_calls_uses_none_up(redis_url: str) -> None:
+    """It was given the job again and again, and never came to call."""
+
+    async def story(bench: Bench) -> None:
+        async with Receiver() as receiver:
+            await ended(bench, receiver.url())
+            for _ in range(5):
+                await until(lambda: _due(bench))
+            async with delivering(bench, receiver, settings=a_settings(max_attempts=1)):
+                assert await settled(bench) is WebhookState.DELIVERED
+        assert counts(bench) == (1, 0, 0)
+
+    async def _due(bench: Bench) -> bool:
+        return await bench.store.due_webhooks(0.01) == ["a"]
+
+    on(redis_url, story)
+
+
+def test_a_port_that_is_no_longer_allowed_is_given_up(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        async with Receiver() as receiver, delivering(bench):
+            await ended(bench, receiver.url())
+            assert await settled(bench) is WebhookState.FAILED
+            assert not receiver.connections
 
     on(redis_url, story)
 
@@ -230,7 +296,10 @@ def test_the_whole_call_is_bounded_in_time(redis_url: str, answer: bytes) -> Non
     """Whether the receiver says nothing, or a header a moment without end."""
 
     async def story(bench: Bench) -> None:
-        async with Receiver(answer) as receiver, delivering(bench, a_settings(timeout_s=0.2, max_attempts=2)):
+        async with (
+            Receiver(answer) as receiver,
+            delivering(bench, receiver, settings=a_settings(timeout_s=0.2, max_attempts=2)),
+        ):
             if answer:
                 receiver.drip = b"x: y\r\n"
             else:
@@ -245,7 +314,10 @@ def test_the_whole_call_is_bounded_in_time(redis_url: str, answer: bytes) -> Non
 
 def test_an_answer_without_end_is_not_read(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
-        async with Receiver(b"HTTP/1.1 200 OK\r\n\r\n") as receiver, delivering(bench, a_settings(timeout_s=60.0)):
+        async with (
+            Receiver(b"HTTP/1.1 200 OK\r\n\r\n") as receiver,
+            delivering(bench, receiver, settings=a_settings(timeout_s=60.0)),
+        ):
             receiver.drip = b"x" * 65536
             await ended(bench, receiver.url())
             assert await settled(bench) is WebhookState.DELIVERED
@@ -259,7 +331,7 @@ def test_the_address_that_was_checked_is_called_whatever_the_name_says_next(redi
     async def story(bench: Bench) -> None:
         resolve, asked = names(["127.0.0.1"], ["127.0.0.2"])
         async with Receiver() as first, Receiver(host="127.0.0.2", port=first.port) as second:
-            async with delivering(bench, resolve=resolve):
+            async with delivering(bench, first, resolve=resolve):
                 await ended(bench, first.url("hooks.test"))
                 assert await settled(bench) is WebhookState.DELIVERED
             assert asked == ["hooks.test"]
@@ -279,7 +351,7 @@ def test_a_name_with_a_private_address_is_not_called(redis_url: str, addresses: 
     async def story(bench: Bench) -> None:
         resolve, asked = names(addresses)
         settings = a_settings(allow_private=False, max_attempts=2)
-        async with Receiver() as receiver, delivering(bench, settings, resolve=resolve):
+        async with Receiver() as receiver, delivering(bench, receiver, settings=settings, resolve=resolve):
             await ended(bench, receiver.url("hooks.test", "https"))
             assert await settled(bench) is WebhookState.FAILED
             assert not receiver.connections
@@ -292,7 +364,7 @@ def test_a_name_with_a_private_address_is_not_called(redis_url: str, addresses: 
 def test_the_next_address_is_tried_where_one_does_not_answer(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         resolve, _ = names(["127.0.0.9", "127.0.0.1"])
-        async with Receiver() as receiver, delivering(bench, resolve=resolve):
+        async with Receiver() as receiver, delivering(bench, receiver, resolve=resolve):
             await ended(bench, receiver.url("hooks.test"))
             assert await settled(bench) is WebhookState.DELIVERED
         assert len(receiver.calls) == 1
@@ -303,7 +375,7 @@ def test_the_next_address_is_tried_where_one_does_not_answer(redis_url: str) -> 
 def test_names_are_resolved_by_the_system_by_default(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         settings = a_settings("localhost", "*.invalid", max_attempts=1)
-        async with Receiver() as receiver, delivering(bench, settings):
+        async with Receiver() as receiver, delivering(bench, receiver, settings=settings):
             await ended(bench, receiver.url("localhost"), "a")
             await ended(bench, receiver.url("no.invalid"), "b")
             assert await settled(bench, "a") is WebhookState.DELIVERED
@@ -327,7 +399,10 @@ def test_tls_is_spoken_with_the_name_not_the_address(
 
     async def story(bench: Bench) -> None:
         resolve, _ = names(["127.0.0.1"])
-        async with Receiver(tls=tls) as receiver, delivering(bench, a_settings(max_attempts=1), resolve=resolve):
+        async with (
+            Receiver(tls=tls) as receiver,
+            delivering(bench, receiver, settings=a_settings(max_attempts=1), resolve=resolve),
+        ):
             await ended(bench, receiver.url(name, "https"))
             assert await settled(bench) == state
         assert asked == [name]
@@ -344,7 +419,7 @@ def test_what_is_no_longer_allowed_or_too_large_is_given_up(redis_url: str) -> N
                 ("none", WebhookSettings(), told),
                 ("large", a_settings(), lambda _: b"x" * 2**21),
             ):
-                async with delivering(bench, settings, body=body):
+                async with delivering(bench, receiver, settings=settings, body=body):
                     await ended(bench, receiver.url(), job_id)
                     assert await settled(bench, job_id) is WebhookState.FAILED
             assert not receiver.connections
@@ -358,7 +433,7 @@ def test_a_body_that_can_not_be_written_is_tried_as_often_as_a_call(redis_url: s
         def broken(_: Job) -> bytes:
             raise KeyError("a slip of the pen")
 
-        async with Receiver() as receiver, delivering(bench, body=broken):
+        async with Receiver() as receiver, delivering(bench, receiver, body=broken):
             await ended(bench, receiver.url())
             assert await settled(bench) is WebhookState.FAILED
             assert not receiver.connections
@@ -371,7 +446,7 @@ def test_several_processes_make_one_call(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         other = Bench(redis_url)
         ids = [f"job-{n}" for n in range(30)]
-        async with Receiver() as receiver, delivering(bench), delivering(other):
+        async with Receiver() as receiver, delivering(bench, receiver), delivering(other, receiver):
             await ended(bench, receiver.url(), *ids)
             for job_id in ids:
                 assert await settled(bench, job_id) is WebhookState.DELIVERED
@@ -389,12 +464,12 @@ def test_what_a_process_leaves_behind_is_told_by_the_next(redis_url: str) -> Non
         lapsing = Pace(turn_s=0.1, store_s=0.1)
         async with Receiver() as receiver:
             receiver.open_.clear()
-            async with delivering(bench, a_settings(timeout_s=0.3), pace=lapsing):
+            async with delivering(bench, receiver, settings=a_settings(timeout_s=0.3), pace=lapsing):
                 await ended(bench, receiver.url())
                 await receiver.heard(1)
             assert (await bench.store.get("a")).webhook_state is WebhookState.PENDING
             receiver.open_.set()
-            async with delivering(bench):
+            async with delivering(bench, receiver):
                 assert await settled(bench) is WebhookState.DELIVERED
         assert [call.headers["webhook-id"] for call in receiver.calls] == ["a", "a"]
 
@@ -405,7 +480,7 @@ def test_deliveries_go_on_when_the_store_is_back(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         async with SlowProxy(redis_url) as proxy:
             behind = Bench(proxy.url)
-            async with Receiver() as receiver, delivering(behind):
+            async with Receiver() as receiver, delivering(behind, receiver):
                 await ended(bench, receiver.url(), "before")
                 assert await settled(bench, "before") is WebhookState.DELIVERED
                 await proxy.cut()
@@ -419,7 +494,7 @@ def test_deliveries_go_on_when_the_store_is_back(redis_url: str) -> None:
 
 def test_a_job_whose_record_is_deleted_meanwhile_is_let_go(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
-        async with Receiver(500) as receiver, delivering(bench):
+        async with Receiver(500) as receiver, delivering(bench, receiver):
             receiver.open_.clear()
             await ended(bench, receiver.url())
             await receiver.heard(1)

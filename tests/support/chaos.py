@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -21,8 +21,8 @@ import boto3
 from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
 from support import chaos_worker
-from support.chaos_collect import BUCKET, PREFIX, collected, puts_of_bucket, puts_of_folder
-from support.history import Accepted, Entry, Heard, Refused
+from support.chaos_collect import PREFIX, collected, puts_of_bucket, puts_of_folder
+from support.history import Accepted, Entry, Heard, Late, Refused, read
 from support.tcp_proxy import TcpProxy
 
 from serve.domain import ImageRequest, Job
@@ -125,22 +125,29 @@ def _importable() -> Any:
 
 
 class S3:
-    """moto's server with a bucket that keeps every version.
+    """moto's server with a bucket that keeps every version: one of its own, since all servers of a process share what
+    they hold.
 
     Owns: the server's threads.
     """
 
     def __init__(self) -> None:
+        self.bucket = f"pictures-{uuid.uuid4().hex}"
         self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._moto.start()
         host, self.port = self._moto.get_host_and_port()
         self.client: Any = boto3.client("s3", endpoint_url=f"http://{host}:{self.port}", **AWS)
-        self.client.create_bucket(Bucket=BUCKET)
-        self.client.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+        self.client.create_bucket(Bucket=self.bucket)
+        self.client.put_bucket_versioning(Bucket=self.bucket, VersioningConfiguration={"Status": "Enabled"})
 
     def settings(self, port: int) -> dict[str, Any]:
         """`results` of the settings, through a proxy's port."""
-        s3 = {"bucket": BUCKET, "prefix": PREFIX, "endpoint_url": f"http://127.0.0.1:{port}", "region": "us-east-1"}
+        s3 = {
+            "bucket": self.bucket,
+            "prefix": PREFIX,
+            "endpoint_url": f"http://127.0.0.1:{port}",
+            "region": "us-east-1",
+        }
         keys = {"access_key_id": AWS["aws_access_key_id"], "secret_access_key": AWS["aws_secret_access_key"]}
         return {"store": "s3", "s3": s3 | keys}
 
@@ -250,8 +257,9 @@ class House:
     async def moment(self, least_s: float, most_s: float) -> None:
         await asyncio.sleep(self.random.uniform(least_s, most_s))
 
-    def kill_a_worker(self) -> None:
-        self.fleet.tell(self.random.choice(self.fleet.processes), signal.SIGKILL)
+    def kill_a_worker(self, spared: int = 0) -> None:
+        """Any but the first `spared` ones."""
+        self.fleet.tell(self.random.choice(self.fleet.processes[spared:]), signal.SIGKILL)
 
     async def restart_redis(self, away_s: float) -> None:
         """kill -9, and the same files again."""
@@ -272,13 +280,27 @@ class House:
     # What comes of it.
 
     async def history(self) -> list[Entry]:
-        puts = puts_of_bucket(self.s3.client) if self.s3 else puts_of_folder(self.folder / "images")
-        return await collected(self.inside, [*self.told, *self._settlements()], puts)
+        puts = puts_of_bucket(self.s3.client, self.s3.bucket) if self.s3 else puts_of_folder(self.folder / "images")
+        return await collected(self.inside, [*self.told, *self.words()], puts)
 
-    def _settlements(self) -> Iterable[Heard]:
-        for path in sorted(self.folder.glob("settled-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                yield Heard(**json.loads(line))
+    def words(self) -> list[Heard | Late]:
+        """What the workers were told, in the order in which they spoke."""
+        words = [word for path in self.folder.glob("words-*.jsonl") for word in read(path)]
+        return sorted((word for word in words if isinstance(word, Heard | Late)), key=lambda word: word.asked)
+
+    def holders(self) -> list[BaseProcess]:
+        """Workers that hold a job just now, by what they were told."""
+        found = []
+        for process in self.fleet.processes:
+            path = self.folder / f"words-{process.name}.jsonl"
+            held = set()
+            for word in read(path) if path.exists() else ():
+                if isinstance(word, Heard) and word.what in ("claimed", "renewed"):
+                    held |= {(word.job, word.fence)} if word.what == "claimed" else set()
+                elif isinstance(word, Heard | Late):
+                    held -= {(word.job, word.fence)}
+            found += [process] if held else []
+        return found
 
 
 def a_small_request(model: str, **parameters: Any) -> ImageRequest:

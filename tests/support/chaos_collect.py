@@ -12,7 +12,6 @@ from serve.domain import Job
 from serve.errors import JobNotFound
 from serve.jobs.store import JobStore
 
-BUCKET = "pictures"
 PREFIX = "images/"
 _NOT_OF_JOBS = ("writable",)
 
@@ -75,7 +74,7 @@ def puts_of_folder(folder: Path) -> list[Put]:
     ]
 
 
-def puts_of_bucket(s3: Any, bucket: str = BUCKET, prefix: str = PREFIX) -> list[Put]:
+def puts_of_bucket(s3: Any, bucket: str, prefix: str = PREFIX) -> list[Put]:
     """Every version of every object, deleted ones too; `s3` is a boto3 client, the bucket versioned."""
     puts = []
     for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from support.chaos import S3, moved, port_of
 from support.chaos_collect import collected, puts_of_bucket
 from support.history import Accepted, Entry, Refused
-from support.server import Server, launch, stop, title
+from support.server import Server, launch, title
 from support.tcp_proxy import TcpProxy
 
 from serve.embedded import EmbeddedRedis
@@ -65,11 +65,18 @@ class Site:
         self.server: Server = launch(self.folder, **self._environment)
 
     def stop(self) -> None:
-        stop(self.server)
+        """SIGTERM. Now and then Ray's driver aborts as it ends, and leaves agents behind: those are ended here."""
+        if self.server.process.poll() is None:
+            family = psutil.Process(self.server.process.pid).children(recursive=True)
+            self.server.process.send_signal(signal.SIGTERM)
+            self.server.process.wait(60)
+            _, left = psutil.wait_procs(family, timeout=5)
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def close(self) -> None:
-        if self.server.process.poll() is None:
-            stop(self.server)
+        self.stop()
         self._stack.close()
 
     # What strikes.
@@ -80,9 +87,18 @@ class Site:
         part = name if name == "ProxyActor" else f"ServeReplica:tandem:{name}"
         return sorted(process.pid for process in family if part in title(process))
 
-    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int | None:
-        """One of them, by chance; None while there is none."""
-        if not (pids := self.pids(name)):
+    def controller_log(self) -> Path:
+        """Of Serve's controller, among Ray's logs."""
+        for process in psutil.Process(self.server.process.pid).children(recursive=True):
+            if "ServeController" in title(process):
+                for file in process.open_files():
+                    if Path(file.path).name.startswith("controller_"):
+                        return Path(file.path)
+        raise AssertionError("Serve's controller keeps no log")
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL, spared: int | None = None) -> int | None:
+        """One of them, by chance; None while there is none. Never the one that is `spared`."""
+        if not (pids := [pid for pid in self.pids(name) if pid != spared]):
             return None
         pid = self.random.choice(pids)
         with contextlib.suppress(ProcessLookupError):
@@ -159,7 +175,7 @@ class Site:
         """Of what clients were told since the last time."""
         told, self.told = list(dict.fromkeys(self.told)), []
         jobs = {getattr(entry, "job", "") for entry in told}
-        puts = [put for put in puts_of_bucket(self.s3.client) if put.key.partition("/")[0] in jobs]
+        puts = [put for put in puts_of_bucket(self.s3.client, self.s3.bucket) if put.key.partition("/")[0] in jobs]
         async with self.inside() as store:
             return await collected(store, told, puts)
 

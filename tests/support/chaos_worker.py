@@ -7,6 +7,7 @@ that begins it; `begin`, `step`, `decode`, `put` and `manifest` kill the first t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -14,15 +15,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from support.history import Heard
+from support.history import Entry, Heard, Late, line_of
 
 from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import Profile
@@ -30,11 +31,14 @@ from serve.diffusion.run import Picture
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.diffusion.scheduler import Row, StepScheduler
 from serve.diffusion.state import Source
-from serve.encoders.cache import EmbeddingCache
+from serve.domain import EncodeUnit, JobState
+from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
 from serve.encoders.registry import register
-from serve.jobs.store import Claim, JobStore
+from serve.errors import LeaseLost
+from serve.jobs.store import Claim, JobStore, Want
+from serve.jobs.terms import Hold
 from serve.models import resolve
 from serve.placements import Placement
 from serve.prompts.plan import Planner
@@ -107,33 +111,63 @@ class MortalRunner(Runner):
 
 
 class MortalJobs(JobStore):
-    """The store, and a note of each settlement that this worker was told of."""
+    """The store, and a note of each word that counted or came too late: claims, renewals, settlements.
+
+    Their times are of `time.monotonic`, which all processes of a machine share.
+    """
 
     def __init__(self, settings: Settings, notes: Path) -> None:
         super().__init__(settings.jobs, InProcessMetrics())
         self._notes = notes
+        self._first: dict[tuple[str, int, str], float] = {}
+
+    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
+        asked = time.monotonic()
+        claim = await super().claim(worker, wants, idle=idle)
+        if isinstance(claim, Claim):
+            told = time.monotonic()
+            self._note(Heard(job=claim.job_id, fence=claim.fence, what="claimed", asked=asked, told=told))
+        return claim
+
+    async def renew(self, claim: Claim, step: int = 0, state: JobState = JobState.RUNNING) -> bool:
+        with self._noted(claim, "renewed", time.monotonic()):
+            return await super().renew(claim, step, state)
 
     async def succeed(self, claim: Claim, **outcome: Any) -> Any:
-        told = await super().succeed(claim, **outcome)
-        self._note(claim, "succeeded")
-        return told
+        with self._settled(claim, "succeeded"):
+            return await super().succeed(claim, **outcome)
 
     async def fail(self, claim: Claim, *args: Any, **outcome: Any) -> None:
-        await super().fail(claim, *args, **outcome)
-        self._note(claim, "failed")
+        with self._settled(claim, "failed"):
+            await super().fail(claim, *args, **outcome)
 
     async def cancelled(self, claim: Claim) -> None:
-        await super().cancelled(claim)
-        self._note(claim, "cancelled")
+        with self._settled(claim, "cancelled"):
+            await super().cancelled(claim)
 
     async def release(self, claim: Claim) -> None:
-        await super().release(claim)
-        self._note(claim, "release")
+        with self._settled(claim, "release"):
+            await super().release(claim)
 
-    def _note(self, claim: Claim, outcome: str) -> None:
-        line = json.dumps(asdict(Heard(job=claim.job_id, fence=claim.fence, what=outcome)))
+    def _settled(self, claim: Claim, outcome: str) -> contextlib.AbstractContextManager[None]:
+        """A settlement may be repeated when its answer was lost: then it counts since it was first asked for."""
+        return self._noted(
+            claim, outcome, self._first.setdefault((claim.job_id, claim.fence, outcome), time.monotonic())
+        )
+
+    @contextlib.contextmanager
+    def _noted(self, claim: Claim, what: str, asked: float) -> Iterator[None]:
+        try:
+            yield
+        except LeaseLost:
+            told = time.monotonic()
+            self._note(Late(job=claim.job_id, fence=claim.fence, what=what, asked=asked, told=told))
+            raise
+        self._note(Heard(job=claim.job_id, fence=claim.fence, what=what, asked=asked, told=time.monotonic()))
+
+    def _note(self, entry: Entry) -> None:
         with self._notes.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(line_of(entry))
 
 
 def mortal(results: ResultStore, deaths: Deaths) -> ResultStore:
@@ -157,10 +191,15 @@ async def serve(plan: WorkerPlan) -> None:
     model = resolve(settings.model, Path())
     registry = register([model], settings)
     pool = EncoderPool(TextTower.load(registry.encoders[0], "cpu"), registry.encoders[0], settings, metrics)
-    embeddings = EmbeddingCache(settings.cache, pool.encode, metrics, place="diffusion")
+
+    async def encode(units: Sequence[EncodeUnit]) -> Sequence[Fetched]:
+        """As the replicas' clients do: the pool is told of a Redis that is away."""
+        return await pool.encode(units, embeddings.redis_away)
+
+    embeddings = EmbeddingCache(settings.cache, encode, metrics, place="diffusion")
     runner = MortalRunner(open_runner(model, settings.diffusion), deaths)
     profile = Profile(plan.batch)
-    jobs = MortalJobs(settings, folder / f"settled-{plan.name}.jsonl")
+    jobs = MortalJobs(settings, folder / f"words-{plan.name}.jsonl")
     placement = Placement(
         name="a card", model=model.name, gpu_class=None, settings=settings.diffusion, max_pixels=1 << 20
     )

@@ -59,11 +59,29 @@ class Transition:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
     """A worker heard that what it did under claim `fence` counts: `claimed`, `renewed`, or the outcome that it settled
-    the job with. Where a history has claims, the order of these entries is that of time."""
+    the job with.
+
+    `asked` and `told` are when the call began (the first one, of a settlement that was repeated) and when its answer
+    was there, on a clock that all workers share (`time.monotonic` of one machine). Without them (0) the order of the
+    entries is that of time.
+    """
 
     job: str
     fence: int
     what: str
+    asked: float = 0.0
+    told: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Late:
+    """A worker heard that claim `fence` is over, when it spoke to renew or to settle it (`what`). Times as of Heard."""
+
+    job: str
+    fence: int
+    what: str
+    asked: float = 0.0
+    told: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,17 +104,20 @@ class Answer:
     error: str | None = None
 
 
-Entry = Accepted | Refused | Unheard | Transition | Heard | Put | Answer
+Entry = Accepted | Refused | Unheard | Transition | Heard | Late | Put | Answer
 _KINDS: Mapping[str, type[Entry]] = {
-    kind.__name__.lower(): kind for kind in (Accepted, Refused, Unheard, Transition, Heard, Put, Answer)
+    kind.__name__.lower(): kind for kind in (Accepted, Refused, Unheard, Transition, Heard, Late, Put, Answer)
 }
-OfOne = TypeVar("OfOne", Accepted, Refused, Unheard, Transition, Heard, Put, Answer)
+OfOne = TypeVar("OfOne", Accepted, Refused, Unheard, Transition, Heard, Late, Put, Answer)
 
 
 def write(path: Path, history: Iterable[Entry]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for entry in history:
-            file.write(json.dumps({"kind": type(entry).__name__.lower()} | dataclasses.asdict(entry)) + "\n")
+        file.writelines(map(line_of, history))
+
+
+def line_of(entry: Entry) -> str:
+    return json.dumps({"kind": type(entry).__name__.lower()} | dataclasses.asdict(entry)) + "\n"
 
 
 def read(path: Path) -> list[Entry]:
@@ -118,10 +139,13 @@ def violations(history: Sequence[Entry], max_attempts: int = 3) -> list[str]:
     unheard = {entry.job: entry for entry in _of(history, Unheard)}
     refused = {entry.job for entry in _of(history, Refused)} - accepted.keys() - unheard.keys()
     streams, heard, puts, answers = defaultdict(list), defaultdict(list), defaultdict(list), defaultdict(list)
+    late = defaultdict(list)
     for transition in _of(history, Transition):
         streams[transition.job].append(transition)
     for word in _of(history, Heard):
         heard[word.job].append(word)
+    for refusal in _of(history, Late):
+        late[refusal.job].append(refusal)
     for put in _of(history, Put):
         puts[put.key.partition("/")[0]].append(put)
     for answer in _of(history, Answer):
@@ -137,6 +161,7 @@ def violations(history: Sequence[Entry], max_attempts: int = 3) -> list[str]:
         broken = [
             *_of_the_stream(streams[job], max_attempts),
             *_of_claims(streams[job], heard[job]),
+            *_of_the_late(streams[job], late[job]),
             *_of_objects(streams[job][-1].state, images, puts[job]),
             *(rule for answer in answers[job] for rule in _of_the_answer(answer, streams[job][-1], images, puts[job])),
         ]
@@ -200,7 +225,7 @@ _RANK = {state: rank for rank, state in enumerate(JobState)}
 def _of_claims(stream: Sequence[Transition], heard: Sequence[Heard]) -> Iterator[str]:
     """A settlement is the last thing that happens under its claim, and one is made of a claim at most."""
     newest = 0
-    for word in heard:
+    for word in sorted(heard, key=_moment):
         newest = max(newest, word.fence if word.what == "claimed" else 0)
         if word.fence < newest:
             yield f"claim {word.fence} heard that it was {word.what} after claim {newest} was made"
@@ -216,6 +241,35 @@ def _of_claims(stream: Sequence[Transition], heard: Sequence[Heard]) -> Iterator
             yield f"claim {word.fence} was settled as {word.what}, which its stream does not know"
         elif word.what == JobState.SUCCEEDED and under[-1].state is not JobState.SUCCEEDED:
             yield f"claim {word.fence} was told of success, and its job is {under[-1].state}"
+
+
+def _moment(word: Heard) -> float:
+    """The latest that a claim was made, the earliest that anything else was done: who comes after a claim in this order
+    spoke when it had been made, and must be refused. A call under way at that moment may have come first."""
+    return word.told if word.what == "claimed" else word.asked
+
+
+def _of_the_late(stream: Sequence[Transition], late: Sequence[Late]) -> Iterator[str]:
+    """Nobody is refused whose claim is not over."""
+    for word in late:
+        under = [entry for entry in stream if entry.fence == word.fence]
+        if not under:
+            yield f"claim {word.fence} heard that it is over, and was never made"
+        elif under[-1].state.held and stream[-1] is under[-1]:
+            yield f"claim {word.fence} heard that it is over, which its stream does not know"
+
+
+def spoke_too_late(history: Sequence[Entry]) -> list[Late]:
+    """Who spoke under a claim after another worker had been told that it has the job, and was refused."""
+    taken: dict[tuple[str, int], float] = {}
+    for word in _of(history, Heard):
+        if word.what == "claimed":
+            taken[word.job, word.fence] = word.told
+    return [
+        late
+        for late in _of(history, Late)
+        if any(job == late.job and fence > late.fence and told < late.asked for (job, fence), told in taken.items())
+    ]
 
 
 def _of_objects(end: JobState, images: int, puts: Sequence[Put]) -> Iterator[str]:

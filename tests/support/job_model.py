@@ -139,7 +139,8 @@ class FairShare:
         return None
 
     def paid(self, job: Expected) -> float:
-        return self.spent[job.terms.owner] + job.price
+        """The round that pays for it: none that is over, however long its owner could not be served."""
+        return max(self.spent[job.terms.owner] + job.price, self.round)
 
     def claimed(self, job: Expected) -> None:
         """Before the job leaves the queue."""

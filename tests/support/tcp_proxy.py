@@ -137,6 +137,7 @@ class TcpProxy:
                 other.transport.abort()
                 return
             if answer and self.flip_over is not None and len(data) > self.flip_over:
+                self.falsified += 1
                 middle = len(data) // 2
                 data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
             passed += len(data)

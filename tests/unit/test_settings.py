@@ -17,6 +17,7 @@ from serve.origins import flatten, load, shown
 from serve.settings import Settings
 
 NAMES = [name for name, _ in flatten(Settings())]
+AMBIGUOUS = ("hunter2/x", "hunter2#x", "hunter2?x", "hunter2@x", "x/hunter2", "x#hunter2", "x?hunter2", "x@hunter2/y")
 
 
 def refused(file: Path | None = None, environ: dict[str, str] | None = None, **overrides: Any) -> str:
@@ -245,10 +246,18 @@ def test_every_setting_is_described_and_named_as_the_environment_can_spell_it() 
 @pytest.mark.parametrize(
     ("secret", "text"),
     [
-        ("redis://:hunter2@host:6379/1", "redis://**********@host:6379/1"),
-        ("redis://user:hunter2@host/0?password=hunter2", "redis://**********@host/0"),
+        ("redis://:hunter2@host:6379/1", "redis://**********@host:6379"),
+        ("redis://user:hunter2@host/0?password=hunter2", "redis://**********@host"),
+        ("rediss://:hunter2@[::1]:6379/0", "rediss://**********@[::1]:6379"),
         ("redis://host:6379", "redis://host:6379"),
+        ("unix:///run/redis.sock?password=hunter2", "unix:///run/redis.sock"),
         ("hunter2", "**********"),
+        # Nobody can tell where these passwords end.
+        *((f"redis://:{password}@host:6379/0", "**********") for password in AMBIGUOUS),
+        ("redis://:hunter2/0", "**********"),
+        ("redis://me:hunter2", "**********"),
+        ("unix://:hunter2/x@/run/redis.sock", "**********"),
+        ("redis://[hunter2", "**********"),
     ],
 )
 def test_a_secret_is_never_shown(secret: str, text: str) -> None:
@@ -256,3 +265,26 @@ def test_a_secret_is_never_shown(secret: str, text: str) -> None:
     settings = load(None, {"TANDEM_JOBS__REDIS_URL": secret}).settings
     assert "hunter2" not in repr(settings)
     assert "hunter2" not in settings.model_dump_json()
+
+
+@given(st.text(), st.text("a1.:/?#@[]%-", max_size=6))
+def test_no_password_is_shown_whatever_is_in_it(password: str, rest: str) -> None:
+    told = shown(SecretStr(f"redis://:Zq{password}Zq@host{rest}"))
+    assert "Zq" not in told
+    assert told == "**********" or told.startswith("redis://**********@host")
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://key:hunter2@minio:9000", "https://**********@minio:9000"),
+        ("https://key:hunter2@minio:9000/base?token=hunter2", "https://**********@minio:9000/base"),
+        *((f"https://key:{password}@minio:9000", "**********") for password in AMBIGUOUS),
+        ("https://minio:9000/base", "https://minio:9000/base"),
+        ("/pictures/a@b", "/pictures/a@b"),
+    ],
+)
+def test_no_url_names_a_user(url: str, text: str) -> None:
+    settings = load(None, {}, {"results.s3.endpoint_url": url, "webhooks.public_url": url}).settings
+    values = {name: shown(value) for name, value in flatten(settings)}
+    assert values["results.s3.endpoint_url"] == values["webhooks.public_url"] == text

@@ -12,10 +12,15 @@ from serve.settings import WebhookSettings
 from serve.webhooks import check_webhook
 from serve.webhooks.addresses import checked, public
 
-HOSTS = ("hooks.example.com", "*.example.org", "192.0.2.7", "8.8.8.8", "[2606:4700::1111]", "*.8.8.8")
+HOSTS = (
+    *("hooks.example.com", "Hooks.example.com:8443", "*.example.org", "192.0.2.7", "8.8.8.8", "[2606:4700::1111]"),
+    *("[2606:4700::1111]:444", "*.8.8.8", "only.example.com:9443", "*.example.net:9000"),
+)
 SECRET = SecretStr("whsec_" + "A" * 32)
 SETTINGS = WebhookSettings(allowed_hosts=HOSTS, secret=SECRET)
-PRIVATE = WebhookSettings(allowed_hosts=(*HOSTS, "localhost", "127.0.0.1", "::1"), secret=SECRET, allow_private=True)
+PRIVATE = WebhookSettings(
+    allowed_hosts=(*HOSTS, "localhost", "localhost:9", "127.0.0.1", "::1"), secret=SECRET, allow_private=True
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,9 @@ PRIVATE = WebhookSettings(allowed_hosts=(*HOSTS, "localhost", "127.0.0.1", "::1"
     [
         "https://hooks.example.com/jobs?secret=x",
         "https://HOOKS.example.com:8443",
+        "https://hooks.example.com:443/",
+        "https://only.example.com:9443/",
+        "https://a.example.net:9000/",
         "https://a.example.org/",
         "https://b.a.example.org/",
         "https://8.8.8.8/",
@@ -73,6 +81,14 @@ def test_listed_hosts_are_called(url: str) -> None:
         ("https://1.8.8/", "no host"),
         ("https://8.8.8.0x8/", "no host"),
         ("https://localhost/", "does not call"),
+        ("https://hooks.example.com:22/", "names a port"),
+        ("https://hooks.example.com:80/", "names a port"),
+        ("https://a.example.org:8443/", "names a port"),
+        ("https://8.8.8.8:8443/", "names a port"),
+        ("https://[2606:4700::1111]:445/", "names a port"),
+        ("https://only.example.com/", "names a port"),
+        ("https://a.example.net/", "names a port"),
+        ("https://other.example.com:9443/", "names a host"),
         ("https://[::ffff:8.8.8.8]/", "does not call"),
         ("https://192.0.2.7/", "not public"),
     ],
@@ -86,6 +102,12 @@ def test_every_other_url_is_refused(url: str, reason: str) -> None:
 @pytest.mark.parametrize("url", ["http://localhost:9/", "http://127.0.0.1/", "https://[::1]/", "https://192.0.2.7/"])
 def test_private_addresses_are_called_where_that_is_set(url: str) -> None:
     check_webhook(url, PRIVATE)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:443/", "https://127.0.0.1:80/", "http://[::1]:6379/"])
+def test_no_other_service_of_this_machine_is_called(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="names a port"):
+        check_webhook(url, PRIVATE)
 
 
 def test_a_server_without_allowed_hosts_calls_none() -> None:

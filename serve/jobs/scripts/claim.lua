@@ -1,5 +1,5 @@
--- ARGV: settings, worker, lease, time from the first claim until it expires, 1 where the worker holds nothing, then
--- model, above, upto and least milliseconds of waiting of each want, in order.
+-- ARGV: settings, worker, number of its claim, lease, time from the first claim until it expires, 1 where the worker
+-- holds nothing, then model, above, upto and least milliseconds of waiting of each want, in order.
 -- Leases the queued job that satisfies the first want which any of them satisfies; of those, the one whose round comes
 -- first, and of one round the oldest. Of an owner's jobs that satisfy a want the first in the queue stands for all. A job
 -- satisfies a want when it is for the want's model, has more than `above` and at most `upto` pixels, has waited so long
@@ -7,9 +7,16 @@
 -- whose record somebody deleted satisfies nothing: the sweep forgets it.
 -- The last attempt of a job that has lost a worker is made alone: should it be the job that kills them, it takes nobody
 -- along. A worker that holds others is told to wait: 'alone'.
-local worker, lease, timeout, idle = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
+-- The same claim again has the same answer while the job is held: the first one may have been lost.
+local worker, claim, lease, timeout, idle = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
+local former_id = redis.call('GET', claim_key(worker, claim))
+if former_id and get(former_id, 'claim') == worker .. ':' .. claim and HELD[get(former_id, 'state')] then
+  redis.call('ZADD', LEASES, now + lease, former_id)
+  return {ended, {former_id, tonumber(get(former_id, 'attempt')), tonumber(get(former_id, 'fence')),
+      tonumber(get(former_id, 'alone_now') or 0), get(former_id, 'cost', 'request', 'truncated')}}
+end
 local wants = {}
-for i = 8, #ARGV, 4 do
+for i = 9, #ARGV, 4 do
   wants[#wants + 1] = {
     model = ARGV[i], above = tonumber(ARGV[i + 1]), upto = tonumber(ARGV[i + 2]), waited = tonumber(ARGV[i + 3])
   }
@@ -22,16 +29,30 @@ end
 local paid, seen, PAGE = {}, {}, 100
 local found, rank, round = nil, #wants + 1, nil
 
+-- The last attempt of a job that has lost a worker.
+local function last(id)
+  local lost, attempt = get(id, 'lost', 'attempt')
+  return tonumber(lost or 0) > 0 and tonumber(attempt) == MAX_ATTEMPTS - 1
+end
+
+-- One worker at a time clears its rows for such a job; the others draw what else there is.
+local function reserved(id)
+  local by, till = get(id, 'reserved', 'reserved_till')
+  return not idle and by and by ~= worker and tonumber(till) > now and last(id)
+end
+
 -- What was found only gives way to a job of an earlier want, or of the same want and an earlier round.
 local function consider(id)
   local model, pixels, since, owner, not_before = get(id, 'model', 'pixels', 'waiting', 'owner', 'not_before')
-  if not model or tonumber(not_before or 0) > now or tonumber(redis.call('ZSCORE', DEADLINES, id)) <= now then return end
+  local deadline = tonumber(redis.call('ZSCORE', DEADLINES, id) or 0)
+  if not model or not owner or deadline <= now or tonumber(not_before or 0) > now then return end
+  if reserved(id) then return end
   for n = 1, math.min(rank, #wants) do
-    if satisfies(wants[n], model, tonumber(pixels), now - since) then
+    if satisfies(wants[n], model, tonumber(pixels or 0), now - (since or now)) then
       if seen[n .. owner] then return end
       seen[n .. owner] = true
-      paid[owner] = paid[owner] or tonumber(redis.call('ZSCORE', ROUNDS, owner))
-      local its = paid[owner] + rounds_of(id)
+      paid[owner] = paid[owner] or tonumber(redis.call('ZSCORE', ROUNDS, owner) or 0)
+      local its = round_of(id, paid[owner])
       if n < rank or its < round then found, rank, round = id, n, its end
       return
     end
@@ -50,9 +71,12 @@ until #ids < PAGE or (rank == 1 and owners == 1)
 if not found then return {ended, false} end
 
 local id = found
-local owner, attempt, lost, fence = get(id, 'owner', 'attempt', 'lost', 'fence')
-local alone = tonumber(lost) > 0 and tonumber(attempt) == MAX_ATTEMPTS - 1
-if alone and not idle then return {ended, 'alone'} end
+local owner, attempt, fence = get(id, 'owner', 'attempt', 'fence')
+local alone = last(id)
+if alone and not idle then
+  set(id, 'reserved', worker, 'reserved_till', now + lease)
+  return {ended, 'alone'}
+end
 dequeue(id)
 if redis.call('HEXISTS', WAITING, owner) == 1 then redis.call('ZADD', ROUNDS, number(round), owner) end
 if redis.call('ZCARD', QUEUE) > 0 then
@@ -62,7 +86,9 @@ redis.call('ZADD', LEASES, now + lease, id)
 if fence == '0' then redis.call('ZADD', DEADLINES, now + timeout, id) end
 attempt = redis.call('HINCRBY', job_key(id), 'attempt', 1)
 fence = redis.call('HINCRBY', job_key(id), 'fence', 1)
-set(id, 'state', 'encoding', 'step', 0, 'started', now, 'worker', worker)
+set(id, 'state', 'encoding', 'step', 0, 'started', now, 'worker', worker, 'claim', worker .. ':' .. claim,
+    'alone_now', alone and 1 or 0)
+redis.call('SET', claim_key(worker, claim), id, 'PX', lease)
 redis.call('HDEL', job_key(id), 'not_before')
 emit(id)
 return {ended, {id, attempt, fence, alone and 1 or 0, get(id, 'cost', 'request', 'truncated')}}

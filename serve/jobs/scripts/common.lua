@@ -12,12 +12,16 @@
 --   tandem:rounds      sorted set  owner -> rounds paid for      exactly the owners of queued jobs
 --   tandem:round       number      the round of the latest claim; gone while nothing is queued
 --   tandem:waiting     hash        owner -> number of queued jobs, where there are any
+--   tandem:line:MODEL  hash        of its queued jobs: `jobs` and `ms` (predicted) of all, `owners` of them, and
+--                                  `jobs:O` and `ms:O` of each owner; gone while there are none
 --   tandem:unfinished  hash        owner -> number of jobs that have not ended, where there are any
---   tandem:backlog     hash        model -> predicted milliseconds of the queued jobs, where there are any
 --   tandem:workers     hash        worker -> its report;  tandem:alive  sorted set  worker -> when that is too old
 --   tandem:owner:O     sorted set  job id -> sequence            the records of one owner
 --   tandem:allowance:O hash        the token buckets of an owner; has a time to live
---   tandem:order:ID    string      what an id was first used for; has a time to live, outlives the record
+--   tandem:order:NAME  hash        owner, fingerprint and job of an order that is logged once, by its name: the id, or
+--                                  what stands for the key that its owner gave; has a time to live, outlives the record
+--   tandem:rules       string      the settings of jobs that the server runs with
+--   tandem:claim:W:N   string      the job that a worker was given by its claim number N; lives as long as a lease
 --   tandem:job:ID      hash        the record
 --   tandem:events:ID   stream      the job's transitions, steps and previews
 --   tandem:previews:ID hash        a held job's previews, the latest of each image: field I holds the file, field
@@ -33,7 +37,7 @@
 local SEQUENCE, RECORDS, QUEUE, LEASES = 'tandem:sequence', 'tandem:records', 'tandem:queue', 'tandem:leases'
 local DEADLINES, ENDED, DEAD, WEBHOOKS = 'tandem:deadlines', 'tandem:ended', 'tandem:dead', 'tandem:webhooks'
 local ROUNDS, ROUND, WAITING, UNFINISHED = 'tandem:rounds', 'tandem:round', 'tandem:waiting', 'tandem:unfinished'
-local BACKLOG, WORKERS, ALIVE = 'tandem:backlog', 'tandem:workers', 'tandem:alive'
+local WORKERS, ALIVE, LINES = 'tandem:workers', 'tandem:alive', 'tandem:line:'
 local TTL_MS, DEAD_TTL_MS, MAX_ATTEMPTS = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local AFTER_INTERACTIVE = 2 ^ 50
 
@@ -46,9 +50,10 @@ local ended = {}
 local function job_key(id) return 'tandem:job:' .. id end
 local function events_key(id) return 'tandem:events:' .. id end
 local function previews_key(id) return 'tandem:previews:' .. id end
-local function order_key(id) return 'tandem:order:' .. id end
+local function order_key(name) return 'tandem:order:' .. name end
 local function owner_key(owner) return 'tandem:owner:' .. owner end
 local function allowance_key(owner) return 'tandem:allowance:' .. owner end
+local function claim_key(worker, number) return 'tandem:claim:' .. worker .. ':' .. number end
 local function cancel_channel(id) return 'tandem:cancel:' .. id end
 local function exists(id) return redis.call('EXISTS', job_key(id)) == 1 end
 local function get(id, ...) return unpack(redis.call('HMGET', job_key(id), ...)) end
@@ -80,13 +85,29 @@ local function forget_previews(id)
   redis.call('DEL', previews_key(id))
 end
 
+-- What waits for a model, by owner.
+local function tally(model, owner, jobs, ms)
+  local key, mine, its = LINES .. model, 'jobs:' .. owner, 'ms:' .. owner
+  local left = redis.call('HINCRBY', key, mine, jobs)
+  redis.call('HINCRBY', key, its, ms)
+  redis.call('HINCRBY', key, 'ms', ms)
+  if left == jobs then redis.call('HINCRBY', key, 'owners', 1) end
+  if left <= 0 then
+    redis.call('HDEL', key, mine, its)
+    redis.call('HINCRBY', key, 'owners', -1)
+  end
+  if redis.call('HINCRBY', key, 'jobs', jobs) <= 0 then redis.call('DEL', key) end
+end
+
 -- Fair queueing: deficit round robin (Shreedhar & Varghese 1996) between owners with an infinitely small quantum, so
 -- that it needs no turns: a round gives every owner with queued jobs its weight in milliseconds, and a job is claimed in
 -- the round that has paid for it. An owner's deficit is what the rounds since `tandem:rounds` have brought. Who comes
--- back brings no savings along; a job that is started again was paid for.
-local function rounds_of(id)
+-- back brings no savings along, nor does who waited for a worker that could not take their jobs: no job is of an earlier
+-- round than the latest claim. A job that is started again was paid for.
+local function round_of(id, paid)
   local cost, weight, fence = get(id, 'cost', 'weight', 'fence')
-  return fence == '0' and tonumber(cost) / tonumber(weight) or 0
+  local price = fence == '0' and tonumber(cost) / tonumber(weight) or 0
+  return math.max(paid + price, tonumber(redis.call('GET', ROUND) or 0))
 end
 
 -- `waiting` is when the job last joined the queue: for how long no idle worker has taken it.
@@ -96,7 +117,7 @@ local function enqueue(id)
   if redis.call('HINCRBY', WAITING, owner, 1) == 1 then
     redis.call('ZADD', ROUNDS, redis.call('GET', ROUND) or 0, owner)
   end
-  redis.call('HINCRBY', BACKLOG, model, cost)
+  tally(model, owner, 1, cost)
   redis.call('ZADD', QUEUE, sequence + (priority == 'batch' and AFTER_INTERACTIVE or 0), id)
   emit(id)
   redis.call('PUBLISH', 'tandem:work', '')
@@ -106,7 +127,7 @@ local function dequeue(id)
   if redis.call('ZREM', QUEUE, id) == 0 then return end
   local owner, model, cost = get(id, 'owner', 'model', 'cost')
   if count(WAITING, owner, -1) <= 0 then redis.call('ZREM', ROUNDS, owner) end
-  count(BACKLOG, model, -cost)
+  tally(model, owner, -1, -cost)
   if redis.call('ZCARD', QUEUE) == 0 then redis.call('DEL', ROUND) end
 end
 
@@ -143,7 +164,7 @@ end
 local function forget_lost(id)
   for _, index in ipairs({RECORDS, QUEUE, LEASES, DEADLINES, ENDED, DEAD, WEBHOOKS}) do redis.call('ZREM', index, id) end
   for _, owner in ipairs(redis.call('HKEYS', UNFINISHED)) do redis.call('ZREM', owner_key(owner), id) end
-  redis.call('DEL', events_key(id), previews_key(id), WAITING, UNFINISHED, BACKLOG)
+  redis.call('DEL', events_key(id), previews_key(id), WAITING, UNFINISHED, unpack(redis.call('KEYS', LINES .. '*')))
   for _, other in ipairs(redis.call('ZRANGE', DEADLINES, 0, -1)) do
     if exists(other) then count(UNFINISHED, get(other, 'owner'), 1) end
   end
@@ -151,7 +172,7 @@ local function forget_lost(id)
     if exists(other) then
       local owner, model, cost = get(other, 'owner', 'model', 'cost')
       count(WAITING, owner, 1)
-      count(BACKLOG, model, cost)
+      tally(model, owner, 1, cost)
     end
   end
   for _, owner in ipairs(redis.call('ZRANGE', ROUNDS, 0, -1)) do
@@ -186,7 +207,7 @@ local function line(model)
   for place, id in ipairs(redis.call('ZRANGE', QUEUE, 0, -1)) do
     local its, owner, cost, rows = get(id, 'model', 'owner', 'cost', 'rows')
     if its == model then
-      paid[owner] = (paid[owner] or tonumber(redis.call('ZSCORE', ROUNDS, owner))) + rounds_of(id)
+      paid[owner] = round_of(id, paid[owner] or tonumber(redis.call('ZSCORE', ROUNDS, owner) or 0))
       jobs[#jobs + 1] = {paid[owner], id, cost, rows, place}
     end
   end
@@ -231,16 +252,17 @@ local function snapshot(id)
   return {redis.call('HGETALL', job_key(id)), state and standing(id, state, model)}
 end
 
--- What an id was used for before: 'taken' by another owner, 'conflict' where it was another order, 'gone' where its
--- record is, 'again', or nil.
-local function former(id, owner, fingerprint)
-  local order = redis.call('GET', order_key(id))
-  if exists(id) then
+-- What an order's name (its id, or the key that its owner gave it) was used for before: 'taken' by another owner,
+-- 'conflict' where it was another order, 'gone' where its record is, 'again' and the id of its job, or nil.
+local function former(name, id, owner, fingerprint)
+  local its, order, job = unpack(redis.call('HMGET', order_key(name), 'owner', 'fingerprint', 'job'))
+  if job then
+    if its ~= owner then return 'taken' end
+    if order ~= fingerprint then return 'conflict' end
+    return exists(job) and 'again' or 'gone', job
+  elseif exists(id) then
     if get(id, 'owner') ~= owner then return 'taken' end
-    return (get(id, 'fingerprint') or '') == fingerprint and 'again' or 'conflict'
-  elseif order then
-    if string.sub(order, 1, #owner + 1) ~= owner .. ':' then return 'taken' end
-    return order == owner .. ':' .. fingerprint and 'gone' or 'conflict'
+    return get(id, 'fingerprint') == fingerprint and 'again' or 'conflict', id
   end
 end
 
@@ -254,7 +276,7 @@ local function allowance(owner, requests, milliseconds)
   for _, bucket in ipairs(buckets) do
     if bucket.size >= 0 then
       local left, at = unpack(redis.call('HMGET', allowance_key(owner), bucket.name, bucket.name .. ':at'))
-      local back = at and (now - at) * bucket.size / bucket.window or 0
+      local back = at and math.max(0, now - at) * bucket.size / bucket.window or 0
       bucket.left = math.min(bucket.size, tonumber(left or bucket.size) + back)
     end
   end
@@ -275,4 +297,34 @@ local function limits_of(owner, buckets, most_unfinished)
     told[#told + 1] = {'max_unfinished', most_unfinished, math.max(0, most_unfinished - unfinished), 0}
   end
   return told
+end
+
+-- Why an order would be refused now, as the answer of submit.lua; nil where it would not.
+local function refusal(owner, buckets, most_unfinished, model, cost, max_queued, max_ms)
+  -- The caller's own bounds come first: who is over them is not told to come back when others have finished.
+  local prices = {requests_per_minute = 1, engine_s_per_day = cost}
+  for _, bucket in ipairs(buckets) do
+    -- What costs more than the whole bucket is let in by a full one, and paid off later.
+    local price = prices[bucket.name]
+    local missing = bucket.size >= 0 and math.min(price, bucket.size) - bucket.left or 0
+    if bucket.size == 0 or missing > 0 then
+      local wait = bucket.size == 0 and bucket.window or missing * bucket.window / bucket.size
+      return {'limited', bucket.name, math.ceil(wait), limits_of(owner, buckets, most_unfinished)}
+    end
+  end
+  local unfinished = tonumber(redis.call('HGET', UNFINISHED, owner) or 0)
+  if most_unfinished >= 0 and unfinished >= most_unfinished then
+    return {'limited', 'max_unfinished', 0, limits_of(owner, buckets, most_unfinished)}
+  end
+  -- Beyond each bound there is room for half as much again, for those who have less than their share of what waits.
+  local line = redis.call('HMGET', LINES .. model, 'jobs', 'ms', 'owners', 'jobs:' .. owner, 'ms:' .. owner)
+  for i = 1, 5 do line[i] = tonumber(line[i] or 0) end
+  local waiting, waiting_ms, owners, mine, mine_ms = unpack(line)
+  if mine == 0 then owners = owners + 1 end
+  local places = max_queued * (owners > 1 and mine < max_queued / owners and 1.5 or 1)
+  local over_ms = waiting_ms + cost - max_ms * (owners > 1 and mine_ms + cost <= max_ms / owners and 1.5 or 1)
+  -- An empty queue takes any job: there is nothing that it could wait for.
+  if waiting >= places or (waiting_ms > 0 and over_ms > 0) then
+    return {'full', waiting_ms, math.max(0, math.ceil(over_ms))}
+  end
 end

@@ -3,13 +3,13 @@
 import asyncio
 import base64
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fastapi.routing
 import pytest
 import redis.asyncio
+from support.follower import Follower
 from support.jobs import ANY, a_preview, until
 from support.listening import listening
 
@@ -75,34 +75,6 @@ async def test_previews_are_events_of_their_own(stand: Any) -> None:
     rest = await stand.client.get(f"/v1/jobs/{job['id']}/events", headers={"last-event-id": event_id})
     assert [data["state"] for _, _, data in parsed(rest.text)] == ["cancelled"]
     assert "preview" not in (await stand.client.get(f"/v1/jobs/{job['id']}/events")).text, "they are not kept"
-
-
-class Follower:
-    """A client of an open stream, at ASGI's level: httpx's transport shows an answer only when it has ended."""
-
-    def __init__(self, app: Any, path: str, query: bytes = b"") -> None:
-        self.left = asyncio.Event()
-        self.chunks: asyncio.Queue[bytes] = asyncio.Queue()
-        asgi = {"version": "3.0", "spec_version": "2.3"}
-        scope = {"type": "http", "asgi": asgi, "http_version": "1.1", "method": "GET", "path": path, "headers": []}
-        scope |= {"query_string": query, "root_path": "", "scheme": "http", "server": ("test", 80)}
-        self.task = asyncio.create_task(app(scope, self._receive, self._send))
-
-    async def _receive(self) -> dict[str, Any]:
-        await self.left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        if message["type"] == "http.response.body":
-            self.chunks.put_nowait(message["body"])
-
-    async def until(self, wanted: Callable[[str], bool]) -> str:
-        """What arrives, up to the first chunk that is wanted."""
-        async with asyncio.timeout(10):
-            seen = ""
-            while not wanted(seen):
-                seen += (await self.chunks.get()).decode()
-            return seen
 
 
 async def test_events_arrive_as_they_happen_and_the_stream_ends_with_the_job(stand: Any) -> None:

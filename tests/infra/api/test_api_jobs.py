@@ -1,5 +1,6 @@
 """Jobs and images over HTTP; the test plays the worker."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ async def test_a_finished_job_and_its_image(stand: Any) -> None:
     assert done["timings"]["total_s"] >= 0
     image = await stand.client.get(done["images"][0]["url"])
     assert (image.status_code, image.content, image.headers["content-type"]) == (200, PNG, "image/png")
-    assert "immutable" in image.headers["cache-control"]
+    assert image.headers["cache-control"] == "private, no-cache", "an id of the client's own may be used again"
     for tag in (image.headers["etag"], f'"other", W/{image.headers["etag"]}', "*"):
         known = await stand.client.get(done["images"][0]["url"], headers={"if-none-match": tag})
         assert (known.status_code, known.content) == (304, b"")
@@ -121,7 +122,8 @@ async def test_without_redis_every_job_route_is_a_503_and_the_process_is_alive(
         assert (await stand.client.get("/healthz")).json() == {"status": "ok"}
 
 
-async def test_ready_is_when_every_pool_is(stand: Any, refused: Any) -> None:
+async def test_ready_is_when_every_pool_is(stand: Any, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.service.READY_S", 0.0)
     ready = await stand.client.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["pools"]["diffusion"] == {"ready": True, "detail": "1 replica"}
@@ -130,6 +132,34 @@ async def test_ready_is_when_every_pool_is(stand: Any, refused: Any) -> None:
     assert "diffusion" in refused(answer, 503, None)["message"]
     assert answer.json()["ready"] is False
     assert answer.json()["pools"]["text_encoder"]["ready"] is True
+
+
+async def test_however_many_want_to_know_the_pools_are_asked_once_in_a_while(
+    stand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.service.READY_S", 3600.0)
+    asked, begun, go_on = 0, asyncio.Event(), asyncio.Event()
+
+    async def slow() -> PoolState:
+        nonlocal asked
+        asked += 1
+        begun.set()
+        await go_on.wait()
+        return PoolState(True, "up")
+
+    service = stand.app.state.service
+    service._pools["slow"] = slow
+    asking = [asyncio.create_task(stand.client.get("/readyz")) for _ in range(50)]
+    gone = asyncio.create_task(service.readiness())
+    await begun.wait()
+    gone.cancel()  # which is nobody else's loss
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    go_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+    assert ((await stand.client.get("/readyz")).status_code, asked) == (200, 1)
+    monkeypatch.setattr("serve.service.READY_S", 0.0)
+    assert ((await stand.client.get("/readyz")).status_code, asked) == (200, 2)
 
 
 async def test_models(stand: Any) -> None:

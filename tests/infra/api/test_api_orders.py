@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from support.jobs import ANY, until
 
+from serve.callers import Allowance
 from serve.embedded import EmbeddedRedis
 from serve.jobs.store import Claim, JobStore
 from serve.jobs.terms import StepCurve, Submitted, WorkerReport
-from serve.settings import WebhookSettings
+from serve.settings import KeySettings, WebhookSettings
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}
@@ -37,6 +38,10 @@ async def forgotten(stand: Any) -> bool:
 
 def keyed(name: str = "an order") -> dict[str, str]:
     return {"Idempotency-Key": name.replace(" ", "-")}
+
+
+def unwanted(*_: Any) -> Any:
+    raise AssertionError("read")
 
 
 def a_report(step_ms: float, max_pixels: int = 1 << 20) -> WorkerReport:
@@ -254,6 +259,24 @@ async def test_a_dry_run_tells_and_leaves_nothing(stand: Any, tmp_path: Path, re
     assert (await stand.client.post("/v1/jobs", json=order, headers=keyed())).status_code == 202, "the key is unused"
 
 
+async def test_a_dry_run_reads_headers_alone(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.inputs.image_png", unwanted)
+    order = ORDER | {"image": picture()}
+    assert (await stand.client.post("/v1/jobs?dry_run=true", json=order)).status_code == 200
+
+
+async def test_a_dry_run_under_an_id_of_one_s_own_leaves_that_unused(stand: Any, tmp_path: Path) -> None:
+    for prompt in ("a red circle", "a blue circle"):
+        order = ORDER | {"prompt": prompt, "image": picture()}
+        answer = await stand.client.put(f"/v1/jobs/{JOB_ID}?dry_run=true", json=order)
+        assert (answer.status_code, answer.json()["dry_run"]) == (200, True)
+        assert "location" not in answer.headers
+    assert await stand.jobs.queue_depth() == 0
+    assert kept(tmp_path) == []
+    assert (await stand.client.get(f"/v1/jobs/{JOB_ID}")).status_code == 404
+    assert (await stand.client.put(f"/v1/jobs/{JOB_ID}", json=ORDER)).status_code == 202
+
+
 async def test_a_dry_run_on_a_full_house_says_so(redis_url: str, tmp_path: Path, stand_on: Any) -> None:
     async with stand_on(redis_url, tmp_path, max_queued=1) as stand:
         await stand.create()
@@ -363,3 +386,103 @@ async def test_too_much_work_for_the_model_is_a_full_queue(
         claim = await stand.jobs.claim("test", ANY)
         assert isinstance(claim, Claim)
         assert (await stand.client.post("/v1/jobs", json=ORDER)).status_code == 202
+
+
+async def test_who_is_over_the_own_bounds_is_refused_at_once(
+    redis_url: str, tmp_path: Path, stand_on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P99 under 50 ms, and nothing of the order is read."""
+    async with stand_on(redis_url, tmp_path, keys=KeySettings(required=True)) as stand:
+        headers = await stand.key(allowance=Allowance(max_unfinished=1))
+        assert (await stand.client.post("/v1/jobs", json=ORDER, headers=headers)).status_code == 202
+        monkeypatch.setattr("serve.inputs.written_file", unwanted)
+        order = {"prompt": "a (red:1.3) circle, " * 100, "image": picture(512)}
+        took = []
+        for _ in range(300):
+            began = time.perf_counter()
+            answer = await stand.client.post("/v1/jobs", json=order, headers=headers)
+            took.append(time.perf_counter() - began)
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) >= 1
+        assert sorted(took)[int(0.99 * len(took))] < 0.05
+        assert kept(tmp_path) == []
+
+
+async def test_an_order_that_is_too_dear_is_refused_before_its_pictures_are_decoded(
+    redis_url: str, tmp_path: Path, stand_on: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stand_on(redis_url, tmp_path, keys=KeySettings(required=True)) as stand:
+        await stand.jobs.report(a_report(50.0))
+        headers = await stand.key(allowance=Allowance(engine_s_per_day=1.0))
+        order = ORDER | {"num_inference_steps": 24, "width": 64, "height": 64}
+        job = (await stand.client.post("/v1/jobs", json=order, headers=headers)).json()
+        assert 500 < job["cost_ms"] < 1000, "some is left, but not enough for a second"
+        monkeypatch.setattr("serve.inputs.image_png", unwanted)
+        for more in ({}, {"image": picture(), "strength": 1.0}):
+            answer = await stand.client.post("/v1/jobs", json=order | more, headers=headers)
+            assert refused(answer, 429, None)["code"] == "rate_limited"
+        assert kept(tmp_path) == []
+
+
+class Abreast(JobStore):
+    """The real store, which lets nobody go on before all five have had the same look."""
+
+    looked: asyncio.Barrier
+
+    async def admit(self, *arguments: Any) -> None:
+        await super().admit(*arguments)
+        await self.looked.wait()
+
+
+@pytest.mark.parametrize("bound", ["the caller's", "the queue's"])
+async def test_of_orders_that_race_for_the_last_place_one_gets_it(
+    redis_url: str, tmp_path: Path, stand_on: Any, bound: str
+) -> None:
+    mine = bound == "the caller's"
+    async with stand_on(redis_url, tmp_path, keys=KeySettings(required=True), max_queued=100 if mine else 1) as stand:
+        headers = await stand.key(allowance=Allowance(max_unfinished=1 if mine else None))
+        door = stand.app.state.service._door
+        real, door.jobs = door.jobs, Abreast(stand.jobs._settings, stand.metrics)
+        door.jobs.looked = asyncio.Barrier(5)
+        order = ORDER | {"image": picture()}
+        answers = await asyncio.gather(*(stand.client.post("/v1/jobs", json=order, headers=headers) for _ in range(5)))
+        assert sorted(answer.status_code for answer in answers) == [202] + [429 if mine else 503] * 4
+        assert kept(tmp_path) == ["image"]
+        assert await stand.jobs.queue_depth() == 1
+        await door.jobs.close()
+        door.jobs = real
+
+
+class Overtaken(JobStore):
+    """The real store; while it is looked whether there is room, the same order is logged by another."""
+
+    other: Any = None
+
+    async def admit(self, *arguments: Any) -> None:
+        if self.other is not None:
+            other, self.other = self.other, None
+            await other()
+        await super().admit(*arguments)
+
+
+async def test_the_same_order_is_not_refused_for_the_place_that_it_has_taken_itself(
+    redis_url: str, tmp_path: Path, stand_on: Any
+) -> None:
+    async with stand_on(redis_url, tmp_path, keys=KeySettings(required=True)) as stand:
+        headers = await stand.key(allowance=Allowance(max_unfinished=1)) | keyed()
+        door = stand.app.state.service._door
+        real, door.jobs = door.jobs, Overtaken(stand.jobs._settings, stand.metrics)
+        door.jobs.other = lambda: stand.client.post("/v1/jobs", json=ORDER, headers=headers)
+        answer = await stand.client.post("/v1/jobs", json=ORDER, headers=headers)
+        assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (202, "true")
+        assert "r=0" in answer.headers["ratelimit"]
+        await door.jobs.close()
+        door.jobs = real
+
+
+async def test_the_same_key_again_after_its_time_is_a_new_job_under_a_new_id(
+    redis_url: str, tmp_path: Path, stand_on: Any
+) -> None:
+    async with stand_on(redis_url, tmp_path, jobs={"idempotency_ttl_s": 0.001}) as stand:
+        ids = [(await stand.client.post("/v1/jobs", json=ORDER, headers=keyed())).json()["id"] for _ in range(2)]
+        assert ids[0] != ids[1]

@@ -17,12 +17,13 @@ from serve import errors, service
 from serve.api.errors import STATUS, install
 from serve.api.middleware import BodyLimit, RequestIds, release_body
 from serve.api.ratelimits import UNITS
+from serve.api.streams import TooManyStreams
 from serve.callers import Allowance, Limit
 from serve.settings import HttpSettings, LimitSettings
 
 TREE = [
     each
-    for each in {**vars(errors), **vars(service)}.values()
+    for each in (*vars(errors).values(), *vars(service).values(), TooManyStreams)
     if inspect.isclass(each) and issubclass(each, errors.TandemError)
 ]
 EXPECTED = {
@@ -48,6 +49,7 @@ EXPECTED = {
     errors.OperatorError: 500,
     service.NotOffered: 404,
     service.Busy: 429,
+    TooManyStreams: 429,
 }
 LIMIT = 1000
 

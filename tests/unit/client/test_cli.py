@@ -207,6 +207,8 @@ def test_config_show_tells_values_origins_and_no_secret(
     file = tmp_path / "tandem.yaml"
     file.write_text("limits:\n  max_num_images: 3\n")
     monkeypatch.setenv("TANDEM_JOBS__REDIS_URL", "redis://:hunter2@redis.example:6379/1")
+    monkeypatch.setenv("TANDEM_CACHE__REDIS_URL", "redis://:hunter2/x@redis.example:6379/1")
+    monkeypatch.setenv("TANDEM_RESULTS__S3__ENDPOINT_URL", "https://key:hunter2@minio.example:9000")
     assert tandem(monkeypatch, "config", "show", "--config", file, "--set", "http.port=9001", "--json") == 0
     told = capsys.readouterr().out
     assert "hunter2" not in told
@@ -215,6 +217,8 @@ def test_config_show_tells_values_origins_and_no_secret(
     assert shown["http.port"] == {"value": "9001", "origin": "command line"}
     assert shown["jobs.redis_url"]["origin"] == "environment TANDEM_JOBS__REDIS_URL"
     assert "redis.example:6379" in shown["jobs.redis_url"]["value"]
+    assert shown["cache.redis_url"]["value"] == "**********"
+    assert shown["results.s3.endpoint_url"]["value"] == "https://**********@minio.example:9000"
     assert shown["data_dir"]["origin"] == "default"
     assert tandem(monkeypatch, "config", "show") == 0
     assert "hunter2" not in capsys.readouterr().out

@@ -1,0 +1,27 @@
+"""What may stand in a query: what the route knows, and nothing else."""
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_an_unknown_query_parameter_is_refused_by_every_route(stand: Any, refused: Any) -> None:
+    schema = (await stand.client.get("/openapi.json")).json()
+    routes = [(method, path) for path, methods in schema["paths"].items() for method in methods if "/v1" in path]
+    assert len(routes) >= 13
+    for method, path in routes:
+        place = path.replace("{id}", "0" * 32).replace("{index}", "0")
+        body = {"prompt": "a"} if method in ("post", "put") else None
+        for query in ("nonsense=1", "Wait=true", "dry-run=true"):
+            answer = await stand.client.request(method.upper(), f"{place}?{query}", json=body)
+            name = query.partition("=")[0]
+            assert name in refused(answer, 422, name)["message"], (method, path)
+    assert await stand.jobs.queue_depth() == 0
+
+
+async def test_of_several_the_name_of_the_parameter_alone_is_told(stand: Any, refused: Any) -> None:
+    for query in ("state=x", "state=queued&state=x"):
+        error = refused(await stand.client.get(f"/v1/jobs?{query}"), 422, "state")
+        assert error["message"].startswith("state: ")
