@@ -134,7 +134,9 @@ async def kept_up(name: str, chore: Callable[[], Awaitable[None]]) -> None:
 
 
 async def tell_rules(jobs: JobStore) -> None:
-    """Tell the settings of jobs now and then, until cancelled."""
+    """Tell the settings of jobs now and then, until cancelled; first what Redis is not set up for."""
+    for doubt in await jobs.doubts():
+        log.warning("jobs.redis_url: %s: accepted jobs may be lost with this Redis", doubt)
     while True:
         try:
             await jobs.tell_rules()

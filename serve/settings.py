@@ -103,8 +103,8 @@ class JobSettings(Room):
     redis_url: SecretStr | None = None
     """Redis for jobs (durable, `noeviction`); by default `tandem up` starts one of its own under `data_dir`."""
     max_queued: int = Field(100, ge=1)
-    """Most jobs that wait at once; one more is refused with 503. Half as many again, for callers who have fewer than
-    their share of them, so that nobody can take all places."""
+    """Most jobs that wait for a model at once; one more is refused with 503. Half as many again, for callers who have
+    fewer than their share of them, so that nobody can take all places."""
     max_queued_s: float = Field(600.0, gt=0)
     """Most predicted seconds of work that wait for each replica of a model; what comes on top is refused with 503."""
     lease_s: float = Field(10.0, gt=0)

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from pydantic import ValidationError
 
 from serve.domain import JobError
+from serve.errors import BackendUnavailable
 from serve.jobs import records
 from serve.jobs.base import Shared, checked
 from serve.jobs.connection import milliseconds
@@ -34,6 +35,18 @@ class Upkeep(Shared):
             total += reaped
             if reaped < _PAGE:
                 return total
+
+    async def doubts(self) -> tuple[str, ...]:
+        """Why a job that this Redis was given might be lost, as far as it tells; a managed one may not."""
+        wanted = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
+        found: dict[str | None, str | None] = {}
+        try:
+            for name in wanted:  # one by one: Redis 6 knows no more at a time
+                found |= await self._connection.guarded(self._redis.config_get(name))
+        except BackendUnavailable:
+            return ()
+        others = {name: found[name] for name, value in wanted.items() if found.get(name, value) != value}
+        return tuple(f"{name} is {value}, not {wanted[name]}" for name, value in others.items())
 
     async def tell_rules(self) -> None:
         """Leave the settings of jobs where the operator's commands find them (`told_rules`)."""

@@ -6,6 +6,7 @@ import pytest
 from support.jobs import ANY, BROKEN, Bench, a_request, on
 
 from serve.domain import JobState, WebhookState
+from serve.embedded import EmbeddedRedis
 from serve.errors import JobNotFound
 from serve.jobs.store import Hold, Terms
 
@@ -112,3 +113,26 @@ def test_a_webhook_goes_with_its_record(redis_url: str) -> None:
         assert await bench.store.due_webhooks(lease_s=1) == []
 
     on(redis_url, story)
+
+
+def test_a_redis_that_may_lose_jobs_is_told(jobs_redis: EmbeddedRedis) -> None:
+    async def story(bench: Bench) -> None:
+        assert await bench.store.doubts() == ()
+        redis = bench.store._redis
+        await redis.config_set("maxmemory-policy", "allkeys-lru")
+        assert await bench.store.doubts() == ("maxmemory-policy is allkeys-lru, not noeviction",)
+
+    on(jobs_redis.url, story)
+
+
+def test_the_servers_rules_are_found_by_the_operators_commands(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        operator = Bench(redis_url, max_attempts=9)
+        assert (await operator.store.told_rules()).max_attempts == 9
+        await bench.store.tell_rules()
+        told = await operator.store.told_rules()
+        assert (told.max_attempts, told.result_ttl_s) == (2, 77.0)
+        assert told.redis_url is not None
+        await operator.store.close()
+
+    on(redis_url, story, max_attempts=2, result_ttl_s=77.0)
