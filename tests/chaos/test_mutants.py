@@ -31,7 +31,8 @@ MAX_QUEUED, MAX_ATTEMPTS = 4, 3
 
 
 class Story:
-    """Two workers, and jobs that each have a model of their own: so a worker claims which job it means."""
+    """Two workers, and jobs that each have a model of their own: so a worker claims which job it means. Only the
+    `queued` ones share a model, and its queue."""
 
     def __init__(self, url: str, folder: Path) -> None:
         settings = JobSettings(
@@ -41,11 +42,12 @@ class Story:
         self.raw = redis.Redis.from_url(url)
         self.told: list[Entry] = []
         self.puts: dict[str, Put] = {}
+        self.turned_away: list[str] = []
 
     async def submit(self, *jobs: str) -> None:
         for job in jobs:
             try:
-                await self.store.submit(job, a_request(job, model=job))
+                await self.store.submit(job, a_request(job, model=model_of(job)))
             except QueueFull:
                 self.tell(Refused(job=job))
             except BackendUnavailable:
@@ -60,9 +62,9 @@ class Story:
 
     async def claim(self, job: str) -> Claim | None:
         with contextlib.suppress(BackendUnavailable):
-            claim = await self.store.claim("worker", [Want(job, 0, 2**31)])
+            claim = await self.store.claim("worker", [Want(model_of(job), 0, 2**31)])
             if isinstance(claim, Claim):
-                self.told.append(Heard(job=job, fence=claim.fence, what="claimed"))
+                self.told.append(Heard(job=claim.job_id, fence=claim.fence, what="claimed"))
                 return claim
         return None
 
@@ -165,7 +167,11 @@ class Story:
         await self.draw("late")
         await self.reap()
 
-        await self.submit(*(f"queued{number}" for number in range(MAX_QUEUED + 2)))
+        await self.submit("queued-and-withdrawn")
+        await self.cancel("queued-and-withdrawn")  # its place is free again
+        await self.submit(*(f"queued{number}" for number in range(MAX_QUEUED)))
+        self.turned_away = [entry.job for entry in self.told if isinstance(entry, Refused)]
+        await self.submit("queued-too-many", "queued-too-many-again")
         await self.afterwards()
 
     async def afterwards(self) -> None:
@@ -182,12 +188,17 @@ class Story:
         await self.reap()
 
 
+def model_of(job: str) -> str:
+    return "crowd" if job.startswith("queued") else job
+
+
 def told_of(url: str, folder: Path = scripts.FOLDER) -> list[str]:
     async def run() -> list[str]:
         story = Story(url, folder)
         try:
             await asyncio.wait_for(story.run(), 60)
-            return violations(await collected(story.store, story.told, story.puts.values()), MAX_ATTEMPTS)
+            found = violations(await collected(story.store, story.told, story.puts.values()), MAX_ATTEMPTS)
+            return found + [f"{job}: was turned away, and there was room" for job in story.turned_away]
         finally:
             await story.store.close()
             story.raw.close()

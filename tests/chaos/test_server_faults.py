@@ -124,12 +124,16 @@ async def test_5_and_6_redis_and_s3_go_away(site: Site, verdict: Verdict) -> Non
 
 @pytest.mark.scenario(14, "diffusion replica that hangs (SIGSTOP)")
 async def test_14_a_replica_that_hangs_is_replaced(site: Site, verdict: Verdict) -> None:
-    """Serve's controller writes into its log when it holds a replica for unhealthy; then its grace begins."""
-    orders = site.orders(60, gap_s=0.5, num_inference_steps=100)  # so long that each replica always has some
+    """It has a job in hand. Serve's controller writes into its log that it holds a replica for unhealthy; its grace
+    begins then."""
+    orders = site.orders(60, gap_s=0.5, num_inference_steps=100)
     await site.moment(2.0, 4.0)
     log = site.controller_log()
     read = log.stat().st_size
-    hung, began = site.kill("Diffusion", signal.SIGSTOP), time.monotonic()
+    while not (holders := await site.holders()):  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    hung, began = site.random.choice(holders), time.monotonic()
+    os.kill(hung, signal.SIGSTOP)
     after_s: dict[str, float] = {}
     while len(after_s) < 3:
         assert time.monotonic() - began < 180, after_s

@@ -288,19 +288,21 @@ class House:
         words = [word for path in self.folder.glob("words-*.jsonl") for word in read(path)]
         return sorted((word for word in words if isinstance(word, Heard | Late)), key=lambda word: word.asked)
 
-    def holders(self) -> list[BaseProcess]:
-        """Workers that hold a job just now, by what they were told."""
-        found = []
+    def holders(self) -> dict[BaseProcess, set[tuple[str, int]]]:
+        """Workers that hold jobs just now, and under which claims, by what they were told."""
+        found: dict[BaseProcess, set[tuple[str, int]]] = {}
         for process in self.fleet.processes:
             path = self.folder / f"words-{process.name}.jsonl"
-            held = set()
-            for word in read(path) if path.exists() else ():
-                if isinstance(word, Heard) and word.what in ("claimed", "renewed"):
-                    held |= {(word.job, word.fence)} if word.what == "claimed" else set()
-                elif isinstance(word, Heard | Late):
-                    held -= {(word.job, word.fence)}
-            found += [process] if held else []
+            words = [word for word in read(path) if isinstance(word, Heard | Late)] if path.exists() else []
+            over = {(w.job, w.fence) for w in words if isinstance(w, Late) or w.what not in ("claimed", "renewed")}
+            if held := {(word.job, word.fence) for word in words} - over:
+                found[process] = held
         return found
+
+    def taken(self, claims: Iterable[tuple[str, int]]) -> bool:
+        """Whether a worker was told that it has a job of these, which was another's under such a claim."""
+        claimed = {(word.job, word.fence) for word in self.words() if word.what == "claimed"}
+        return any((job, fence + 1) in claimed for job, fence in claims)
 
 
 def a_small_request(model: str, **parameters: Any) -> ImageRequest:

@@ -105,6 +105,13 @@ class Site:
             os.kill(pid, number)
         return pid
 
+    async def holders(self) -> list[int]:
+        """Diffusion replicas that have a job in hand, by the workers' names in the jobs' records."""
+        async with self.inside() as store:
+            jobs = await store._redis.zrange("tandem:leases", 0, -1)
+            claims = [await store._redis.hget(f"tandem:job:{job.decode()}", "claim") or b"" for job in jobs]
+        return [pid for pid in self.pids("Diffusion") if any(f":{pid}:".encode() in claim for claim in claims)]
+
     async def moment(self, least_s: float, most_s: float) -> None:
         await asyncio.sleep(self.random.uniform(least_s, most_s))
 
