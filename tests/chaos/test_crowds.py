@@ -104,7 +104,8 @@ async def settled(site: Site, client: redis.Redis, hang_ups: HangUps, count: int
 
 @pytest.mark.scenario(10, "orders to a full queue")
 async def test_10_refusals_under_a_full_queue_are_quick(site: Site, verdict: Verdict) -> None:
-    order = an_order(num_inference_steps=150, width=256, height=256, num_images=4)
+    # So long that none ends meanwhile: its record would be gone before the history is read.
+    order = an_order(num_inference_steps=150, width=256, height=256, num_images=8)
     jobs: list[str] = []
     async with site.client() as http:
 
@@ -128,7 +129,7 @@ async def test_10_refusals_under_a_full_queue_are_quick(site: Site, verdict: Ver
         await asyncio.gather(*(refused(four, 250) for _ in range(4)))
         for job in jobs:
             await http.delete(f"/v1/jobs/{job}")
-    site.told += [Accepted(job=job, images=4) for job in jobs]
+    site.told += [Accepted(job=job, images=8) for job in jobs]
     await site.ended()
     note = f"one client {quantiles(one)}, four at once {quantiles(four)}"
     verdict.of(len(one) + len(four), await site.history(), note=note)

@@ -96,9 +96,9 @@ class Site:
                         return Path(file.path)
         raise AssertionError("Serve's controller keeps no log")
 
-    def kill(self, name: str, number: signal.Signals = signal.SIGKILL, spared: int | None = None) -> int | None:
-        """One of them, by chance; None while there is none. Never the one that is `spared`."""
-        if not (pids := [pid for pid in self.pids(name) if pid != spared]):
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int | None:
+        """One of them, by chance; None while there is none."""
+        if not (pids := self.pids(name)):
             return None
         pid = self.random.choice(pids)
         with contextlib.suppress(ProcessLookupError):
