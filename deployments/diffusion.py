@@ -19,7 +19,7 @@ from deployments.exits import on_sigterm
 from deployments.metrics import tell_device
 from deployments.parts import Parts, open_parts, open_text
 from deployments.step_times import StepTimes
-from serve.devices import check_memory
+from serve.devices import check_memory, stand_back
 from serve.diffusion.engine import Engine
 from serve.diffusion.profile import Profile, open_profile
 from serve.diffusion.runner import Runner, open_runner
@@ -61,6 +61,8 @@ class Diffusion:
         self._jobs = parts.jobs
         self._text = open_text(settings, parts, encoders, "diffusion", name)
         niceness = CPU_NICENESS if runner.family.device.type == "cpu" else 0
+        if niceness:
+            stand_back(niceness)
         self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness)
         self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
         self._worker = Worker(

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -80,6 +81,24 @@ def be_nice(niceness: int) -> None:
     if niceness and sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def stand_back(niceness: int) -> None:
+    """This process, its nice threads and all, yields the cores to the rest of the server.
+
+    Where Linux shares the cores out between sessions first (autogroup, the default of desktops), a thread is nice
+    inside its session alone, and a session of nice threads has kept Redis waiting for half a second. So the process
+    gets a session of its own, as nice as its threads.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError):
+        # Ray lets each worker lead a group of processes, and only who leads none may begin a session.
+        os.setpgid(0, os.getpgid(os.getppid()))
+        os.setsid()
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):  # a kernel without autogroup
+            Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 @contextmanager

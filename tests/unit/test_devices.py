@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,3 +57,14 @@ def test_a_card_smaller_than_its_class_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OperatorError, match=r"11 GB, the GPU here 4.1 GB") as raised:
         check_memory("cuda", 11, "placements.large.gpu_class")
     assert raised.value.param == "placements.large.gpu_class"
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="needs a Linux that has autogroup")
+def test_who_stands_back_has_a_session_of_its_own_as_nice_as_its_threads() -> None:
+    """Though it leads a group of processes, as Ray's workers do."""
+    told = "print(os.getsid(0) == os.getpid(), open('/proc/self/autogroup').read())"
+    script = f"import os; from serve.devices import stand_back; os.setpgid(0, 0); stand_back(19); {told}"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert answer.startswith("True /autogroup-")
+    assert answer.strip().endswith("nice 19")
+    assert "nice 19" not in Path("/proc/self/autogroup").read_text(), "who called it is as it was"
