@@ -1,25 +1,29 @@
 """The deployment graph: every deployment, its options and its bindings, in reading order.
 
-`deployments.app:build` is the import path by which a Serve configuration (KubeRay's `serveConfigV2`) and `tandem up`
-name it. Its `args` are the settings tree. No `from __future__ import annotations` here: Ray reads the annotation of
-`settings` to validate `args`, and a string would make it pass an unvalidated dict.
+`deployments.app:build` is the import path by which a Serve configuration (KubeRay's `serveConfigV2`) names it; its
+`args` are the settings tree. `tandem up` takes `application`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 
 from deployments.autoscaling import REPORT_S, WINDOW_S
 from deployments.diffusion import Diffusion
 from deployments.ingress import Ingress
 from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import open_catalog
+from serve.embedded import check_redis_url
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
+from serve.origins import load_args, variable_of
 from serve.placements import GPU_CLASS_LABEL, HERE, Placement, plan_placements, setting_of
-from serve.settings import EncoderSettings, Settings
+from serve.settings import DiffusionSettings, EncoderSettings, Settings
 
 POLICY = "deployments.autoscaling:QueuedTokens"
 AFFINITY = "deployments.affinity:UnitAffinity"
@@ -30,7 +34,30 @@ HEALTH: dict[str, Any] = {"health_check_period_s": 3.0, "health_check_timeout_s"
 """Ray Serve replaces a replica that failed three times in a row: one that answers nothing any more within 24 s."""
 
 
-def build(settings: Settings) -> serve.Application:
+def build(args: Mapping[str, Any]) -> serve.Application:
+    """The application for the `args` of a Serve configuration, and for the environment where they leave something open.
+
+    Raises Serve's own exception, of which its status shows the one line. Of any other it shows the trace, after it has
+    tried three times more.
+    """
+    try:
+        settings = load_args(args).settings
+        check_for_cluster(settings)
+        return application(settings)
+    except OperatorError as error:
+        raise RayServeException(error.message) from None
+
+
+def check_for_cluster(settings: Settings) -> None:
+    """Raises OperatorError naming what `tandem up` would bring along, and a cluster must be given."""
+    for setting, url in (("jobs.redis_url", settings.jobs.redis_url), ("cache.redis_url", settings.cache.redis_url)):
+        if url is None:
+            told = f"{setting}: a cluster needs a Redis of its own; name it in {variable_of(setting)} on every node"
+            raise OperatorError(told, setting)
+        check_redis_url(url.get_secret_value(), setting)
+
+
+def application(settings: Settings) -> serve.Application:
     """The application for a settings tree whose Redis URLs are filled in. Raises OperatorError naming a setting."""
     catalog = open_catalog(settings)
     encoders = {encoder.fingerprint: text_encoder(encoder, settings) for encoder in catalog.registry.encoders}
@@ -50,26 +77,13 @@ def build(settings: Settings) -> serve.Application:
 
 
 def denoiser(placement: Placement, settings: Settings, encoders: Mapping[str, serve.Application]) -> serve.Application:
-    """One model on one GPU class: replicas that run on nodes with the class's label, and anywhere where it has none.
-
-    Raises OperatorError for replicas that would compute on a class's cards without Ray knowing of it: it gives the same
-    card to others, and starts them by the dozen. (`tandem up` shares out its GPUs before, and may have none.)
-    """
+    """One model on one GPU class. Raises OperatorError."""
     own = placement.settings
-    actor: dict[str, Any] = {"num_cpus": own.num_cpus, "num_gpus": own.num_gpus}
-    if placement.gpu_class is not None:
-        label = settings.gpu_classes[placement.gpu_class].label or placement.gpu_class
-        actor["label_selector"] = {GPU_CLASS_LABEL: label}
-        if not own.num_gpus and own.device in ("auto", "cuda") and label != HERE:
-            place = setting_of(settings, placement.name, "num_gpus")
-            raise OperatorError(
-                f"{place}: it is 0, and {placement.gpu_class} is a class of GPUs; say 1, or which share of one", place
-            )
     return serve.deployment(
         Diffusion,
         name=f"Diffusion-{placement.name}",
         num_replicas=own.replicas,
-        ray_actor_options=actor,
+        ray_actor_options=actor_options(own, settings, setting_of(settings, placement.name, "num_gpus")),
         graceful_shutdown_timeout_s=own.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
@@ -88,9 +102,27 @@ def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:
         **replicas(own),
         max_ongoing_requests=max(DOOR, 8 * own.max_batch_size),
         max_queued_requests=MAX_QUEUED,
-        ray_actor_options={"num_cpus": own.num_cpus, "num_gpus": own.num_gpus},
+        ray_actor_options=actor_options(own, settings, encoder.setting("num_gpus")),
         **HEALTH,
     ).bind(settings, encoder.name)
+
+
+def actor_options(own: EncoderSettings | DiffusionSettings, settings: Settings, num_gpus: str) -> dict[str, Any]:
+    """What a replica reserves: on nodes with the label of its GPU class, anywhere where it has none.
+
+    Raises OperatorError, which names the setting `num_gpus`, for replicas that would compute on a class's cards without
+    Ray knowing of it: it gives the same card to others, and starts them by the dozen. (`tandem up` shares out its GPUs
+    before, and may have none.)
+    """
+    actor: dict[str, Any] = {"num_cpus": own.num_cpus, "num_gpus": own.num_gpus}
+    if own.gpu_class is not None:
+        label = settings.gpu_classes[own.gpu_class].label or own.gpu_class
+        actor["label_selector"] = {GPU_CLASS_LABEL: label}
+        if not own.num_gpus and own.device in ("auto", "cuda") and label != HERE:
+            raise OperatorError(
+                f"{num_gpus}: it is 0, and {own.gpu_class} is a class of GPUs; say 1, or which share of one", num_gpus
+            )
+    return actor
 
 
 def replicas(own: EncoderSettings) -> dict[str, Any]:

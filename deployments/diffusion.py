@@ -48,7 +48,7 @@ class Diffusion:
         self, settings: Settings, placement: str, encoders: Mapping[str, DeploymentHandle]
     ) -> None:
         """`placement` by its name; `encoders` by fingerprint."""
-        parts = await open_parts(settings)
+        parts = await open_parts(settings, placement)
         place = next(each for each in plan_placements(settings, parts.catalog.drawn) if each.name == placement)
         model = parts.catalog.drawn[place.model]
         assert model.denoiser is not None  # models that are drawn have one
@@ -92,6 +92,7 @@ class Diffusion:
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
+        self._metrics.tell_again()
         tell_device(self._metrics, "diffusion")
         if ailment := self._worker.ailment:
             raise RuntimeError(ailment)

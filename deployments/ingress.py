@@ -8,7 +8,9 @@ import logging
 import os
 import platform
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
+import ray
 from fastapi import FastAPI
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
@@ -21,6 +23,7 @@ from serve.api.app import create_app
 from serve.api.job_schemas import webhook_body
 from serve.domain import Job
 from serve.errors import BackendUnavailable, OperatorError
+from serve.jobs.gauges import Place, QueueGauges, tell_gauges
 from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.keys import KeyStore
@@ -56,6 +59,7 @@ class Ingress:
         self._open = contextlib.AsyncExitStack()
         parts = await open_parts(settings)
         self._open.push_async_callback(parts.jobs.close)
+        tell_places(settings)
         self._keys = await _open_keys(settings, parts)
         if self._keys is not None:
             self._open.push_async_callback(self._keys.close)
@@ -72,6 +76,7 @@ class Ingress:
             return PoolState(True, settings.results.store)
 
         self._settings = settings
+        self._metrics = parts.metrics
         self._text = open_text(settings, parts, encoders, "ingress", f"{platform.node()}:{os.getpid()}")
         self._open.push_async_callback(self._text.close)
         self._service = ImageService(
@@ -89,10 +94,17 @@ class Ingress:
             webhooks=settings.webhooks,
         )
         self._open.push_async_callback(self._service.close)
-        chores = {
+        places = [Place(each.model, each.name, each.gpu_class) for each in fleet.placements]
+        gauges = QueueGauges(parts.jobs, parts.metrics, places)
+        chores: dict[str, Callable[[], Awaitable[None]]] = {
             "the sweeper": lambda: sweep(parts.jobs, parts.results, settings.jobs.lease_s),
             "telling the settings": lambda: tell_rules(parts.jobs),
+            "telling the gauges": lambda: tell_gauges(gauges),
         }
+        if self._keys is not None and settings.keys.first is not None:
+            chores["keeping the first key"] = partial(
+                keep_first_key, self._keys, settings.keys.first.get_secret_value()
+            )
         if settings.webhooks.allowed_hosts:
             chores["calling webhooks"] = lambda: _deliverer(settings, parts).run()
         tasks = [asyncio.create_task(kept_up(name, chore)) for name, chore in chores.items()]
@@ -105,6 +117,10 @@ class Ingress:
             limits=settings.limits,
             cache_url=cache_url(settings),
         )
+
+    def check_health(self) -> None:
+        """Serve asks every few seconds; one that does not answer is replaced."""
+        self._metrics.tell_again()
 
     async def __del__(self) -> None:
         """Serve awaits this before it ends the process, also where the constructor has raised."""
@@ -145,6 +161,30 @@ async def tell_rules(jobs: JobStore) -> None:
         await asyncio.sleep(TELL_AGAIN_S)
 
 
+async def keep_first_key(keys: KeyStore, token: str) -> None:
+    """Make the settings' first key now and then, until cancelled: a job store that was away or emptied has it again."""
+    told: str | None = None
+    while True:
+        pause_s = TELL_AGAIN_S
+        try:
+            doubt = await keys.make_first(token)
+            if doubt != told and doubt is not None:
+                log.warning("keys.first opens nothing: %s", doubt)
+            told = doubt
+        except BackendUnavailable:
+            pause_s = BEGIN_AGAIN_S
+        await asyncio.sleep(pause_s)
+
+
+def tell_places(settings: Settings) -> None:
+    """Tell where pictures may be looked for on the wrong node."""
+    if settings.results.store != "local" or not ray.is_initialized():
+        return
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1:
+        log.warning("results.store: local: all %d nodes must share data_dir, %s", nodes, settings.data_dir)
+
+
 async def _ended(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
@@ -156,7 +196,10 @@ async def _open_keys(settings: Settings, parts: Parts) -> KeyStore | None:
     if settings.keys.required is False:
         return None
     keys = KeyStore(settings.jobs, parts.metrics)
+    first = settings.keys.first
     try:
+        if first is not None:
+            await keys.make_first(first.get_secret_value())
         made = await keys.ever_made()
     except BackendUnavailable as error:
         # A replica that starts meanwhile asks for keys all the same.

@@ -27,10 +27,11 @@ class Parts:
     results: ResultStore
 
 
-async def open_parts(settings: Settings) -> Parts:
-    """The same in every process: the same text gives the same units, whoever plans it."""
+async def open_parts(settings: Settings, placement: str = "") -> Parts:
+    """The same in every process: the same text gives the same units, whoever plans it. `placement` is that of a
+    diffusion replica."""
     logs.configure(settings.log.level)
-    metrics = RayMetrics()
+    metrics = RayMetrics(placement)
     return Parts(
         metrics=metrics,
         catalog=await asyncio.to_thread(open_catalog, settings),

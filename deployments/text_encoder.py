@@ -113,6 +113,7 @@ class TextEncoder:
         """Serve replaces a replica for which this raises."""
         if self._pool.lost:
             raise RuntimeError("the device failed")
+        self._metrics.tell_again()
         tell_device(self._metrics, "text-encoder")
         if self._pool.busy_s > self._stall_s:
             raise RuntimeError(f"a forward has taken more than {self._stall_s:.0f} s")

@@ -16,7 +16,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
 
 Generated from `serve/settings.py` by `make fix`. A setting comes from, later ones winning: its default; a YAML file
-(`--config FILE` or `TANDEM_CONFIG`); the environment; the command line (`--set room.field=value`). An unknown name is
+(`--config FILE` or `TANDEM_CONFIG`); the environment; the command line (`--set room.field=value`). On a cluster: its
+default; the environment; the `args` of the [Serve configuration](operations.md#on-a-ray-cluster). An unknown name is
 refused. `tandem config show` prints the value of each and where it came from, secrets hidden.
 
 ```yaml

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
+
+API_KEY = re.compile(r"tdm_([a-z2-7]{12})_[A-Za-z0-9_-]{43}")
+"""How an API key is written. Its group is the id, which is no secret."""
 
 
 class Scope(enum.StrEnum):

@@ -283,18 +283,25 @@ def _unusable(folder: Path, error: OSError) -> OperatorError:
 
 def check_redis(url: str, setting: str) -> None:
     """OperatorError, one line that names `setting` and never shows a password, unless the server at `url` answers."""
-    place = place_of(url)
+    client, place = check_redis_url(url, setting), place_of(url)
     unread = "" if place else f" ({ESCAPES})"
     at = f"Redis at {place or 'the given URL'}"
     try:
-        with redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=None) as client:
+        with client:
             client.ping()
-    except ValueError:
-        raise OperatorError(f"{setting}: not a Redis URL (redis://, rediss:// or unix://){unread}", setting) from None
     except redis.AuthenticationError:
         raise OperatorError(f"{setting}: {at} refuses the password{unread}", setting) from None
     except redis.RedisError:
         raise OperatorError(f"{setting}: {at} does not answer{unread}", setting) from None
+
+
+def check_redis_url(url: str, setting: str) -> redis.Redis:
+    """A client that has not been connected yet. OperatorError, as above, where nothing is to be found by the URL."""
+    try:
+        return redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=None)
+    except ValueError:
+        unread = "" if place_of(url) else f" ({ESCAPES})"
+        raise OperatorError(f"{setting}: not a Redis URL (redis://, rediss:// or unix://){unread}", setting) from None
 
 
 def _free_port() -> int:

@@ -28,7 +28,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from serve.callers import Allowance, Scope
+from serve.callers import API_KEY, Allowance, Scope
 from serve.errors import OperatorError, Unauthorized
 from serve.jobs.connection import Connection
 from serve.settings import JobSettings
@@ -41,9 +41,15 @@ KEEP_S = 1.0
 _REMEMBERED = 1024
 _ID_BYTES, _SECRET_BYTES = 8, 32
 _ID = re.compile(r"[a-z2-7]{12}")
-_TOKEN = re.compile(r"tdm_([a-z2-7]{12})_[A-Za-z0-9_-]{43}")
 _INDEX = "tandem:keys"
 _DEFAULT_SCOPES = frozenset({Scope.GENERATE, Scope.EMBED})
+_FIRST = "first"
+_WRITE_ONCE = """
+if redis.call('exists', KEYS[1]) == 0 then
+  redis.call('hset', KEYS[1], 'key', ARGV[1], 'sha256', ARGV[2])
+  redis.call('zadd', KEYS[2], ARGV[3], ARGV[4])
+end
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +131,21 @@ class KeyStore:
         await self._connection.guarded(self._write(key, _digest(token)))
         return NewKey(key, token)
 
+    async def make_first(self, token: str) -> str | None:
+        """Make the key that is written like this, with every scope, unless a key of its id was ever made: that one
+        stays as it is. Any number of processes may do so at once. Gives why the token opens nothing, where it doesn't.
+        """
+        written = API_KEY.fullmatch(token)
+        if written is None:
+            raise ValueError("not written as an API key")
+        now = await self._connection.guarded(self._now())
+        scopes, allowance = frozenset(Scope), Allowance()
+        key = ApiKey(id=written[1], name=_FIRST, scopes=scopes, weight=1.0, allowance=allowance, created_at=now)
+        record = await self._connection.guarded(self._write_once(key, _digest(token)))
+        if record is None or not hmac.compare_digest(record.sha256, _digest(token)):
+            return f"key {key.id} was made before, with another secret"
+        return None if record.key.revoked_at is None else f"key {key.id} was revoked"
+
     async def list(self) -> tuple[ApiKey, ...]:
         """Every key that was made, revoked and expired ones too, in the order in which they were made."""
         records = await self._connection.guarded(self._read_all())
@@ -147,7 +168,7 @@ class KeyStore:
 
         What is wrong with a key is told to its holder only: a wrong secret is answered like an unknown id.
         """
-        written = _TOKEN.fullmatch(token)
+        written = API_KEY.fullmatch(token)
         record = await self._record(written[1]) if written else None
         if record is None or not hmac.compare_digest(record.sha256, _digest(token)):
             raise Unauthorized("the API key is not valid")
@@ -180,6 +201,12 @@ class KeyStore:
         pipeline.hset(_name(key.id), mapping={"key": _KEY.dump_json(key), "sha256": digest})
         pipeline.zadd(_INDEX, {key.id: key.created_at})
         await pipeline.execute()
+
+    async def _write_once(self, key: ApiKey, digest: str) -> _Record | None:
+        """What is there then."""
+        told = (_KEY.dump_json(key), digest, key.created_at, key.id)
+        await self._client.eval(_WRITE_ONCE, 2, _name(key.id), _INDEX, *told)
+        return await self._read(key.id)
 
     async def _read(self, key_id: str) -> _Record | None:
         asked_at = time.monotonic()

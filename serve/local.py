@@ -42,8 +42,8 @@ WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
 RAY_END_S = 2.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-APPLICATION = "deployments.app:build"
-"""The graph, by the import path that a Serve configuration names it by: `serve` does not import `deployments`."""
+APPLICATION = "deployments.app:application"
+"""The graph, by its import path: `serve` does not import `deployments`."""
 
 
 def run(loaded: Loaded) -> None:
@@ -105,7 +105,7 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
         "cache": settings.cache.model_copy(update={"redis_url": cache_url}),
     }
     settings = on_this_machine(settings.model_copy(update=filled))
-    if settings.keys.required and not asyncio.run(_ever_made(settings.jobs)):
+    if settings.keys.required and settings.keys.first is None and not asyncio.run(_ever_made(settings.jobs)):
         raise _no_keys(settings, own=any(server.kind == "jobs" for server in servers))
     return settings, catalog, servers
 

@@ -1,17 +1,19 @@
-"""Where settings come from: default, YAML file, environment, command line; later ones win.
+"""Where settings come from: default, YAML file, environment, command line; later ones win. On a cluster: default,
+environment, the `args` of the Serve configuration.
 
-The environment spells a field as TANDEM_ROOM__FIELD; the file and the command line use the same names. An unknown name
-is refused wherever it comes from.
+The environment spells a field as TANDEM_ROOM__FIELD; all others use the same names. An unknown name is refused wherever
+it comes from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -24,6 +26,11 @@ from serve.urls import shown_url, without_user
 
 TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements")
 """Fields of the tree that hold a table or a list."""
+NO_SETTINGS = (f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}KEY")
+"""The settings file, and a client's API key (serve/cli/answers.py)."""
+
+Name = tuple[str, ...]
+"""The way to a field through the tree, written with dots. A name in a table may itself have a dot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,26 @@ class Loaded:
     origins: Mapping[str, str]
 
 
+class EnvironmentSecret(SecretStr):
+    """A secret out of the environment. It is pickled as the name of its variable: no copy of the settings that is sent
+    to other processes, and kept by Ray, holds it. Who opens the copy has it from an environment of their own."""
+
+    def __init__(self, value: str, variable: str) -> None:
+        super().__init__(value)
+        self._variable = variable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_here, (self._variable,)
+
+
+def _from_here(variable: str) -> EnvironmentSecret:
+    if variable not in os.environ:
+        raise OperatorError(
+            f"environment {variable}: it is set where the server was deployed, and missing in this process", variable
+        )
+    return EnvironmentSecret(os.environ[variable], variable)
+
+
 def load(
     file: Path | None = None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Loaded:
@@ -42,28 +69,44 @@ def load(
     Raises OperatorError, one line that names the setting and its origin.
     """
     environ = os.environ if environ is None else environ
-    values: dict[str, tuple[Any, str]] = {}
+    values: dict[Name, tuple[Any, str]] = {}
     file = file or (Path(environ[f"{ENV_PREFIX}CONFIG"]) if f"{ENV_PREFIX}CONFIG" in environ else None)
     if file is not None:
         values |= {name: (value, f"file {file}") for name, value in _flatten(_read_yaml(file))}
-    values |= {name: (value, f"environment {_env_name(name)}") for name, value in _flatten(_read_environ(environ))}
+    values |= _from_environ(environ)
     values |= {
-        name: (_spelled(name, value), "command line") for name, value in (overrides or {}).items() if value is not None
+        tuple(name.split(".")): (_spelled(name, value), "command line")
+        for name, value in (overrides or {}).items()
+        if value is not None
     }
+    return _merged(values)
+
+
+def load_args(args: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Loaded:
+    """Read the tree from the `args` of a Serve configuration, and from the environment what they leave open. A settings
+    file that the environment names is for the operator's commands, and is not read.
+
+    Raises OperatorError, one line that names the setting and its origin.
+    """
+    values = _from_environ(os.environ if environ is None else environ)
+    return _merged(values | {name: (value, "args of the Serve application") for name, value in _flatten(args)})
+
+
+def _merged(values: Mapping[Name, tuple[Any, str]]) -> Loaded:
     tree: dict[str, Any] = {}
-    for name, (value, _) in values.items():
-        *rooms, leaf = name.split(".")
+    for (*rooms, leaf), (value, _) in values.items():
         node = tree
         for room in rooms:
             node = node.setdefault(room, {})
             if not isinstance(node, dict):
                 raise OperatorError(f"{room} must be a group of settings, not a value", room)
         node[leaf] = {**_mapping(node.get(leaf)), **value} if isinstance(value, dict) else value
+    origins = {".".join(name): origin for name, (_, origin) in values.items()}
     try:
         settings = Settings(**tree)
     except ValidationError as error:
-        raise _operator_error(error, {name: origin for name, (_, origin) in values.items()}) from None
-    return Loaded(settings, {name: _origin(name, values) for name, _ in flatten(settings)})
+        raise _operator_error(error, origins) from None
+    return Loaded(settings, {name: _origin(name, origins) for name, _ in flatten(settings)})
 
 
 def flatten(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -76,9 +119,9 @@ def flatten(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _origin(name: str, values: Mapping[str, tuple[Any, str]]) -> str:
+def _origin(name: str, origins: Mapping[str, str]) -> str:
     """Where a field's value came from; a field that is a table may have entries from several places."""
-    told = [origin for known, (_, origin) in values.items() if known == name or known.startswith(f"{name}.")]
+    told = [origin for known, origin in origins.items() if known == name or known.startswith(f"{name}.")]
     return ", ".join(dict.fromkeys(told)) or "default"
 
 
@@ -103,9 +146,18 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return tree
 
 
+def _from_environ(environ: Mapping[str, str]) -> dict[Name, tuple[Any, str]]:
+    secrets = set(_secrets(Settings))
+    values: dict[Name, tuple[Any, str]] = {}
+    for name, value in _flatten(_read_environ(environ)):
+        variable = variable_of(".".join(name))
+        secret = name in secrets and environ.get(variable) == value
+        values[name] = EnvironmentSecret(value, variable) if secret else value, f"environment {variable}"
+    return values
+
+
 def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    # TANDEM_KEY is a client's API key (serve/cli/client.py), no setting of a server.
-    known = {_env_name(name) for name, _ in flatten(Settings())} | {f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}KEY"}
+    known = {variable_of(name) for name, _ in flatten(Settings())} | {*NO_SETTINGS, *_service_links(environ)}
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in known:
             raise OperatorError(f"environment {name}: no such setting", name)
@@ -115,15 +167,33 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
         return source()
     except SettingsError as error:
         table = next((name for name in TABLES if f'"{name}"' in str(error)), "")
-        raise OperatorError(f"environment {_env_name(table)}: its value is not JSON", table) from None
+        raise OperatorError(f"environment {variable_of(table)}: its value is not JSON", table) from None
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _service_links(environ: Mapping[str, str]) -> Iterator[str]:
+    """Kubernetes tells every pod of the services beside it, and one may be called `tandem-...`."""
+    for host in environ:
+        service = host.removesuffix("_SERVICE_HOST")
+        if host.startswith(ENV_PREFIX) and service != host:
+            told = re.compile(rf"{re.escape(service)}_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_[0-9]+_[A-Z]+(_[A-Z]+)?)?)")
+            yield from filter(told.fullmatch, environ)
+
+
+def _secrets(model: type[BaseModel], prefix: Name = ()) -> Iterator[Name]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _secrets(kind, (*prefix, name))
+        elif SecretStr in get_args(kind):
+            yield (*prefix, name)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: Name = ()) -> Iterator[tuple[Name, Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:  # an empty one is a value: `placements: {small: {}}`
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, (*prefix, str(name)))
         else:
-            yield f"{prefix}{name}", value
+            yield (*prefix, str(name)), value
 
 
 def _spelled(name: str, value: Any) -> Any:
@@ -138,8 +208,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _env_name(name: str) -> str:
-    """A table has one variable, whose value is JSON: not every name in it can be spelled as a variable."""
+def variable_of(name: str) -> str:
+    """By the dotted name. A table has one, whose value is JSON: not every name in it can be spelled as a variable."""
     table = name.split(".")[0]
     name = table if table in TABLES else name
     return ENV_PREFIX + name.replace(".", ENV_DELIMITER).upper()

@@ -12,11 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from serve.callers import API_KEY
+
 ENV_PREFIX = "TANDEM_"
 ENV_DELIMITER = "__"
 MIB = 1024 * 1024
 
 _PLACEMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FIRST_KEY_FORM = "tdm_ and 12 of a-z2-7, _ and 43 of A-Za-z0-9_-"
 _WEBHOOK_KEY_BYTES = range(24, 65)
 _WEBHOOK_SECRET_FORM = "whsec_ and 24 to 64 bytes in base64 (`echo whsec_$(openssl rand -base64 32)`)"
 
@@ -134,6 +137,9 @@ class JobSettings(Room):
 class KeySettings(Room):
     required: bool | None = None
     """Serve only who sends an API key (`tandem keys create`); by default everywhere but on a loopback `http.host`."""
+    first: SecretStr | None = None
+    """The first API key, with every scope, which the server makes at its start unless a key of its id was ever made:
+    `tdm_` and 12 of a-z2-7 (the id), `_` and 43 of A-Za-z0-9_- (the secret)."""
     salt: bool = False
     """Keys share no cache entry, so that timing can't tell what another has asked for."""
 
@@ -216,6 +222,8 @@ class EncoderSettings(Room):
     """CPUs that one replica reserves in Ray."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs (fractions allowed) that one replica reserves in Ray."""
+    gpu_class: str | None = None
+    """One of `gpu_classes`: the replicas run on nodes with its label. By default on any that has what they reserve."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -305,6 +313,9 @@ class S3Settings(Room):
     """Access key; by default boto3's own chain (environment, profile, instance role)."""
     secret_access_key: SecretStr | None = None
     """Secret of the access key."""
+    presign: bool = True
+    """Send clients to the bucket, with a presigned URL for each image. Off: the server hands images out itself, for
+    clients who can't reach the bucket."""
     url_ttl_s: int = Field(900, ge=1, le=900)
     """Seconds for which a presigned image URL is valid."""
 
@@ -378,10 +389,14 @@ class Settings(BaseSettings):
         for name in self.encoders:
             stands = any(name.startswith(f"{other}-") for other in self.encoders)
             try:
-                self.encoder_named(name)
+                gpu_class = self.encoder_named(name).gpu_class
             except ValidationError as error:
                 if faults := [one for one in error.errors(include_url=False) if one["loc"] or not stands]:
                     raise _relocated(error.title, faults, ("encoders", name)) from None
+            else:
+                if "gpu_class" in self.encoders[name]:
+                    self._check_class(gpu_class, ("encoders", name, "gpu_class"))
+        self._check_class(self.encoder.gpu_class, ("encoder", "gpu_class"))
         return self
 
     @model_validator(mode="after")
@@ -397,6 +412,13 @@ class Settings(BaseSettings):
             if "gpu_class" in self.placements[name]:
                 self._check_class(gpu_class, ("placements", name, "gpu_class"))
         self._check_class(self.diffusion.gpu_class, ("diffusion", "gpu_class"))
+        return self
+
+    @model_validator(mode="after")
+    def _first_key_is_one(self) -> Self:
+        first = self.keys.first
+        if first is not None and not API_KEY.fullmatch(first.get_secret_value()):
+            raise _misplaced(("keys", "first"), _FIRST_KEY_FORM)
         return self
 
     @model_validator(mode="after")

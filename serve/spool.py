@@ -21,6 +21,8 @@ class Spool:
         self._max_bytes = max_bytes
         self._metrics = metrics
         self._held = 0
+        metrics.set("tandem_spool_capacity_bytes", max_bytes)
+        self._add(0)
 
     @property
     def held(self) -> int:

@@ -191,7 +191,10 @@ class Worker:
     async def _report_until_drained(self) -> None:
         while not self._draining.is_set():
             try:
-                await self._jobs.report(self._report(self._means.pace))
+                report = self._report(self._means.pace)
+                self._means.metrics.set("tandem_replica_images", self.rows)
+                self._means.metrics.set("tandem_replica_capacity_images", report.max_rows)
+                await self._jobs.report(report)
             except Exception as error:  # noqa: BLE001  nobody draws worse for it
                 log.warning("reporting: %s", error)
             await first(asyncio.sleep(REPORT_S), self._draining.wait())

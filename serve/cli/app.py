@@ -1,4 +1,5 @@
-"""`tandem`: serve, order a picture, watch the demo, look after jobs, keys and the cache, look at the settings.
+"""`tandem`: serve, fetch the models, order a picture, watch the demo, look after jobs, keys and the cache, look at the
+settings.
 
 Every command ends in one of three ways: 0; 1 when a picture or a prompt failed; 2 with one line that
 says what to change.
@@ -72,6 +73,19 @@ def up(
     from serve.local import run as serve_here
 
     serve_here(loaded)
+
+
+@app.command()
+def fetch(
+    data_dir: DataDir = None,
+    config_file: ConfigFile = None,
+    assignments: Assignments = None,
+) -> None:
+    """Fetch, convert and check every model of the settings, so that no server waits for one later."""
+    loaded = load_settings(config_file, assignments, {"data_dir": data_dir})
+    from serve.cli.fetch import fetch as story
+
+    story(loaded.settings)
 
 
 @app.command()

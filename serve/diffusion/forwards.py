@@ -59,6 +59,7 @@ class Forwards:
         if not any(run.work.request.step_cache for row in rows if (run := self._run_of(row.run_id))):
             self._profile.learn(rows[0].group.shape, _lanes(rows), took_s * 1000)
         self._metrics.inc("tandem_engine_steps_total")
+        self._metrics.inc("tandem_engine_image_steps_total", len(rows))
         self._metrics.observe("tandem_engine_step_rows", len(rows))
         self._metrics.observe("tandem_engine_step_seconds", took_s)
         if more := self._runner.reused_predictions - reused:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.domain import Job
+from serve.domain import Job, JobState
 from serve.errors import JobNotFound
 from serve.jobs import records, scripts
 from serve.jobs.bell import Bell
 from serve.jobs.connection import Connection, milliseconds
-from serve.jobs.terms import REPORT, Backlog, Crew, WorkerReport
+from serve.jobs.terms import REPORT, Backlog, Crew, Unfinished, WorkerReport
 from serve.settings import JobSettings
 from serve.telemetry.metrics import Metrics
 
@@ -23,6 +23,8 @@ Fields = Mapping[str, str | bytes | int]
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 READERS = 16
 """Connections for reading jobs' events."""
+UNFINISHED_STATES = tuple(state for state in JobState if not state.terminal)
+"""In the order in which unfinished.lua tells them."""
 _REPORT_S, _CREW_S = 30.0, 2.0
 _NOBODY = Crew()
 
@@ -60,6 +62,19 @@ class Shared:
     async def backlog(self, model: str) -> Backlog:
         """The work that waits, and that is in hand."""
         return Backlog(*await self._run("backlog", model))
+
+    async def unfinished(self) -> Sequence[Unfinished]:
+        """What has not ended, for each model that has any, as of one moment. One pass over all of it."""
+        found = await self._run("unfinished")
+        return [
+            Unfinished(
+                model=model.decode(),
+                states=dict(zip(UNFINISHED_STATES, numbers, strict=True)),
+                cost_ms=cost_ms,
+                oldest_ms=oldest_ms,
+            )
+            for model, cost_ms, oldest_ms, *numbers in found
+        ]
 
     async def queue_depth(self) -> int:
         """How many jobs wait."""

@@ -71,6 +71,7 @@ class Connection:
                 return await call
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             log.warning("the job store does not answer: %s %s", type(error).__name__, error)
+            self._metrics.inc("tandem_job_store_errors_total")
         raise BackendUnavailable("the job store does not answer", "jobs.redis_url", _RETRY_AFTER_S)
 
 

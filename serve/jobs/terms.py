@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pydantic import TypeAdapter
 
 from serve.callers import Allowance, Limit
-from serve.domain import Job, Priority
+from serve.domain import Job, JobState, Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,17 @@ class Backlog:
     depth: int
     cost_ms: int
     held_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """What of a model has not ended: jobs by state, milliseconds of predicted work that wait, milliseconds for which
+    the job has waited that has waited longest (0 where none waits)."""
+
+    model: str
+    states: Mapping[JobState, int]
+    cost_ms: int
+    oldest_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

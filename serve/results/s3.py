@@ -119,7 +119,9 @@ class S3Store:
         prefix = f"{self._settings.prefix}{checked_job(job_id)}/"
         await self._tried(lambda: self._delete_under(prefix))
 
-    def url(self, key: str) -> str:
+    def url(self, key: str) -> str | None:
+        if not self._settings.presign:
+            return None
         parameters = {"Bucket": self._settings.bucket, "Key": self._name(key)}
         try:
             url = self._client.generate_presigned_url("get_object", parameters, ExpiresIn=self._settings.url_ttl_s)

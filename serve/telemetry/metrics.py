@@ -3,12 +3,14 @@
 Rooms take a `Metrics` and name the metric; the carrier decides where it goes. `InProcessMetrics` keeps the numbers in
 this process, the Ray shell has a second implementation that reports through Ray. A name that is not declared here, a
 wrong kind or a wrong set of labels is a programming error and raises ValueError at once.
+
+Which replica a process is, no room need know: the carrier is told once, and puts it on where the declaration has it.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,10 +19,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 600.0)
-
-
+_ENCODE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.5, 5.0)
+"""With the bound that operators are alarmed at, so that it is not guessed between two others."""
 _COSINE = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 _ENCODER = ("encoder",)
+_REPLICA = ("placement", "gpu_class")
 
 
 class Kind(enum.StrEnum):
@@ -31,13 +34,20 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One metric. `buckets` are the upper bounds of a histogram's buckets, in the metric's unit."""
+    """One metric. `labels` are the rooms', `process` those that the carrier adds. `buckets` are the upper bounds of a
+    histogram's buckets, in the metric's unit.
+
+    A gauge that `fades` tells of what this process only hears of, such as the queue: what it has not heard of for a
+    while it says nothing of. Every other gauge holds until it is set again, or the process ends.
+    """
 
     name: str
     kind: Kind
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    process: tuple[str, ...] = ()
+    fades: bool = False
 
 
 DECLARATIONS: tuple[Declaration, ...] = (
@@ -56,7 +66,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "tandem_encoder_forward_seconds", Kind.HISTOGRAM, "Time of one encoder forward pass.", _ENCODER, _SHORT_S
     ),
     Declaration(
-        "tandem_encode_seconds", Kind.HISTOGRAM, "Time from a request at a pool to its answer.", _ENCODER, _SHORT_S
+        "tandem_encode_seconds", Kind.HISTOGRAM, "Time from a request at a pool to its answer.", _ENCODER, _ENCODE_S
     ),
     Declaration(
         "tandem_encoder_queue_tokens", Kind.GAUGE, "Tokens that wait for a forward pass or are in it.", _ENCODER
@@ -90,13 +100,52 @@ DECLARATIONS: tuple[Declaration, ...] = (
         _COSINE,
     ),
     Declaration(
-        "tandem_device_memory_bytes", Kind.GAUGE, "Memory of a replica's GPU: allocated, peak, total.", ("pool", "kind")
+        "tandem_device_memory_bytes",
+        Kind.GAUGE,
+        "Memory of a replica's GPU: allocated, peak, total.",
+        ("pool", "kind"),
+        process=_REPLICA,
     ),
     Declaration(
-        "tandem_device_utilization_ratio", Kind.GAUGE, "Share of time in which a replica's GPU works.", ("pool",)
+        "tandem_device_utilization_ratio",
+        Kind.GAUGE,
+        "Share of time in which a replica's GPU works.",
+        ("pool",),
+        process=_REPLICA,
     ),
     Declaration("tandem_jobs_total", Kind.COUNTER, "Jobs that reached a terminal state.", ("state",)),
     Declaration("tandem_job_seconds", Kind.HISTOGRAM, "Time from submission to the terminal state.", buckets=_LONG_S),
+    Declaration(
+        "tandem_job_store_errors_total", Kind.COUNTER, "Calls that the job store refused or did not answer in time."
+    ),
+    Declaration(
+        "tandem_unfinished_jobs",
+        Kind.GAUGE,
+        "Jobs that have not ended, by state: queued, encoding, running, storing.",
+        ("model", "state"),
+        fades=True,
+    ),
+    Declaration(
+        "tandem_queue_age_seconds",
+        Kind.GAUGE,
+        "For how long the job has waited for a worker that has waited longest; 0 where none waits.",
+        ("model",),
+        fades=True,
+    ),
+    Declaration(
+        "tandem_backlog_seconds",
+        Kind.GAUGE,
+        "Predicted time of each replica for the work that waits.",
+        ("model",),
+        fades=True,
+    ),
+    Declaration(
+        "tandem_replicas",
+        Kind.GAUGE,
+        "Diffusion replicas that live, by what they have told the job store.",
+        ("model", "placement", "gpu_class"),
+        fades=True,
+    ),
     Declaration(
         "tandem_webhooks_total",
         Kind.COUNTER,
@@ -107,6 +156,13 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "tandem_spool_bytes",
         Kind.GAUGE,
         "Bytes of finished images that wait for the result store.",
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_spool_capacity_bytes",
+        Kind.GAUGE,
+        "Bytes of finished images that may wait before a replica claims no more.",
+        process=_REPLICA,
     ),
     Declaration(
         "tandem_result_put_seconds",
@@ -116,24 +172,67 @@ DECLARATIONS: tuple[Declaration, ...] = (
         _SHORT_S,
     ),
     Declaration("tandem_result_put_retries_total", Kind.COUNTER, "Puts made again because the result store was away."),
-    Declaration("tandem_queue_depth", Kind.GAUGE, "Jobs that wait for a worker."),
-    Declaration("tandem_engine_steps_total", Kind.COUNTER, "Denoising steps, each over one batch of images."),
-    Declaration("tandem_engine_step_rows", Kind.HISTOGRAM, "Images that shared one denoising step.", buckets=_ROWS),
-    Declaration("tandem_engine_step_seconds", Kind.HISTOGRAM, "Time of one denoising step.", buckets=_SHORT_S),
+    Declaration("tandem_queue_depth", Kind.GAUGE, "Jobs that wait for a worker.", fades=True),
+    Declaration("tandem_replica_images", Kind.GAUGE, "Images that a replica has in hand.", process=_REPLICA),
     Declaration(
-        "tandem_engine_decode_seconds", Kind.HISTOGRAM, "Time of one image's decoding by the VAE.", buckets=_SHORT_S
+        "tandem_replica_capacity_images", Kind.GAUGE, "Images that a replica takes in hand at most.", process=_REPLICA
     ),
-    Declaration("tandem_engine_previews_total", Kind.COUNTER, "Previews of unfinished images that were made."),
+    Declaration(
+        "tandem_engine_steps_total",
+        Kind.COUNTER,
+        "Denoising steps, each over one batch of images.",
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_engine_image_steps_total",
+        Kind.COUNTER,
+        "Denoising steps by image: one over a batch of four counts four.",
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_engine_step_rows",
+        Kind.HISTOGRAM,
+        "Images that shared one denoising step.",
+        buckets=_ROWS,
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_engine_step_seconds",
+        Kind.HISTOGRAM,
+        "Time of one denoising step.",
+        buckets=_SHORT_S,
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_engine_decode_seconds",
+        Kind.HISTOGRAM,
+        "Time of one image's decoding by the VAE.",
+        buckets=_SHORT_S,
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_engine_previews_total",
+        Kind.COUNTER,
+        "Previews of unfinished images that were made.",
+        process=_REPLICA,
+    ),
     Declaration(
         "tandem_engine_reused_predictions_total",
         Kind.COUNTER,
         "Predictions of the denoiser that a step took from the step before (`step_cache`).",
+        process=_REPLICA,
     ),
     Declaration(
-        "tandem_engine_out_of_memory_total", Kind.COUNTER, "Steps and decodings for which the device had no memory."
+        "tandem_engine_out_of_memory_total",
+        Kind.COUNTER,
+        "Steps and decodings for which the device had no memory.",
+        process=_REPLICA,
     ),
     Declaration(
-        "tandem_vae_retries_total", Kind.COUNTER, "Decodings repeated in float32 because the first was not finite."
+        "tandem_vae_retries_total",
+        Kind.COUNTER,
+        "Decodings repeated in float32 because the first was not finite.",
+        process=_REPLICA,
     ),
 )
 
@@ -165,38 +264,46 @@ class Metrics(Protocol):
         """Set a gauge."""
 
 
+def process_labels(process: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What a carrier adds to each metric's labels, by the metric's name: empty where nobody has told it."""
+    return {each.name: {label: process.get(label, "") for label in each.process} for each in DECLARATIONS}
+
+
 class InProcessMetrics:
     """Owns: a Prometheus registry of its own with every declared metric, so that two instances never share a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, **process: str) -> None:
+        """`process` are values of the declarations' `process` labels."""
         self.registry = CollectorRegistry()
+        self._process = process_labels(process)
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
         for each in DECLARATIONS:
+            labels = (*each.labels, *each.process)
             if each.kind is Kind.COUNTER:
-                self._counters[each.name] = Counter(each.name, each.help, each.labels, registry=self.registry)
+                self._counters[each.name] = Counter(each.name, each.help, labels, registry=self.registry)
             elif each.kind is Kind.GAUGE:
-                self._gauges[each.name] = Gauge(each.name, each.help, each.labels, registry=self.registry)
+                self._gauges[each.name] = Gauge(each.name, each.help, labels, registry=self.registry)
             else:
                 self._histograms[each.name] = Histogram(
-                    each.name, each.help, each.labels, registry=self.registry, buckets=each.buckets
+                    each.name, each.help, labels, registry=self.registry, buckets=each.buckets
                 )
 
     def inc(self, name: str, value: float = 1, **labels: str) -> None:
         declared(name, Kind.COUNTER, tuple(labels))
-        counter = self._counters[name]
-        (counter.labels(**labels) if labels else counter).inc(value)
+        counter, all_labels = self._counters[name], labels | self._process[name]
+        (counter.labels(**all_labels) if all_labels else counter).inc(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         declared(name, Kind.HISTOGRAM, tuple(labels))
-        histogram = self._histograms[name]
-        (histogram.labels(**labels) if labels else histogram).observe(value)
+        histogram, all_labels = self._histograms[name], labels | self._process[name]
+        (histogram.labels(**all_labels) if all_labels else histogram).observe(value)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         declared(name, Kind.GAUGE, tuple(labels))
-        gauge = self._gauges[name]
-        (gauge.labels(**labels) if labels else gauge).set(value)
+        gauge, all_labels = self._gauges[name], labels | self._process[name]
+        (gauge.labels(**all_labels) if all_labels else gauge).set(value)
 
     def value(self, name: str, **labels: str) -> float:
         """A counter's or gauge's number, a histogram's number of observations. Labels left out are summed over."""

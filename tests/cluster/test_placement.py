@@ -20,7 +20,7 @@ from support.nodes import labelled_nodes
 from support.orders import finished, submit
 from support.server import free_port, ready, wait_until
 
-from deployments.app import build
+from deployments.app import application
 from serve.embedded import EmbeddedRedis
 from serve.service import Busy
 from serve.settings import Settings
@@ -95,7 +95,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
         quiet = {"log_level": "WARNING"}
         http = {"host": "127.0.0.1", "port": port, "location": "HeadOnly"}
         serve.start(http_options=http, logging_config=quiet)
-        serve.run(build(settings), name="tandem", route_prefix="/", logging_config=quiet)
+        serve.run(application(settings), name="tandem", route_prefix="/", logging_config=quiet)
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: ready(url), START_S, "the server")
         yield Mixed(url, classes, redis.Redis.from_url(jobs.url))

@@ -22,6 +22,7 @@ from serve.keys import _REMEMBERED, KEEP_S, KeyStore
 from serve.settings import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
+FIRST = f"tdm_{'b' * 12}_{'B' * 43}"
 UNKNOWN = f"tdm_{'a' * 12}_{'A' * 43}"
 NOBODY = "redis://127.0.0.1:1/0"
 """Where nothing listens: whoever asks there finds the store away."""
@@ -76,6 +77,35 @@ def test_a_key_opens_as_what_it_was_made(redis_url: str) -> None:
         async with opened(redis_url) as other:
             assert await other.list() == (first.key, second.key)
             assert await other.find(first.secret) == first.key
+
+    on(redis_url, story)
+
+
+def test_the_first_key_is_made_once_however_many_make_it(redis_url: str) -> None:
+    async def story(store: KeyStore) -> None:
+        async with opened(redis_url) as second, opened(redis_url) as third:
+            stores = (store, second, third)
+            assert await asyncio.gather(*(each.make_first(FIRST) for each in stores * 10)) == [None] * 30
+        (key,) = await store.list()
+        assert (key.id, key.name, key.scopes) == ("b" * 12, "first", frozenset(Scope))
+        assert await store.find(FIRST) == key
+        assert await store.make_first(FIRST) is None
+        assert await store.list() == (key,), "made when it was made first"
+
+    on(redis_url, story)
+
+
+def test_a_first_key_that_was_revoked_stays_so_and_another_of_its_id_opens_nothing(redis_url: str) -> None:
+    async def story(store: KeyStore) -> None:
+        await store.make_first(FIRST)
+        other = f"{FIRST[:-1]}A"
+        assert await store.make_first(other) == f"key {'b' * 12} was made before, with another secret"
+        assert not await valid(store, other)
+        assert await valid(store, FIRST)
+        revoked = await store.revoke("b" * 12)
+        assert await store.make_first(FIRST) == f"key {'b' * 12} was revoked"
+        assert await store.list() == (revoked,)
+        assert await refusal(store, FIRST) == "the API key was revoked"
 
     on(redis_url, story)
 

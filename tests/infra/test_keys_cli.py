@@ -101,6 +101,29 @@ def test_create_list_and_revoke_beside_a_running_server(
     assert running_url(data_dir_of(jobs_redis)) == jobs_redis.url, "the server was left as it was"
 
 
+def test_the_first_key_of_the_settings_is_a_key_like_any_other(
+    tandem: Tandem, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = f"tdm_{'b' * 12}_{'B' * 43}"
+    monkeypatch.setenv("TANDEM_JOBS__REDIS_URL", redis_url)
+    monkeypatch.setenv("TANDEM_KEYS__FIRST", first)
+    assert tandem("list") == 0
+    assert "no API keys" in capsys.readouterr().out, "a server makes it, not a command"
+
+    async def make() -> None:
+        store = KeyStore(JobSettings(redis_url=SecretStr(redis_url)), InProcessMetrics())
+        await store.make_first(first)
+        await store.close()
+
+    asyncio.run(make())
+    assert tandem("list", "--json") == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (told["id"], told["name"], told["scopes"]) == ("b" * 12, "first", ["admin", "embed", "generate"])
+    assert tandem("revoke", "b" * 12) == 0
+    with pytest.raises(Unauthorized, match="revoked"):
+        found(redis_url, first)
+
+
 def test_the_table_fits_into_80_columns_and_takes_a_name_by_the_letter(
     tandem: Tandem, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,11 @@ def test_the_first_key_opens_the_house(tmp_path: Path) -> None:
     assert required(settings_of(data_dir)) is True, "whoever made one means it, and may make the next any time"
 
 
+def test_a_first_key_in_the_settings_is_as_good_as_one_that_was_made(tmp_path: Path) -> None:
+    """The ingress makes it."""
+    assert required(settings_of(tmp_path, keys={"first": f"tdm_{'b' * 12}_{'B' * 43}"})) is True
+
+
 def test_on_a_given_redis_no_password_is_told(tmp_path: Path, redis_url: str) -> None:
     message = refusal(settings_of(tmp_path, jobs={"redis_url": redis_url}))
     assert "`tandem keys create NAME` with the same jobs.redis_url" in message

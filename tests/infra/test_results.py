@@ -160,6 +160,10 @@ def test_a_presigned_url_is_a_get_for_a_while(bucket: str, tmp_path: Path) -> No
         urlopen(absent)
 
 
+def test_a_bucket_that_clients_cannot_reach_has_no_url(bucket: str, tmp_path: Path) -> None:
+    assert open_store(s3_settings(bucket, presign=False), tmp_path).url(KEY) is None
+
+
 def test_local_files_have_no_url_and_leave_no_folder(tmp_path: Path) -> None:
     store = open_store(ResultSettings(), tmp_path)
     assert store.url(KEY) is None

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import pickle
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from standardwebhooks import Webhook
 
 from serve.errors import OperatorError
-from serve.origins import flatten, load, shown
+from serve.origins import EnvironmentSecret, flatten, load, load_args, shown
 from serve.settings import Settings
 
 NAMES = [name for name, _ in flatten(Settings())]
@@ -189,6 +190,90 @@ def test_webhooks_without_a_secret_or_with_another_are_refused() -> None:
         assert message.startswith("webhooks.secret: whsec_ and 24 to 64 bytes in base64")
         assert message.endswith("(from command line)")
         assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("wrong", ["", "hunter2", f"tdm_{'b' * 12}_{'B' * 42}", f"tdm_{'1' * 12}_{'B' * 43}"])
+def test_a_first_key_of_another_form_is_refused_and_not_shown(wrong: str) -> None:
+    message = refused(environ={"TANDEM_KEYS__FIRST": wrong})
+    assert message.startswith("keys.first: tdm_ and 12 of a-z2-7, _ and 43 of")
+    assert message.endswith("(from environment TANDEM_KEYS__FIRST)")
+    assert not wrong or wrong not in message
+
+
+def test_on_a_cluster_the_environment_has_what_the_args_leave_open(tmp_path: Path) -> None:
+    file = yaml(tmp_path, "http: {prot: 1}")
+    args = {"jobs": {"lease_s": 5}, "placements": {"sd1.5": {"replicas": 2}}, "data_dir": "/data"}
+    environ = {
+        "TANDEM_JOBS__REDIS_URL": "redis://:hunter2@jobs:6379/0",
+        "TANDEM_JOBS__LEASE_S": "6",
+        "TANDEM_LOG__LEVEL": "debug",
+        "TANDEM_CONFIG": str(file),
+        "TANDEM_KEY": "a client's",
+    }
+    loaded = load_args(args, environ)
+    jobs = loaded.settings.jobs
+    assert (jobs.lease_s, loaded.settings.log.level, loaded.settings.data_dir) == (5, "debug", Path("/data"))
+    assert jobs.redis_url is not None
+    assert jobs.redis_url.get_secret_value() == "redis://:hunter2@jobs:6379/0"
+    assert loaded.settings.placements == {"sd1.5": {"replicas": 2}}
+    assert loaded.origins["jobs.lease_s"] == "args of the Serve application"
+    assert loaded.origins["jobs.redis_url"] == "environment TANDEM_JOBS__REDIS_URL"
+
+
+def refused_args(args: dict[str, Any], **environ: str) -> str:
+    with pytest.raises(OperatorError) as error:
+        load_args(args, environ)
+    assert "\n" not in error.value.message
+    return error.value.message
+
+
+def test_args_are_judged_with_the_environment_and_not_before() -> None:
+    hooks = {"webhooks": {"allowed_hosts": ["a.example"]}}
+    secret = "whsec_" + base64.b64encode(bytes(32)).decode()
+    assert load_args(hooks, {"TANDEM_WEBHOOKS__SECRET": secret}).settings.webhooks.secret is not None
+    assert refused_args(hooks).startswith("webhooks.secret: required with webhooks.allowed_hosts")
+    assert "TANDEM_HTTP__PROT" in refused_args({}, TANDEM_HTTP__PROT="1")
+    assert refused_args({"http": {"prot": 1}}) == "http.prot: no such setting (from args of the Serve application)"
+    assert refused_args({"http": {"port": "many"}}).endswith("(from args of the Serve application)")
+    s3 = {"results": {"store": "s3"}}
+    assert "results.s3.bucket" in refused_args(s3)
+    assert load_args(s3, {"TANDEM_RESULTS__S3__BUCKET": "pictures"}).settings.results.s3.bucket == "pictures"
+
+
+def test_a_name_in_a_table_may_have_a_dot_wherever_it_comes_from(tmp_path: Path) -> None:
+    expected = {"sd1.5": {"replicas": 2}}
+    assert load(yaml(tmp_path, "placements: {sd1.5: {replicas: 2}}"), {}).settings.placements == expected
+    assert load(None, {"TANDEM_PLACEMENTS": '{"sd1.5": {"replicas": 2}}'}).settings.placements == expected
+
+
+def test_what_kubernetes_tells_of_services_called_like_us_is_no_setting() -> None:
+    links = {
+        "TANDEM_REDIS_JOBS_SERVICE_HOST": "10.0.0.1",
+        "TANDEM_REDIS_JOBS_SERVICE_PORT": "6379",
+        "TANDEM_REDIS_JOBS_SERVICE_PORT_REDIS": "6379",
+        "TANDEM_REDIS_JOBS_PORT": "tcp://10.0.0.1:6379",
+        "TANDEM_REDIS_JOBS_PORT_6379_TCP": "tcp://10.0.0.1:6379",
+        "TANDEM_REDIS_JOBS_PORT_6379_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(None, links).settings == Settings()
+    assert "TANDEM_REDIS_JOBS_PORTS" in refused(environ=links | {"TANDEM_REDIS_JOBS_PORTS": "1"})
+    assert "TANDEM_REDIS_JOBS_PORT" in refused(environ={"TANDEM_REDIS_JOBS_PORT": "6379"})
+
+
+def test_a_secret_of_the_environment_is_in_no_copy_that_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_JOBS__REDIS_URL", "redis://:hunter2@jobs:6379/0")
+    args = {"cache": {"redis_url": "redis://:hunter3@cache:6379/0"}}
+    copy = pickle.dumps(load_args(args).settings)
+    assert b"hunter2" not in copy
+    assert b"hunter3" in copy, "what lies in args travels, and so it belongs into the environment"
+    url = pickle.loads(copy).jobs.redis_url
+    assert isinstance(url, EnvironmentSecret)
+    assert url.get_secret_value() == "redis://:hunter2@jobs:6379/0"
+    monkeypatch.setenv("TANDEM_JOBS__REDIS_URL", "redis://:another@jobs:6379/0")
+    assert pickle.loads(copy).jobs.redis_url.get_secret_value() == "redis://:another@jobs:6379/0"
+    monkeypatch.delenv("TANDEM_JOBS__REDIS_URL")
+    with pytest.raises(OperatorError, match="environment TANDEM_JOBS__REDIS_URL: "):
+        pickle.loads(copy)
 
 
 def test_an_override_that_may_stand_on_another_is_checked_by_itself_alone(tmp_path: Path) -> None:

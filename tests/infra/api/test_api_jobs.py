@@ -61,15 +61,18 @@ async def test_an_image_that_is_not_there(stand: Any, refused: Any) -> None:
         refused(await stand.client.get(f"/v1/images/{job['id']}/{index}"), 404, "index")
 
 
-async def test_an_image_in_s3_is_a_redirect_to_a_url_that_works(
-    redis_url: str, tmp_path: Path, s3_endpoint: str, stand_on: Any
-) -> None:
-    s3 = S3Settings(
-        bucket="api", endpoint_url=s3_endpoint, region="us-east-1", access_key_id="k", secret_access_key="s"
-    )
+@pytest.fixture
+def s3(s3_endpoint: str) -> S3Settings:
+    keys = {"access_key_id": "k", "secret_access_key": "s"}
     boto3.client(
         "s3", endpoint_url=s3_endpoint, region_name="us-east-1", aws_access_key_id="k", aws_secret_access_key="s"
     ).create_bucket(Bucket="api")
+    return S3Settings(bucket="api", endpoint_url=s3_endpoint, region="us-east-1", **keys)
+
+
+async def test_an_image_in_s3_is_a_redirect_to_a_url_that_works(
+    redis_url: str, tmp_path: Path, s3: S3Settings, stand_on: Any
+) -> None:
     async with stand_on(redis_url, tmp_path, results=ResultSettings(store="s3", s3=s3)) as stand:
         job = await stand.create()
         await stand.finish(job["id"])
@@ -77,6 +80,17 @@ async def test_an_image_in_s3_is_a_redirect_to_a_url_that_works(
         assert answer.status_code == 307
         async with httpx.AsyncClient() as outside:
             assert (await outside.get(answer.headers["location"])).content == PNG
+
+
+async def test_an_image_in_a_bucket_that_clients_cannot_reach_is_handed_out(
+    redis_url: str, tmp_path: Path, s3: S3Settings, stand_on: Any
+) -> None:
+    results = ResultSettings(store="s3", s3=s3.model_copy(update={"presign": False}))
+    async with stand_on(redis_url, tmp_path, results=results) as stand:
+        job = await stand.create()
+        await stand.finish(job["id"])
+        answer = await stand.client.get(f"/v1/images/{job['id']}/0")
+        assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "image/png", PNG)
 
 
 async def test_cancelling(stand: Any) -> None:

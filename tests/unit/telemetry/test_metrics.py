@@ -14,6 +14,8 @@ def test_every_metric_is_declared_once_and_named_by_convention() -> None:
         assert each.help.endswith(".")
         assert bool(each.buckets) == (each.kind is Kind.HISTOGRAM)
         assert list(each.buckets) == sorted(each.buckets)
+        assert not set(each.labels) & set(each.process)
+        assert each.kind is Kind.GAUGE or not each.fades
 
 
 def test_every_declared_metric_can_be_reported() -> None:
@@ -58,3 +60,21 @@ def test_a_slip_of_the_pen_is_an_error_at_once() -> None:
         metrics.inc("tandem_jobs_total", status="failed")
     with pytest.raises(ValueError, match="takes the labels"):
         metrics.inc("tandem_jobs_total")
+
+
+def test_the_carrier_says_whose_process_it_is_where_the_declaration_has_it() -> None:
+    metrics = InProcessMetrics(placement="small", gpu_class="4gb")
+    metrics.inc("tandem_engine_steps_total")
+    metrics.set("tandem_device_memory_bytes", 5, pool="diffusion", kind="peak")
+    metrics.inc("tandem_prompts_total")
+    assert metrics.value("tandem_engine_steps_total", placement="small", gpu_class="4gb") == 1
+    assert metrics.value("tandem_device_memory_bytes", placement="small", kind="peak") == 5
+    assert metrics.value("tandem_prompts_total") == 1
+    with pytest.raises(ValueError, match="takes the labels"):
+        metrics.inc("tandem_engine_steps_total", placement="large")
+
+
+def test_a_carrier_that_nobody_has_told_leaves_it_empty() -> None:
+    metrics = InProcessMetrics()
+    metrics.set("tandem_spool_bytes", 3)
+    assert metrics.value("tandem_spool_bytes", placement="", gpu_class="") == 3
