@@ -4,15 +4,18 @@
 #   make demo TORCH_INDEX=                  PyPI's torch, which on Linux brings CUDA (chosen by itself when
 #                                           nvidia-smi finds a GPU); otherwise the much smaller CPU build
 #   make up ARGS="--port 9000"              options of the command behind `demo` and `up`
+#   make image IMAGE=ghcr.io/acme/tandem    another name for the images
 
 PYTHON ?=
 ARGS ?=
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+IMAGE ?= tandem
+TAG ?= $(shell awk -F '"' '/^version = / {print $$2; exit}' pyproject.toml)
 BIN = .venv/bin
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow chaos check fix clean
+.PHONY: help demo up test test-slow chart chaos check image fix clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,6 +32,9 @@ test: .venv/.installed ## Every test that is not slow: unit, Redis, S3, Ray, end
 test-slow: .venv/.installed ## The slow tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not chaos' $(ARGS)
 
+chart: .venv/.installed ## The Helm chart: lint, schemas, rules, what KubeRay and Ray make of it (a part of `test`)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chart -m 'not slow' $(ARGS)
+
 chaos: .venv/.installed ## Kill, cut and stall every part, and write the table of docs/reliability.md (half an hour)
 	@$(if $(ARGS),,rm -rf .pytest_cache/chaos)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chaos -m chaos -s $(ARGS); code=$$?; \
@@ -40,11 +46,29 @@ check: .venv/.installed ## Lint, format, types, import contracts, generated docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/settings_table.py --check
+	$(BIN)/python scripts/chart_schema.py --check
+	$(BIN)/python scripts/chart_values.py --check
+	$(BIN)/python scripts/monitoring.py --check
+	$(BIN)/python scripts/render_k8s.py --check
 
 fix: .venv/.installed ## Mend what `check` finds and a tool can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/python scripts/settings_table.py
+	$(BIN)/python scripts/chart_schema.py
+	$(BIN)/python scripts/chart_values.py
+	$(BIN)/python scripts/monitoring.py
+	$(BIN)/python scripts/render_k8s.py
+
+image: ## Build the images tandem:VERSION-cpu and -cuda with Docker
+	@docker buildx version >/dev/null 2>&1 || { \
+	  echo "make: no docker with buildx here; CI builds the images (.github/workflows/image.yml)" >&2; \
+	  exit 1; \
+	}
+	for target in cpu cuda; do \
+	  docker buildx build --load --target $$target --tag $(IMAGE):$(TAG)-$$target --build-arg VERSION=$(TAG) \
+	    --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) . || exit 1; \
+	done
 
 clean: ## Remove the environment and all caches; .tandem, the server's data, stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo
