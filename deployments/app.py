@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +17,16 @@ from ray.serve.exceptions import RayServeException
 from deployments.autoscaling import REPORT_S, WINDOW_S
 from deployments.diffusion import Diffusion
 from deployments.ingress import Ingress
+from deployments.parts import check_urls
 from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import open_catalog
-from serve.embedded import check_redis_url
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
-from serve.origins import load_args, variable_of
+from serve.origins import load_args, plain_secrets, variable_of
 from serve.placements import GPU_CLASS_LABEL, HERE, Placement, plan_placements, setting_of
 from serve.settings import DiffusionSettings, EncoderSettings, Settings
+
+log = logging.getLogger(__name__)
 
 POLICY = "deployments.autoscaling:QueuedTokens"
 AFFINITY = "deployments.affinity:UnitAffinity"
@@ -43,6 +46,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     try:
         settings = load_args(args).settings
         check_for_cluster(settings)
+        for name in plain_secrets(settings):
+            log.warning("%s: it is in args, which Ray keeps and shows; in %s nobody sees it", name, variable_of(name))
         return application(settings)
     except OperatorError as error:
         raise RayServeException(error.message) from None
@@ -54,7 +59,7 @@ def check_for_cluster(settings: Settings) -> None:
         if url is None:
             told = f"{setting}: a cluster needs a Redis of its own; name it in {variable_of(setting)} on every node"
             raise OperatorError(told, setting)
-        check_redis_url(url.get_secret_value(), setting)
+    check_urls(settings)
 
 
 def application(settings: Settings) -> serve.Application:

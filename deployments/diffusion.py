@@ -62,7 +62,7 @@ class Diffusion:
         self._text = open_text(settings, parts, encoders, "diffusion", name)
         niceness = CPU_NICENESS if runner.family.device.type == "cpu" else 0
         if niceness:
-            stand_back(niceness)
+            await asyncio.to_thread(stand_back, niceness)
         self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness)
         self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
         self._worker = Worker(

@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.handles import EncoderClients
 from deployments.metrics import RayMetrics
 from serve.catalog import Catalog, open_catalog
+from serve.embedded import check_redis_url
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.census import CensusTaker
 from serve.jobs.store import JobStore
@@ -31,6 +32,7 @@ async def open_parts(settings: Settings, placement: str = "") -> Parts:
     """The same in every process: the same text gives the same units, whoever plans it. `placement` is that of a
     diffusion replica."""
     logs.configure(settings.log.level)
+    check_urls(settings)
     metrics = RayMetrics(placement)
     return Parts(
         metrics=metrics,
@@ -38,6 +40,14 @@ async def open_parts(settings: Settings, placement: str = "") -> Parts:
         jobs=JobStore(settings.jobs, metrics),
         results=open_store(settings.results, settings.data_dir),
     )
+
+
+def check_urls(settings: Settings) -> None:
+    """OperatorError, with nothing of the URL in it. Each process has them from its own environment, and redis-py would
+    quote what it can't read."""
+    for setting, url in (("jobs.redis_url", settings.jobs.redis_url), ("cache.redis_url", settings.cache.redis_url)):
+        if url is not None:
+            check_redis_url(url.get_secret_value(), setting)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ray import serve
 
 from deployments.metrics import RayMetrics, tell_device
-from deployments.parts import cache_url
+from deployments.parts import cache_url, check_urls
 from serve.catalog import open_catalog
 from serve.devices import claim_device, use_threads
 from serve.domain import EncodeUnit, Tier
@@ -67,6 +67,7 @@ class TextEncoder:
 
     async def __init__(self, settings: Settings, name: str) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(settings.log.level)
+        check_urls(settings)
         catalog = await asyncio.to_thread(open_catalog, settings)
         encoder = catalog.registry.named(name)
         own = encoder.settings

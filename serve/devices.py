@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +17,11 @@ import torch
 
 from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemory, TandemError
 
+log = logging.getLogger(__name__)
+
 CLASS_SLACK = 0.95
 """Of a class's memory, the least that a card of it shows."""
+_AUTOGROUP_TRIES, _AUTOGROUP_PAUSE_S = 20, 0.15
 
 
 def claim_device(device: str, num_gpus: float, setting: str) -> torch.device:
@@ -92,13 +97,26 @@ def stand_back(niceness: int) -> None:
     """
     if sys.platform != "linux":
         return
-    with suppress(OSError):
-        # Ray lets each worker lead a group of processes, and only who leads none may begin a session.
-        os.setpgid(0, os.getpgid(os.getppid()))
-        os.setsid()
-    if os.getsid(0) == os.getpid():
-        with suppress(OSError):  # a kernel without autogroup
+    if os.getsid(0) != os.getpid():
+        try:
+            # Ray lets each worker lead a group of processes, and only who leads none may begin a session.
+            os.setpgid(0, os.getpgid(os.getppid()))
+            os.setsid()
+        except OSError as error:  # a process that it has started is in its group
+            log.warning("no session of its own, so that its niceness may not count: %s", error)
+            with suppress(OSError):
+                os.setpgid(0, 0)
+            return
+    for _ in range(_AUTOGROUP_TRIES):
+        try:
             Path("/proc/self/autogroup").write_text(str(niceness))
+        except BlockingIOError:  # who is not root may write only so often, whoever else has written
+            time.sleep(_AUTOGROUP_PAUSE_S)
+        except OSError:  # a kernel without autogroup
+            return
+        else:
+            return
+    log.warning("the kernel doesn't take the niceness of this session, so that it may not count")
 
 
 @contextmanager

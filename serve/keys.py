@@ -137,7 +137,7 @@ class KeyStore:
         """
         written = API_KEY.fullmatch(token)
         if written is None:
-            raise ValueError("not written as an API key")
+            raise OperatorError("keys.first: it is not written as an API key", "keys.first")
         now = await self._connection.guarded(self._now())
         scopes, allowance = frozenset(Scope), Allowance()
         key = ApiKey(id=written[1], name=_FIRST, scopes=scopes, weight=1.0, allowance=allowance, created_at=now)

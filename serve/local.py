@@ -41,6 +41,7 @@ NAME = "tandem"
 WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
 RAY_END_S = 2.0
+RAY_SERVERS = ("raylet", "gcs_server")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 APPLICATION = "deployments.app:application"
 """The graph, by its import path: `serve` does not import `deployments`."""
@@ -58,7 +59,7 @@ def run(loaded: Loaded) -> None:
             _start(settings, catalog, stack)
             _interrupt_on_signals()  # ray.init replaced the handler
             log.info("ready at http://%s:%d, Ctrl-C stops it", settings.http.host, settings.http.port)
-            _watch(servers)
+            _watch(servers, psutil.Process().children())
         except KeyboardInterrupt:
             log.info("stopping; running jobs finish first, a second Ctrl-C leaves them to the next start")
 
@@ -136,7 +137,7 @@ def on_this_machine(settings: Settings) -> Settings:
     http, keys = settings.http, settings.keys
     alone = http.host in LOOPBACK
     benchmark = alone if http.benchmark is None else http.benchmark
-    required = not alone if keys.required is None else keys.required
+    required = not alone or keys.first is not None if keys.required is None else keys.required
     classes = {name: each.model_copy(update={"label": HERE}) for name, each in settings.gpu_classes.items()}
     return settings.model_copy(
         update={
@@ -147,9 +148,14 @@ def on_this_machine(settings: Settings) -> Settings:
     )
 
 
-def _watch(servers: Sequence[EmbeddedRedis]) -> None:
-    """Keep the Redis servers up for as long as this process lives; their clients wait meanwhile."""
+def _watch(servers: Sequence[EmbeddedRedis], family: Sequence[psutil.Process]) -> None:
+    """Keep the Redis servers up for as long as this process lives; their clients wait meanwhile. Nobody can start Ray
+    again under replicas that live: OperatorError when one of its two servers has ended."""
+    ray_servers = [process for process in family if process.name() in RAY_SERVERS]
     while True:
+        for process in ray_servers:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise OperatorError("Ray has ended; the next start goes on with the jobs that wait")
         for server in servers:
             if not server.alive:
                 log.error("the embedded Redis for %s ended and is started again", server.kind)

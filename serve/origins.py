@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -43,11 +43,18 @@ class Loaded:
 
 class EnvironmentSecret(SecretStr):
     """A secret out of the environment. It is pickled as the name of its variable: no copy of the settings that is sent
-    to other processes, and kept by Ray, holds it. Who opens the copy has it from an environment of their own."""
+    to other processes, and kept by Ray, holds it. Who opens the copy has it from an environment of their own, where it
+    may be another: what must hold of it is looked at there again."""
 
     def __init__(self, value: str, variable: str) -> None:
         super().__init__(value)
         self._variable = variable
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_here, (self._variable,)
@@ -89,7 +96,15 @@ def load_args(args: Mapping[str, Any], environ: Mapping[str, str] | None = None)
     Raises OperatorError, one line that names the setting and its origin.
     """
     values = _from_environ(os.environ if environ is None else environ)
-    return _merged(values | {name: (value, "args of the Serve application") for name, value in _flatten(args)})
+    told = {name: (value, "args of the Serve application") for name, value in _flatten(args)}
+    # What says nothing (`redis_url: null`, a group without entries) leaves open what the environment has.
+    empty = [name for name, (value, _) in told.items() if value is None and any(_below(each, name) for each in values)]
+    return _merged(values | {name: value for name, value in told.items() if name not in empty})
+
+
+def _below(name: Name, other: Name) -> bool:
+    """Also where both are the same."""
+    return name[: len(other)] == other
 
 
 def _merged(values: Mapping[Name, tuple[Any, str]]) -> Loaded:
@@ -162,7 +177,8 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
         if name.startswith(ENV_PREFIX) and name not in known:
             raise OperatorError(f"environment {name}: no such setting", name)
     source = EnvSettingsSource(Settings, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER)
-    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    # A name in small letters is none of ours, as everywhere else.
+    source.env_vars = {name.lower(): value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
     try:
         return source()
     except SettingsError as error:
@@ -179,12 +195,19 @@ def _service_links(environ: Mapping[str, str]) -> Iterator[str]:
             yield from filter(told.fullmatch, environ)
 
 
+def plain_secrets(settings: Settings) -> list[str]:
+    """Dotted names of the secrets that travel with the settings: those that are not from the environment."""
+    told = dict(flatten(settings))
+    names = map(".".join, _secrets(Settings))
+    return [name for name in names if told[name] is not None and not isinstance(told[name], EnvironmentSecret)]
+
+
 def _secrets(model: type[BaseModel], prefix: Name = ()) -> Iterator[Name]:
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _secrets(kind, (*prefix, name))
-        elif SecretStr in get_args(kind):
+        elif kind is SecretStr or SecretStr in get_args(kind):
             yield (*prefix, name)
 
 

@@ -139,7 +139,8 @@ class KeySettings(Room):
     """Serve only who sends an API key (`tandem keys create`); by default everywhere but on a loopback `http.host`."""
     first: SecretStr | None = None
     """The first API key, with every scope, which the server makes at its start unless a key of its id was ever made:
-    `tdm_` and 12 of a-z2-7 (the id), `_` and 43 of A-Za-z0-9_- (the secret)."""
+    `tdm_` and 12 of a-z2-7 (the id), `_` and 43 of A-Za-z0-9_- (the secret). Where `required` is left open, it is
+    on then; where it is off, nobody asks for this key either."""
     salt: bool = False
     """Keys share no cache entry, so that timing can't tell what another has asked for."""
 
@@ -387,15 +388,13 @@ class Settings(BaseSettings):
         """Names and types. An entry that may stand on another's (`t5-xxl-3f9a2c` on `t5-xxl`) is not known as a whole
         before the encoders are: the registry checks that it fits."""
         for name in self.encoders:
+            self._check_class(self.encoders[name].get("gpu_class"), ("encoders", name, "gpu_class"))
             stands = any(name.startswith(f"{other}-") for other in self.encoders)
             try:
-                gpu_class = self.encoder_named(name).gpu_class
+                self.encoder_named(name)
             except ValidationError as error:
                 if faults := [one for one in error.errors(include_url=False) if one["loc"] or not stands]:
                     raise _relocated(error.title, faults, ("encoders", name)) from None
-            else:
-                if "gpu_class" in self.encoders[name]:
-                    self._check_class(gpu_class, ("encoders", name, "gpu_class"))
         self._check_class(self.encoder.gpu_class, ("encoder", "gpu_class"))
         return self
 
@@ -431,8 +430,9 @@ class Settings(BaseSettings):
             raise _misplaced(("webhooks", "secret"), _WEBHOOK_SECRET_FORM)
         return self
 
-    def _check_class(self, name: str | None, place: tuple[str, ...]) -> None:
-        if name is not None and name not in self.gpu_classes:
+    def _check_class(self, name: Any, place: tuple[str, ...]) -> None:
+        """What is no name at all is told by its own group."""
+        if isinstance(name, str) and name not in self.gpu_classes:
             known = ", ".join(self.gpu_classes) or "none"
             raise _misplaced(place, f"there is no GPU class {name}; gpu_classes has {known}")
 

@@ -29,13 +29,14 @@ async def test_killed_workers_a_restarted_redis_and_a_cut_s3_lose_nothing(tmp_pa
 
 
 async def test_nine_small_customers_are_served_before_the_tenths_heap(tmp_path: Path, seed: int) -> None:
-    """One sent 91 of 100 jobs, and sent them first."""
+    """One sent 91 of 100 jobs, and sent them first. One worker draws: of two, the one that gets fewer of the cores may
+    still have a small customer's job while the other is through with much of the heap."""
     async with House(tmp_path, seed=seed, workers=0, s3=False) as house:
         for number in range(91):
             await house.order(f"heap-{number}", owner="heavy")
         for number in range(9):
             await house.order(f"small-{number}", owner=f"customer{number}")
-        await house.fleet.start(2)
+        await house.fleet.start(1)
         await house.ended(60)
         history = await house.history()
     assert violations(history) == []

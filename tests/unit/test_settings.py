@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import pickle
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from standardwebhooks import Webhook
 
 from serve.errors import OperatorError
-from serve.origins import EnvironmentSecret, flatten, load, load_args, shown
+from serve.origins import EnvironmentSecret, flatten, load, load_args, plain_secrets, shown
 from serve.settings import Settings
 
 NAMES = [name for name, _ in flatten(Settings())]
@@ -274,6 +275,38 @@ def test_a_secret_of_the_environment_is_in_no_copy_that_travels(monkeypatch: pyt
     monkeypatch.delenv("TANDEM_JOBS__REDIS_URL")
     with pytest.raises(OperatorError, match="environment TANDEM_JOBS__REDIS_URL: "):
         pickle.loads(copy)
+
+
+def test_a_variable_in_small_letters_is_none_of_ours() -> None:
+    url = "redis://:hunter2@jobs:6379/0"
+    for name in ("tandem_jobs__redis_url", "Tandem_Jobs__Redis_Url"):
+        assert load_args({}, {name: url}).settings.jobs.redis_url is None
+    assert load_args({}, {"tandem_jobs": json.dumps({"redis_url": url})}).settings.jobs.redis_url is None
+
+
+def test_args_that_say_nothing_leave_open_what_the_environment_has() -> None:
+    environ = {"TANDEM_JOBS__REDIS_URL": "redis://jobs:6379/0"}
+    for args in ({"jobs": {"redis_url": None}}, {"jobs": None}):
+        url = load_args(args, environ).settings.jobs.redis_url
+        assert url is not None
+        assert url.get_secret_value() == "redis://jobs:6379/0"
+
+
+def test_secrets_that_travel_are_told_by_name() -> None:
+    args = {"cache": {"redis_url": "redis://cache:6379/0"}}
+    settings = load_args(args, {"TANDEM_JOBS__REDIS_URL": "redis://jobs:6379/0"}).settings
+    assert plain_secrets(settings) == ["cache.redis_url"]
+    assert settings.model_copy(deep=True).jobs.redis_url is settings.jobs.redis_url
+
+
+def test_an_encoder_s_class_is_there() -> None:
+    """Also where the entry stands on another, and is not known as a whole."""
+    encoders = {"t5-xxl": {"max_replicas": 4}, "t5-xxl-abc123": {"min_replicas": 2, "gpu_class": "b", "num_gpus": 1}}
+    with pytest.raises(ValidationError, match="there is no GPU class b; gpu_classes has none") as raised:
+        Settings(encoders=encoders)
+    assert raised.value.errors()[0]["loc"] == ("encoders", "t5-xxl-abc123", "gpu_class")
+    with pytest.raises(ValidationError, match="there is no GPU class b"):
+        Settings(encoder={"gpu_class": "b"})
 
 
 def test_an_override_that_may_stand_on_another_is_checked_by_itself_alone(tmp_path: Path) -> None:
