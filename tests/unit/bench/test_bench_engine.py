@@ -36,6 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return measure(plan, lambda _: None)
 
 
+@pytest.mark.slow
 def test_every_section_has_its_figures(report: Report) -> None:
     assert report.model == "small"
     assert [time.images for time in report.steps[0].times][:2] == [1, 2]
@@ -55,6 +56,7 @@ def test_every_section_has_its_figures(report: Report) -> None:
     assert report.short.short_s < report.short.first_long_s
 
 
+@pytest.mark.slow
 def test_the_report_is_tables_and_json(report: Report) -> None:
     told = json.loads(json.dumps(as_json(report)))
     assert told["caps"][0]["images"] >= 1
@@ -75,6 +77,7 @@ def test_the_report_is_tables_and_json(report: Report) -> None:
     assert "model small (sd)" in headline(report)
 
 
+@pytest.mark.slow
 def test_bars_are_met_missed_or_in_doubt(report: Report) -> None:
     assert report.saturated is not None
 
