@@ -5,11 +5,13 @@
 #                                           nvidia-smi finds a GPU); otherwise the much smaller CPU build
 #   make up ARGS="--port 9000"              options of the command behind `demo` and `up`
 #   make image IMAGE=ghcr.io/acme/tandem    another name for the images
+#   make image BUILD_ARGS="--build-arg ..."  arguments of the Dockerfile, such as TORCH_CUDA_INDEX for older cards
 
 PYTHON ?=
 ARGS ?=
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 IMAGE ?= tandem
+BUILD_ARGS ?=
 TAG ?= $(shell awk -F '"' '/^version = / {print $$2; exit}' pyproject.toml)
 BIN = .venv/bin
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -67,7 +69,7 @@ image: ## Build the images tandem:VERSION-cpu and -cuda with Docker
 	}
 	for target in cpu cuda; do \
 	  docker buildx build --load --target $$target --tag $(IMAGE):$(TAG)-$$target --build-arg VERSION=$(TAG) \
-	    --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) . || exit 1; \
+	    --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) $(BUILD_ARGS) . || exit 1; \
 	done
 
 clean: ## Remove the environment and all caches; .tandem, the server's data, stays

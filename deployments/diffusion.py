@@ -16,7 +16,7 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from deployments.exits import on_sigterm
-from deployments.metrics import tell_device
+from deployments.metrics import tell_device, telling
 from deployments.parts import Parts, open_parts, open_text
 from deployments.step_times import StepTimes
 from serve.devices import check_memory, stand_back
@@ -92,17 +92,21 @@ class Diffusion:
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
-        self._metrics.tell_again()
-        tell_device(self._metrics, "diffusion")
+        self._tell()
         if ailment := self._worker.ailment:
             raise RuntimeError(ailment)
 
     async def __del__(self) -> None:
         """Serve awaits this before it ends the process, for as long as the deployment's grace."""
-        await (self._worker.abandon() if self._worker.hangs else self._worker.drain(self._grace_s))
+        async with telling(self._tell):
+            await (self._worker.abandon() if self._worker.hangs else self._worker.drain(self._grace_s))
         self._undo()
         await self._text.close()
         await self._jobs.close()
+
+    def _tell(self) -> None:
+        self._metrics.tell_again()
+        tell_device(self._metrics, "diffusion")
 
 
 def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Runner, Profile]:

@@ -94,8 +94,8 @@ class Ingress:
             webhooks=settings.webhooks,
         )
         self._open.push_async_callback(self._service.close)
-        places = [Place(each.model, each.name, each.gpu_class) for each in fleet.placements]
-        gauges = QueueGauges(parts.jobs, parts.metrics, places)
+        wanted = {Place(each.model, each.name, each.gpu_class): each.settings.replicas for each in fleet.placements}
+        gauges = QueueGauges(parts.jobs, parts.metrics, wanted)
         chores: dict[str, Callable[[], Awaitable[None]]] = {
             "the sweeper": lambda: sweep(parts.jobs, parts.results, settings.jobs.lease_s),
             "telling the settings": lambda: tell_rules(parts.jobs),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator, Callable
 
-import ray
 from ray.util import metrics as ray_metrics
 
 from serve.devices import gpu_usage
-from serve.placements import GPU_CLASS_LABEL
 from serve.telemetry.metrics import DECLARATIONS, Kind, Metrics, declared, process_labels
 
 Told = tuple[str, tuple[tuple[str, str], ...]]
+
+TELL_S = 5.0
+"""Between two times that gauges are told: half of what Ray's export waits."""
 
 
 class RayMetrics:
@@ -24,9 +28,9 @@ class RayMetrics:
     Owns: one Ray metric for each declaration, and what the gauges that hold were set to.
     """
 
-    def __init__(self, placement: str = "") -> None:
-        """`placement` is that of a diffusion replica. The GPU class is that of the node."""
-        self._process = process_labels({"placement": placement, "gpu_class": _gpu_class()})
+    def __init__(self, placement: str = "", gpu_class: str | None = None) -> None:
+        """`placement` is that of a diffusion replica, `gpu_class` a replica's by its name in the settings."""
+        self._process = process_labels({"placement": placement, "gpu_class": gpu_class or ""})
         self._counters: dict[str, ray_metrics.Counter] = {}
         self._gauges: dict[str, ray_metrics.Gauge] = {}
         self._histograms: dict[str, ray_metrics.Histogram] = {}
@@ -58,8 +62,9 @@ class RayMetrics:
                 self._held[name, tuple(sorted(labels.items()))] = value
 
     def tell_again(self) -> None:
-        """Set every gauge that holds to what it is. To be called every few seconds, by whoever asks for the replica's
-        health: one that hangs falls silent."""
+        """Set every gauge that holds to what it is. To be called every few seconds: by whoever asks for the replica's
+        health, so that one that hangs falls silent, and by a replica that drains, whose health Serve asks for no more
+        (2.60)."""
         with self._telling:
             for (name, labels), value in self._held.items():
                 self._tell(name, value, dict(labels))
@@ -79,8 +84,18 @@ def tell_device(metrics: Metrics, pool: str) -> None:
         metrics.set("tandem_device_utilization_ratio", usage.utilization, pool=pool)
 
 
-def _gpu_class() -> str:
-    """Of this node, as its label has it; empty where it has none, and outside of Ray (which would start itself)."""
-    if not ray.is_initialized():
-        return ""
-    return str(ray.get_runtime_context().get_node_labels().get(GPU_CLASS_LABEL, ""))
+@contextlib.asynccontextmanager
+async def telling(tell: Callable[[], None], interval_s: float = TELL_S) -> AsyncIterator[None]:
+    """Meanwhile `tell` is called again and again."""
+
+    async def again() -> None:
+        while True:
+            tell()
+            await asyncio.sleep(interval_s)
+
+    task = asyncio.create_task(again())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])

@@ -33,7 +33,7 @@ async def open_parts(settings: Settings, placement: str = "") -> Parts:
     diffusion replica."""
     logs.configure(settings.log.level)
     check_urls(settings)
-    metrics = RayMetrics(placement)
+    metrics = RayMetrics(placement, settings.placement_named(placement).gpu_class if placement else None)
     return Parts(
         metrics=metrics,
         catalog=await asyncio.to_thread(open_catalog, settings),

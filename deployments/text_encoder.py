@@ -76,7 +76,7 @@ class TextEncoder:
             use_threads(own.torch_threads)
         tower = await asyncio.to_thread(TextTower.load, encoder, device.type)
         self._stall_s = own.stall_s
-        self._metrics = RayMetrics()
+        self._metrics = RayMetrics(gpu_class=own.gpu_class)
         self._pool = EncoderPool(tower, encoder, settings, self._metrics)
         self._census = CensusTaker(self._pool.cache, cache_url(settings), name)
         self._census.start()

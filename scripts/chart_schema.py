@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import yaml
@@ -23,6 +24,8 @@ from serve.settings import DiffusionSettings, EncoderSettings, Settings
 Schema = dict[str, Any]
 PAGE = CHART / "values.schema.json"
 ELSEWHERE = CHART / "files" / "not-in-config.yaml"
+NEWEST = "v1.37.0-local"
+"""Of the versions of Kubernetes whose types kubernetes_validate brings along."""
 
 
 def text(pattern: str | None = None) -> Schema:
@@ -54,18 +57,63 @@ def closed(fields: dict[str, Schema], *required: str) -> Schema:
     return schema | ({"required": list(required)} if required else {})
 
 
+def named(kind: str) -> Schema:
+    """A type of Kubernetes' newest version by the names of its fields. What they hold is Kubernetes' to say."""
+    page = files("kubernetes_validate") / f"kubernetes-json-schema/{NEWEST}/{kind}.json"
+    known: dict[str, Any] = json.loads(page.read_text(encoding="utf-8"))["properties"]
+    return closed({name: {} for name in known})
+
+
 FREE: Schema = {"type": "object"}
 PLAIN: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-MEMORY = text(r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$")
-MEMORY_OR_NONE = text(r"^([0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?)?$")
+AMOUNT = r"[0-9]+(\.[0-9]+)?(k|[KMGTPE]i|[MGTPE]|[eE][+-]?[0-9]+)?"
+MEMORY = text(f"^{AMOUNT}$")
+MEMORY_OR_NONE = text(f"^({AMOUNT})?$")
 CPU: Schema = {"anyOf": [text(r"^[0-9]+(\.[0-9]+)?m?$"), {"type": "number", "exclusiveMinimum": 0}]}
 URL = text(r"^$|^https?://[^\s/]+.*$")
 REDIS_URL = text(r"^$|^rediss?://\S+$")
-ENV: Schema = listed(
-    {"type": "object", "required": ["name"], "properties": {"name": text("^[A-Za-z_][A-Za-z0-9_]*$"), "value": text()}}
-)
-PULL = one_of("IfNotPresent", "Always", "Never")
+
+
+def kubernetes(fields: dict[str, Schema], *required: str) -> Schema:
+    """An entry with Kubernetes' own fields: what is misspelt there, nobody refuses before pods are made. A null is a
+    field that is not given."""
+    return closed({name: one if name in required else or_null(one) for name, one in fields.items()}, *required)
+
+
+def typed(schema: Schema, fields: dict[str, Schema]) -> Schema:
+    return schema | {"properties": schema["properties"] | fields}
+
+
+def key_ref() -> Schema:
+    return kubernetes({"name": text(), "key": text(), "optional": FLAG}, "key")
+
+
 FLAG: Schema = {"type": "boolean"}
+SOURCES = {
+    "fieldRef": kubernetes({"apiVersion": text(), "fieldPath": text()}, "fieldPath"),
+    "resourceFieldRef": kubernetes(
+        {"containerName": text(), "resource": text(), "divisor": {"type": ["string", "number"]}}, "resource"
+    ),
+    "configMapKeyRef": key_ref(),
+    "secretKeyRef": key_ref(),
+    "fileKeyRef": kubernetes({"volumeName": text(), "path": text(), "key": text(), "optional": FLAG}, "key"),
+}
+VARIABLE = text("^[-._A-Za-z][-._A-Za-z0-9]*$")
+ENV = listed(kubernetes({"name": VARIABLE, "value": text(), "valueFrom": kubernetes(SOURCES)}, "name"))
+TOLERATIONS = listed(
+    kubernetes(
+        {
+            "key": text(),
+            "operator": one_of("", "Exists", "Equal", "Lt", "Gt"),
+            "value": text(),
+            "effect": one_of("", "NoSchedule", "PreferNoSchedule", "NoExecute"),
+            "tolerationSeconds": {"type": "integer"},
+        }
+    )
+)
+VOLUMES = listed(named("volume-v1") | {"required": ["name"]})
+MOUNTS = listed(named("volumemount-v1") | {"required": ["name", "mountPath"]})
+PULL = one_of("IfNotPresent", "Always", "Never")
 OF_BOTH = {"runAsNonRoot": FLAG, "runAsUser": whole(), "runAsGroup": whole(), "seccompProfile": FREE}
 OF_PODS = {"fsGroup": whole(), "fsGroupChangePolicy": one_of("OnRootMismatch", "Always")}
 OF_CONTAINERS = {"allowPrivilegeEscalation": FLAG, "readOnlyRootFilesystem": FLAG, "capabilities": FREE}
@@ -80,8 +128,8 @@ RULES: dict[str, Schema] = {
     "*.annotations": PLAIN,
     "*.labels": PLAIN,
     "*.nodeSelector": PLAIN,
-    "*.affinity": FREE,
-    "*.tolerations": listed(FREE),
+    "*.affinity": named("affinity-v1"),
+    "*.tolerations": TOLERATIONS,
     "*.extraEnv": ENV,
     "commonLabels": PLAIN,
     "commonAnnotations": PLAIN,
@@ -90,9 +138,9 @@ RULES: dict[str, Schema] = {
     "image.tag": text(r"^[\w.-]*$"),
     "image.pullSecrets": listed(text()),
     "extraEnv": ENV,
-    "extraVolumes": listed(FREE),
-    "extraVolumeMounts": listed(FREE),
-    "ray.version": text(r"^[0-9]+\.[0-9]+\.[0-9]+"),
+    "extraVolumes": VOLUMES,
+    "extraVolumeMounts": MOUNTS,
+    "ray.version": text(r"^[0-9]+\.[0-9]+\.[0-9]+$"),
     "ray.autoscaler.upscalingMode": one_of("Default", "Conservative"),
     # At 0 a node would be given back before anything is placed on it.
     "ray.autoscaler.idleTimeoutSeconds": whole(1),
@@ -103,34 +151,39 @@ RULES: dict[str, Schema] = {
     "ray.upgrade.intervalSeconds": whole(1),
     "workerDefaults.idle": or_null(whole(1)),
     "workerDefaults.priority": {"type": "integer"},
-    "workerDefaults.topologySpreadConstraints": listed(FREE),
-    "workerDefaults.extraVolumes": listed(FREE),
-    "workerDefaults.extraVolumeMounts": listed(FREE),
+    "workerDefaults.topologySpreadConstraints": listed(named("topologyspreadconstraint-v1")),
+    "workerDefaults.extraVolumes": VOLUMES,
+    "workerDefaults.extraVolumeMounts": MOUNTS,
     "serve.keepAliveTimeoutSeconds": whole(1),
     "serve.requestTimeoutSeconds": whole(1),
     "service.type": one_of("ClusterIP", "NodePort", "LoadBalancer"),
     "service.port": whole(1, 65535),
     "service.loadBalancerSourceRanges": listed(text()),
     "ingress.hosts": listed(text()),
-    "ingress.tls": listed(FREE),
-    "gateway.parentRefs": listed(FREE),
+    "ingress.tls": listed(named("ingresstls-networking-v1")),
+    "gateway.parentRefs": listed(
+        closed({name: {} for name in ("group", "kind", "namespace", "name", "sectionName", "port")}, "name")
+    ),
     "gateway.hostnames": listed(text()),
     "s3.endpointUrl": URL,
     "redis.jobs.url": REDIS_URL,
     "redis.cache.url": REDIS_URL,
-    "redis.gcs.address": text(r"^$|^[^\s:/]+:[0-9]+$"),
+    "redis.gcs.address": text(r"^$|^(rediss?://)?[^\s:/@]+:[0-9]+$"),
     "weights.size": MEMORY,
-    "weights.accessMode": one_of("ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"),
+    "weights.accessMode": one_of("ReadWriteMany", "ReadWriteOnce"),
+    "weights.preload.ttlSeconds": or_null(whole()),
     "scratch.sizeLimit": MEMORY,
-    "networkPolicy.clients": listed(FREE),
-    "networkPolicy.egress": listed(FREE),
+    "networkPolicy.clients": listed(named("networkpolicypeer-networking-v1")),
+    "networkPolicy.egress": listed(named("networkpolicyegressrule-networking-v1")),
     "networkPolicy.apiServerCidrs": listed(text()),
     "monitoring.podMonitor.interval": text("^[0-9]+(ms|s|m|h)$"),
     "monitoring.rules.cacheHitRatio": number(0, 1),
+    "monitoring.rules.noReplicaFor": text("^[1-9][0-9]*(s|m|h)$"),
     "monitoring.rules.failedRatio": number(0, 1),
+    "monitoring.rules.serverErrorRatio": number(0, 1),
     "monitoring.dashboards.labels": PLAIN,
-    "podSecurityContext": FREE | {"properties": OF_PODS | OF_BOTH},
-    "containerSecurityContext": FREE | {"properties": OF_CONTAINERS | OF_BOTH},
+    "podSecurityContext": typed(named("podsecuritycontext-v1"), OF_PODS | OF_BOTH),
+    "containerSecurityContext": typed(named("securitycontext-v1"), OF_CONTAINERS | OF_BOTH),
     "extraObjects": listed({"type": ["string", "object"]}),
 }
 """By the value's path, or for a name wherever it stands."""
@@ -139,7 +192,7 @@ GROUP_FIELDS: dict[str, Schema] = {
     "name": text(),
     "gpuClass": text(),
     "gpus": whole(0, 16),
-    "gpuMemoryMiB": closed({"gt": whole(), "lt": whole()}),
+    "gpuMemoryMiB": or_null(closed({"gt": whole(), "lt": whole()})),
     "cpu": CPU,
     "memory": MEMORY,
     "min": whole(),

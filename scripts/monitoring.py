@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ SCHEMA = 39
 """Of Grafana 10.4 and 11; later ones migrate it."""
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 SCOPE = 'namespace=~"$namespace", release=~"$release"'
+DISKS = 'namespace=~"$namespace", persistentvolumeclaim=~"data-$release.*-redis-(jobs|gcs)-0"'
+"""The kubelet does not know the release, whose name the claims begin with."""
 PER = "$__rate_interval"
+NOW = "15m"
+"""What a single number is taken over: the same as the alerts, so that a quiet server has one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """`kind` is Grafana's; `unit` too. `least` and `most` are the ends of the axis, where they are fixed."""
+    """`kind` is Grafana's; `unit` too. `least` and `most` are the ends of the axis, where they are fixed; below `usual`
+    it goes where it must. `nothing` is shown where there is no value, `words` for values that stand for one.
+    """
 
     title: str
     description: str
@@ -46,8 +52,11 @@ class Panel:
     width: int = 8
     height: int = 8
     stacked: bool = False
-    least: float = 0
+    least: float | None = 0
     most: float | None = None
+    usual: float | None = None
+    nothing: str = ""
+    words: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     limits: Sequence[tuple[float, str]] = ()
     legend_table: bool = False
 
@@ -84,18 +93,18 @@ def of(metric: str, *matchers: str) -> str:
     return f"ray_{metric}{{{', '.join((SCOPE, *matchers))}}}"
 
 
-def rate(metric: str, *matchers: str, by: str = "") -> str:
-    return f"sum{_by(by)} (rate({of(metric, *matchers)}[{PER}]))"
+def rate(metric: str, *matchers: str, by: str = "", over: str = PER) -> str:
+    return f"sum{_by(by)} (rate({of(metric, *matchers)}[{over}]))"
 
 
 def share(part: str, whole: str) -> str:
-    """A part that nobody has counted yet is none of the whole."""
-    return f"({part} or 0 * {whole}) / {whole}"
+    """A part that nobody has counted yet is none of the whole. Of nothing there is no share."""
+    return f"({part} or 0 * {whole}) / ({whole} > 0)"
 
 
-def quantile(q: float, metric: str, *matchers: str, by: str = "") -> str:
+def quantile(q: float, metric: str, *matchers: str, by: str = "", over: str = PER) -> str:
     labels = f"{by}, le" if by else "le"
-    return f"histogram_quantile({q}, sum by ({labels}) (rate({of(f'{metric}_bucket', *matchers)}[{PER}])))"
+    return f"histogram_quantile({q}, sum by ({labels}) (rate({of(f'{metric}_bucket', *matchers)}[{over}])))"
 
 
 def quantiles(metric: str, *matchers: str, by: str = "", legend: str = "") -> list[Query]:
@@ -112,8 +121,9 @@ def total(metric: str, *matchers: str, by: str = "", inner: str = "") -> str:
     return f"sum{_by(by)} ({told(metric, *matchers, by=inner)})"
 
 
-def stat(title: str, description: str, expr: str, unit: str = "short", **other: Any) -> Panel:
-    return Panel(title, description, [Query(expr, "", instant=True)], unit, kind="stat", width=4, height=4, **other)
+def stat(title: str, description: str, expr: str, unit: str = "short", height: int = 4, **other: Any) -> Panel:
+    query = Query(expr, "", instant=True)
+    return Panel(title, description, [query], unit, kind="stat", width=4, height=height, **other)
 
 
 def _by(labels: str) -> str:
@@ -134,17 +144,46 @@ def hit_share(*matchers: str, by: str = "") -> str:
     return f"1 - {share(encoded, rate(UNITS, *matchers, by=by))}"
 
 
-ENDED = 'state=~"failed|expired"', 'state!="cancelled"'
-FAILED = share(rate("tandem_jobs_total", ENDED[0]), rate("tandem_jobs_total", ENDED[1]))
+def failed(over: str = PER) -> str:
+    """As TandemJobsFail counts: without what clients cancel, and orders that can't be drawn as they stand."""
+    dead, expired, due = (
+        f"rate({of('tandem_jobs_total', matcher)}[{over}])"
+        for matcher in ('dead="yes"', 'state="expired"', 'state=~"expired|succeeded"')
+    )
+    return share(f"sum ({dead} or {expired})", f"sum ({dead} or {due})")
+
+
+def answered(*matchers: str, by: str = "", over: str = PER) -> str:
+    selector = f"ray_serve_num_http_requests_total{{{', '.join((SCOPE, *matchers))}}}"
+    return f"sum{_by(by)} (rate({selector}[{over}]))"
+
+
 ENCODER, PLACEMENT, MODEL = 'encoder=~"$encoder"', 'placement=~"$placement"', 'model=~"$model"'
 BY_PLACE = "placement, gpu_class"
+EACH_PLACE = "namespace, release, model, placement, gpu_class"
+"""By which all ingress replicas tell the same of a placement."""
+DEFAULTS = " The colours are the chart's default thresholds, whatever `monitoring.rules` says."
+STATES = {
+    0: ("unknown", "red"),
+    1: ("failed to deploy", "red"),
+    2: ("unhealthy", "red"),
+    3: ("not started", "orange"),
+    4: ("being deleted", "orange"),
+    5: ("deploying", "orange"),
+    6: ("running", "green"),
+}
+"""Of an application: ray.serve.schema.ApplicationStatus.to_numeric."""
 
 # Panels that stand on two boards
 
 ENDED_JOBS = Panel(
     "Ended jobs",
-    "Jobs that reached a terminal state, per second.",
-    [Query(rate("tandem_jobs_total", by="state"), "{{state}}")],
+    "Jobs that reached a terminal state, per second. Dead letters are those that failed though nothing was wrong with "
+    "the order.",
+    [
+        Query(rate("tandem_jobs_total", 'dead="no"', by="state"), "{{state}}"),
+        Query(rate("tandem_jobs_total", 'dead="yes"'), "dead letters"),
+    ],
     "reqps",
     stacked=True,
 )
@@ -156,14 +195,15 @@ JOB_TIME = Panel(
 )
 QUEUE_AGE = Panel(
     "Oldest waiting job",
-    "For how long the job has waited that has waited longest, by model.",
+    "For how long the job has waited that has waited longest, by model, over the chosen releases.",
     [Query(told("tandem_queue_age_seconds", by="model"), "{{model}}")],
     "s",
     limits=limits(60, 120),
 )
 BACKLOG = Panel(
     "Backlog",
-    "Predicted seconds of work that wait before each replica, by model. Beyond `jobs.max_queued_s` orders are refused.",
+    "Predicted seconds of work that wait before each replica, by model, of the release that has most. Beyond "
+    "`jobs.max_queued_s` orders are refused.",
     [Query(told("tandem_backlog_seconds", by="model"), "{{model}}")],
     "s",
     limits=limits(150, 300),
@@ -171,7 +211,7 @@ BACKLOG = Panel(
 REPLICAS = Panel(
     "Diffusion replicas",
     "Those that have spoken to the job store within half a minute, by placement and GPU class.",
-    [Query(told("tandem_replicas", by=BY_PLACE), "{{placement}} {{gpu_class}}")],
+    [Query(total("tandem_replicas", by=BY_PLACE, inner=EACH_PLACE), "{{placement}} {{gpu_class}}")],
     stacked=True,
 )
 HIT_SIGN = Panel(
@@ -214,17 +254,40 @@ OVERVIEW = Dashboard(
             "Now",
             [
                 stat(
+                    "Application",
+                    "Whether Serve runs the application: of the chosen releases, the one that is worst off. While it "
+                    "deploys, the replicas that are there go on serving.",
+                    f"min (max by (namespace, release) (ray_serve_application_status{{{SCOPE}}}))",
+                    "none",
+                    nothing="not heard of",
+                    words=STATES,
+                ),
+                stat(
                     "Jobs done",
-                    "Succeeded jobs per second.",
-                    rate("tandem_jobs_total", 'state="succeeded"'),
-                    "reqps",
+                    "Succeeded jobs a minute, over 15 minutes.",
+                    "60 * " + rate("tandem_jobs_total", 'state="succeeded"', over=NOW),
+                    "suffix: /min",
+                    nothing="none",
                 ),
                 stat(
                     "Failed or expired",
-                    "Share of the jobs that ended otherwise than the client wanted; cancelled ones left out.",
-                    FAILED,
+                    "Share of the jobs of 15 minutes that expired, or failed though nothing was wrong with the order. "
+                    "Cancelled ones are left out, and orders that can't be drawn as they stand.",
+                    failed(NOW),
                     "percentunit",
                     limits=limits(0.01, 0.05),
+                    nothing="none ended",
+                ),
+                stat(
+                    "5xx",
+                    "Share of the HTTP requests of 15 minutes that were answered with 5xx. 503 is a full queue too.",
+                    share(
+                        answered('application!=""', 'status_code=~"5.."', over=NOW),
+                        answered('application!=""', over=NOW),
+                    ),
+                    "percentunit",
+                    limits=limits(0.01, 0.05),
+                    nothing="no request",
                 ),
                 stat(
                     "Oldest waiting job",
@@ -240,17 +303,43 @@ OVERVIEW = Dashboard(
                     "s",
                     limits=limits(150, 300),
                 ),
-                stat(
+                Panel(
                     "Diffusion replicas",
-                    "Those that live.",
-                    total("tandem_replicas", inner="namespace, release, model, placement, gpu_class"),
+                    "Those that live, and those that there should be.",
+                    [
+                        Query(total("tandem_replicas", inner=EACH_PLACE), "present", instant=True),
+                        Query(total("tandem_replicas_wanted", inner=EACH_PLACE), "wanted", instant=True),
+                    ],
+                    kind="stat",
+                    width=4,
+                    height=6,
+                    nothing="not heard of",
                 ),
                 stat(
                     "P99 of encoding",
-                    "Of requests to the text encoders' pools.",
-                    quantile(0.99, "tandem_encode_seconds"),
+                    "Of the requests of 15 minutes to the text encoders' pools. On CPUs ten times as much is usual.",
+                    f"{quantile(0.99, 'tandem_encode_seconds', over=NOW)} >= 0",
                     "s",
+                    height=6,
                     limits=limits(0.1, 0.2),
+                    nothing="no text",
+                ),
+                Panel(
+                    "Alerts",
+                    "Those of Tandem that fire, where this Prometheus evaluates the rules.",
+                    [
+                        Query(
+                            "max by (severity, alertname, namespace, release) "
+                            f'(ALERTS{{{SCOPE}, alertname=~"Tandem.*", alertstate="firing"}})',
+                            "",
+                            instant=True,
+                        )
+                    ],
+                    "none",
+                    kind="table",
+                    width=16,
+                    height=6,
+                    nothing="none fires",
                 ),
             ],
         ),
@@ -279,10 +368,7 @@ OVERVIEW = Dashboard(
                     "Requests",
                     "HTTP requests per second at Serve's proxies, by status.",
                     [
-                        Query(
-                            f"sum by (status_code) (rate(ray_serve_num_http_requests_total{{{SCOPE}}}[{PER}]))",
-                            "{{status_code}}",
-                        )
+                        Query(answered(by="status_code"), "{{status_code}}"),
                     ],
                     "reqps",
                     stacked=True,
@@ -486,8 +572,9 @@ POOL = Dashboard(
                     ],
                     "none",
                     width=6,
-                    least=0.9,
+                    least=None,
                     most=1,
+                    usual=0.9,
                 ),
             ],
         ),
@@ -523,7 +610,7 @@ POOL = Dashboard(
             ],
         ),
     ],
-    [Variable("encoder", "Encoder", "label_values(ray_tandem_encoder_queue_tokens, encoder)")],
+    [Variable("encoder", "Encoder", f"label_values({of('tandem_encoder_queue_tokens')}, encoder)")],
 )
 
 FLEET = Dashboard(
@@ -536,24 +623,24 @@ FLEET = Dashboard(
             [
                 replace(
                     REPLICAS,
-                    queries=[Query(told("tandem_replicas", PLACEMENT, by=BY_PLACE), "{{placement}} {{gpu_class}}")],
+                    queries=[
+                        Query(
+                            total("tandem_replicas", PLACEMENT, by=BY_PLACE, inner=EACH_PLACE),
+                            "{{placement}} {{gpu_class}}",
+                        )
+                    ],
                     width=6,
                 ),
                 Panel(
                     "Replicas by class",
-                    "Diffusion replicas that live, by GPU class.",
+                    "Diffusion replicas that live, by GPU class, and those that there should be.",
                     [
+                        Query(total("tandem_replicas", by="gpu_class", inner=EACH_PLACE), "{{gpu_class}}"),
                         Query(
-                            total(
-                                "tandem_replicas",
-                                by="gpu_class",
-                                inner="namespace, release, model, placement, gpu_class",
-                            ),
-                            "{{gpu_class}}",
-                        )
+                            total("tandem_replicas_wanted", by="gpu_class", inner=EACH_PLACE), "{{gpu_class}} wanted"
+                        ),
                     ],
                     width=6,
-                    stacked=True,
                 ),
                 Panel(
                     "Images in hand",
@@ -720,7 +807,7 @@ FLEET = Dashboard(
             ],
         ),
     ],
-    [Variable("placement", "Placement", "label_values(ray_tandem_replicas, placement)")],
+    [Variable("placement", "Placement", f"label_values({of('tandem_replicas')}, placement)")],
 )
 
 JOBS = Dashboard(
@@ -750,7 +837,13 @@ JOBS = Dashboard(
                     "Beyond `jobs.max_queued` orders are refused.",
                     [
                         Query(
-                            told("tandem_unfinished_jobs", 'state="queued"', MODEL, by="model"),
+                            total(
+                                "tandem_unfinished_jobs",
+                                'state="queued"',
+                                MODEL,
+                                by="model",
+                                inner="namespace, release, model",
+                            ),
                             "{{model}}",
                         )
                     ],
@@ -773,8 +866,9 @@ JOBS = Dashboard(
                 ENDED_JOBS,
                 Panel(
                     "Failed or expired",
-                    "Share of the jobs that ended; cancelled ones are left out.",
-                    [Query(FAILED, "failed or expired")],
+                    "Share of the jobs that ended. Cancelled ones are left out, and orders that can't be drawn as they "
+                    "stand.",
+                    [Query(failed(), "failed or expired")],
                     "percentunit",
                     limits=limits(0.01, 0.05),
                 ),
@@ -821,9 +915,43 @@ JOBS = Dashboard(
                 ),
             ],
         ),
-        Row("Stores", [replace(STORE_ERRORS, width=24)]),
+        Row(
+            "Stores",
+            [
+                STORE_ERRORS,
+                Panel(
+                    "Memory of the job Redis",
+                    "What counts against its `maxmemory`, and that, where it has one: there it refuses orders.",
+                    [
+                        Query(
+                            told("tandem_job_store_memory_bytes", by="namespace, release"),
+                            "{{namespace}} {{release}}",
+                        ),
+                        Query(
+                            told("tandem_job_store_memory_limit_bytes", by="namespace, release"),
+                            "{{namespace}} {{release}} at most",
+                        ),
+                    ],
+                    "bytes",
+                ),
+                Panel(
+                    "Free disk of Redis",
+                    "Of the volumes of the chart's own Redis servers, as the kubelet sees it.",
+                    [
+                        Query(
+                            "min by (namespace, persistentvolumeclaim) "
+                            f"(kubelet_volume_stats_available_bytes{{{DISKS}}} "
+                            f"/ kubelet_volume_stats_capacity_bytes{{{DISKS}}})",
+                            "{{persistentvolumeclaim}}",
+                        )
+                    ],
+                    "percentunit",
+                    most=1,
+                ),
+            ],
+        ),
     ],
-    [Variable("model", "Model", "label_values(ray_tandem_unfinished_jobs, model)")],
+    [Variable("model", "Model", f"label_values({of('tandem_unfinished_jobs')}, model)")],
 )
 
 BOARDS = OVERVIEW, POOL, FLEET, JOBS
@@ -913,20 +1041,25 @@ def _panels(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 def _panel(panel: Panel) -> dict[str, Any]:
     steps = [{"color": "green", "value": None}, *({"color": color, "value": value} for value, color in panel.limits)]
-    defaults: dict[str, Any] = {
-        "unit": panel.unit,
-        "min": panel.least,
-        "thresholds": {"mode": "absolute", "steps": steps},
-    }
+    defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}}
+    if panel.least is not None:
+        defaults["min"] = panel.least
     if panel.most is not None:
         defaults["max"] = panel.most
+    if panel.nothing:
+        defaults["noValue"] = panel.nothing
+    if panel.words:
+        told = {f"{value}": {"text": text, "color": color} for value, (text, color) in panel.words.items()}
+        defaults["mappings"] = [{"type": "value", "options": told}]
     if panel.kind == "stat":
         options: dict[str, Any] = {
-            "colorMode": "value" if panel.limits else "none",
+            "colorMode": "value" if panel.limits or panel.words else "none",
             "graphMode": "none",
-            "textMode": "value",
+            "textMode": "value" if len(panel.queries) == 1 else "value_and_name",
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         }
+    elif panel.kind == "table":
+        options = {"showHeader": True}
     else:
         defaults["custom"] = {
             "drawStyle": "line",
@@ -937,6 +1070,8 @@ def _panel(panel: Panel) -> dict[str, Any]:
             "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
             "thresholdsStyle": {"mode": "dashed" if panel.limits else "off"},
         }
+        if panel.usual is not None:
+            defaults["custom"]["axisSoftMin"] = panel.usual
         options = {
             "legend": {
                 "displayMode": "table" if panel.legend_table else "list",
@@ -949,23 +1084,33 @@ def _panel(panel: Panel) -> dict[str, Any]:
     return {
         "type": panel.kind,
         "title": panel.title,
-        "description": panel.description,
+        "description": panel.description + (DEFAULTS if panel.limits else ""),
         "datasource": SOURCE,
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": options,
-        "targets": [_target(query, chr(ord("A") + index)) for index, query in enumerate(panel.queries)],
-    }
+        "targets": [
+            _target(query, chr(ord("A") + index), panel.kind == "table") for index, query in enumerate(panel.queries)
+        ],
+    } | (_WITHOUT_NUMBERS if panel.kind == "table" else {})
 
 
-def _target(query: Query, ref: str) -> dict[str, Any]:
+_WITHOUT_NUMBERS = {
+    "transformations": [{"id": "organize", "options": {"excludeByName": {"Time": True, "Value": True}}}]
+}
+"""A table of labels."""
+
+
+def _target(query: Query, ref: str, table: bool) -> dict[str, Any]:
+    """A node without a GPU class is called so."""
+    classless = f'label_replace({query.expr}, "gpu_class", "no class", "gpu_class", "")'
     return {
         "refId": ref,
         "datasource": SOURCE,
-        "expr": query.expr,
+        "expr": classless if "{{gpu_class}}" in query.legend else query.expr,
         "legendFormat": query.legend or "__auto",
         "instant": query.instant,
         "range": not query.instant,
-    }
+    } | ({"format": "table"} if table else {})
 
 
 def table() -> str:

@@ -24,7 +24,6 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 READERS = 16
 """Connections for reading jobs' events."""
 UNFINISHED_STATES = tuple(state for state in JobState if not state.terminal)
-"""In the order in which unfinished.lua tells them."""
 _REPORT_S, _CREW_S = 30.0, 2.0
 _NOBODY = Crew()
 
@@ -69,11 +68,13 @@ class Shared:
         return [
             Unfinished(
                 model=model.decode(),
-                states=dict(zip(UNFINISHED_STATES, numbers, strict=True)),
+                states={
+                    JobState(state.decode()): number for state, number in zip(states[::2], states[1::2], strict=True)
+                },
                 cost_ms=cost_ms,
                 oldest_ms=oldest_ms,
             )
-            for model, cost_ms, oldest_ms, *numbers in found
+            for model, cost_ms, oldest_ms, *states in found
         ]
 
     async def queue_depth(self) -> int:

@@ -60,8 +60,8 @@ class Connection:
     async def run(self, name: str, *args: str | bytes | int) -> Any:
         """Run a script: one round trip. What it ended is counted here, where each transition passes once."""
         ended, answer = await self.guarded(self._scripts[name](args=(*self._settings, *args)))
-        for state, age_ms in ended:
-            self._metrics.inc("tandem_jobs_total", state=state.decode())
+        for state, age_ms, dead in ended:
+            self._metrics.inc("tandem_jobs_total", state=state.decode(), dead="yes" if dead else "no")
             self._metrics.observe("tandem_job_seconds", age_ms / 1000)
         return answer
 

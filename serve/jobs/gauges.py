@@ -1,4 +1,4 @@
-"""What the operator is shown of the queue and of the workers: gauges that every ingress replica tells alike.
+"""What the operator is shown of the queue, its Redis and the workers: gauges that every ingress replica tells alike.
 
 Each is what the job store said a moment ago, so that of several processes any is right, and the largest is taken. One
 pass over the queue every few seconds: no request pays for it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from serve.errors import BackendUnavailable
@@ -36,12 +36,13 @@ class QueueGauges:
     Owns: which of them there are, as far as it has heard.
     """
 
-    def __init__(self, store: JobStore, metrics: Metrics, places: Sequence[Place]) -> None:
-        """`places` are those of the settings; the store may know others, of another version's."""
+    def __init__(self, store: JobStore, metrics: Metrics, wanted: Mapping[Place, int]) -> None:
+        """`wanted` are the replicas of the settings; the store may know other places, of another version's."""
         self._store = store
         self._metrics = metrics
-        self._places = set(places)
-        self._models = {place.model for place in places}
+        self._wanted = wanted
+        self._places = set(wanted)
+        self._models = {place.model for place in wanted}
 
     async def tell(self) -> None:
         """Raises BackendUnavailable."""
@@ -53,13 +54,9 @@ class QueueGauges:
         )
         self._places |= replicas.keys()
         for place in self._places:
-            self._metrics.set(
-                "tandem_replicas",
-                replicas[place],
-                model=place.model,
-                placement=place.placement,
-                gpu_class=place.gpu_class or "",
-            )
+            self._tell_place("tandem_replicas", place, replicas[place])
+        for place, number in self._wanted.items():
+            self._tell_place("tandem_replicas_wanted", place, number)
         for model, crew in crews.items():
             its = unfinished.get(model, Unfinished(model=model, states={}, cost_ms=0, oldest_ms=0))
             for state in UNFINISHED_STATES:
@@ -67,6 +64,14 @@ class QueueGauges:
             self._metrics.set("tandem_queue_age_seconds", its.oldest_ms / 1000, model=model)
             backlog_s = crew.pace * its.cost_ms / max(1, len(crew.reports)) / 1000
             self._metrics.set("tandem_backlog_seconds", backlog_s, model=model)
+        memory = await self._store.memory()
+        if memory is not None:
+            self._metrics.set("tandem_job_store_memory_bytes", memory.used)
+            if memory.limit:
+                self._metrics.set("tandem_job_store_memory_limit_bytes", memory.limit)
+
+    def _tell_place(self, metric: str, place: Place, number: int) -> None:
+        self._metrics.set(metric, number, model=place.model, placement=place.placement, gpu_class=place.gpu_class or "")
 
 
 async def tell_gauges(gauges: QueueGauges, interval_s: float = TELL_S) -> None:

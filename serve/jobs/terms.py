@@ -81,6 +81,14 @@ class Unfinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of the store's Redis: what counts against its bound, and the bound, 0 where it has none."""
+
+    used: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepCurve:
     """Milliseconds of a step by lanes (batch entries), for latents of this height and width."""
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from pydantic import ValidationError
+from redis.exceptions import ResponseError
 
 from serve.domain import JobError
 from serve.errors import BackendUnavailable
 from serve.jobs import records
 from serve.jobs.base import Shared, checked
 from serve.jobs.connection import milliseconds
+from serve.jobs.terms import Memory
 from serve.settings import JobSettings
 
 WORKER_LOST = JobError(code="worker_lost", message="the worker died or was cut off, in every attempt")
@@ -47,6 +50,22 @@ class Upkeep(Shared):
             return ()
         others = {name: found[name] for name, value in wanted.items() if found.get(name, value) != value}
         return tuple(f"{name} is {value}, not {wanted[name]}" for name, value in others.items())
+
+    async def memory(self) -> Memory | None:
+        """How full the store is; None where this Redis does not say: a managed one may forbid it."""
+
+        async def asked() -> Mapping[str, int]:
+            with contextlib.suppress(ResponseError):
+                found: Mapping[str, int] = await self._redis.info("memory")
+                return found
+            return {}
+
+        found = await self._connection.guarded(asked())
+        if not found.keys() >= {"used_memory", "maxmemory"}:
+            return None
+        # The buffers of its file and of replicas don't count: Redis says how much that is.
+        used = found["used_memory"] - found.get("mem_not_counted_for_evict", 0)
+        return Memory(used=used, limit=found["maxmemory"])
 
     async def tell_rules(self) -> None:
         """Leave the settings of jobs where the operator's commands find them (`told_rules`)."""

@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 600.0)
-_ENCODE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.5, 5.0)
-"""With the bound that operators are alarmed at, so that it is not guessed between two others."""
+_ENCODE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0)
+"""With the bounds that operators are alarmed at, on GPUs and on CPUs, so that neither is guessed between two others."""
 _COSINE = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 _ENCODER = ("encoder",)
 _REPLICA = ("placement", "gpu_class")
@@ -113,10 +113,28 @@ DECLARATIONS: tuple[Declaration, ...] = (
         ("pool",),
         process=_REPLICA,
     ),
-    Declaration("tandem_jobs_total", Kind.COUNTER, "Jobs that reached a terminal state.", ("state",)),
+    Declaration(
+        "tandem_jobs_total",
+        Kind.COUNTER,
+        "Jobs that reached a terminal state; `dead` (yes, no) are those that failed though nothing was wrong with the "
+        "order.",
+        ("state", "dead"),
+    ),
     Declaration("tandem_job_seconds", Kind.HISTOGRAM, "Time from submission to the terminal state.", buckets=_LONG_S),
     Declaration(
         "tandem_job_store_errors_total", Kind.COUNTER, "Calls that the job store refused or did not answer in time."
+    ),
+    Declaration(
+        "tandem_job_store_memory_bytes",
+        Kind.GAUGE,
+        "Memory of the job Redis that counts against its bound.",
+        fades=True,
+    ),
+    Declaration(
+        "tandem_job_store_memory_limit_bytes",
+        Kind.GAUGE,
+        "The bound, `maxmemory`, at which the job Redis refuses orders; not told where it has none.",
+        fades=True,
     ),
     Declaration(
         "tandem_unfinished_jobs",
@@ -143,6 +161,13 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "tandem_replicas",
         Kind.GAUGE,
         "Diffusion replicas that live, by what they have told the job store.",
+        ("model", "placement", "gpu_class"),
+        fades=True,
+    ),
+    Declaration(
+        "tandem_replicas_wanted",
+        Kind.GAUGE,
+        "Diffusion replicas that there should be, by the settings.",
         ("model", "placement", "gpu_class"),
         fades=True,
     ),

@@ -1,4 +1,6 @@
-"""A release from its first install to its end, on a real API server: what it takes, what it keeps, what it leaves."""
+"""A release from its first install to its end, on a real API server: what it takes, what it keeps, what it leaves.
+
+No controller runs there: what a StatefulSet claims, and all that KubeRay makes, is not seen."""
 
 import contextlib
 import itertools

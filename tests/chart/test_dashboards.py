@@ -20,10 +20,17 @@ VALUES: dict[str, Any] = {
     "s3": {"bucket": "images"},
     "monitoring": {"dashboards": {"enabled": True, "annotations": {"grafana_folder": "Tandem"}}},
 }
-UNITS = {"short", "none", "s", "ms", "bytes", "percentunit", "reqps", "cps"}
+UNITS = {"short", "none", "s", "ms", "bytes", "percentunit", "reqps", "cps", "suffix: /min"}
 """Of Grafana's, those that are used here: a misspelt one is no unit."""
 WANTED = {
-    "overview": {"ray_tandem_jobs_total", "ray_tandem_encode_seconds_bucket", "ray_tandem_prompts_total"},
+    "overview": {
+        "ray_tandem_jobs_total",
+        "ray_tandem_encode_seconds_bucket",
+        "ray_tandem_prompts_total",
+        "ray_serve_application_status",
+        "ray_tandem_replicas_wanted",
+        "ALERTS",
+    },
     "encoder-pool": {
         "ray_tandem_encode_seconds_bucket",
         "ray_tandem_text_units_total",
@@ -130,7 +137,53 @@ def test_every_selector_is_of_the_chosen_releases() -> None:
     for where, target in targets():
         for selector in asked_by(target["expr"]):
             chosen = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
-            assert chosen.items() >= {"namespace": "$namespace", "release": "$release"}.items(), where
+            assert chosen["namespace"] == "$namespace", where
+            if selector.name.startswith("kubelet_"):  # which knows no release: by the name of the claim
+                assert chosen["persistentvolumeclaim"].startswith("data-$release"), where
+            else:
+                assert chosen["release"] == "$release", where
+
+
+def test_every_variable_is_of_the_chosen_releases() -> None:
+    for query in (each for board in BOARDS.values() for each in queries(board)):
+        label = re.findall(r"(\w+)\)$", query)[0]
+        wanted = {"namespace": [], "release": ["namespace"]}.get(label, ["namespace", "release"])
+        assert re.findall(r'(\w+)=~"\$\1"', query) == wanted
+
+
+def test_a_node_without_a_gpu_class_is_called_so() -> None:
+    """An empty label would leave the legend with a name that ends in nothing."""
+    named = [target for _, target in targets() if "gpu_class" in LEGEND.findall(target["legendFormat"])]
+    assert named
+    for target in named:
+        assert target["expr"].startswith("label_replace(")
+        assert target["expr"].endswith(', "gpu_class", "no class", "gpu_class", "")')
+
+
+def test_thresholds_that_do_not_follow_the_rules_values_say_so() -> None:
+    for panel in itertools.chain.from_iterable(map(panels, BOARDS.values())):
+        coloured = len(panel["fieldConfig"]["defaults"]["thresholds"]["steps"]) > 1
+        assert ("default thresholds" in panel["description"]) == coloured
+
+
+def test_a_single_number_is_never_a_not_a_number() -> None:
+    """Over a few minutes a quiet server has no job and no text: 0/0 is no number, and what there is none of says so."""
+    single = [panel for board in BOARDS.values() for panel in panels(board) if panel["type"] == "stat"]
+    assert single
+    for panel in single:
+        for expression in (target["expr"] for target in panel["targets"]):
+            assert "$__rate_interval" not in expression, "of a rare event it has none"
+            if " / " in expression or "histogram_quantile" in expression:
+                assert panel["fieldConfig"]["defaults"]["noValue"]
+                assert re.search(r" / \(.* > 0\)$|>= 0$", expression)
+
+
+def test_a_counter_of_two_releases_is_summed_up_by_release_before() -> None:
+    """`max` over all would take two releases for one, as if both told the same replicas or jobs."""
+    counted = re.compile(r"max(?: by \(([^)]*)\))? \(ray_tandem_(?:replicas|replicas_wanted|unfinished_jobs)\{")
+    found = [labels for _, target in targets() for labels in counted.findall(target["expr"])]
+    assert found
+    assert all({"namespace", "release"} <= set(re.findall(r"\w+", labels)) for labels in found)
 
 
 def test_what_every_ingress_replica_tells_alike_is_never_summed_up_first() -> None:

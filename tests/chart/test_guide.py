@@ -1,9 +1,12 @@
-"""docs/kubernetes.md: its values render, and its commands name what a release has."""
+"""docs/kubernetes.md and kubernetes-operations.md: their values render, and their commands name what a release has."""
 
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from support.chart_values import NEEDED
 
 from serve.placements import GPU_CLASS_LABEL
 
-PAGE = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "docs" / "kubernetes.md", ROOT / "docs" / "kubernetes-operations.md"]
+PAGE = "\n".join(each.read_text(encoding="utf-8") for each in PAGES)
 BLOCKS = {
     name: re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
     for indent, name, text in re.findall(r"^( *)<!-- values: (\w+) -->\n *```yaml\n(.*?)^ *```$", PAGE, re.M | re.S)
@@ -123,7 +127,7 @@ def test_what_is_named_exists() -> None:
 
 
 def test_selectors_find_pods() -> None:
-    found = set(re.findall(r"-l ([\w./=,-]+)", TOLD))
+    found = set(re.findall(r"(?<!grep )-l ([\w./=,-]+)", TOLD))
     assert len(found) > 4
     everything = [pods for rendered in releases() for pods in pods_of(rendered.manifests)]
     for selector in found:
@@ -134,8 +138,76 @@ def test_selectors_find_pods() -> None:
 
 def test_containers_exist() -> None:
     told = set(re.findall(r"\bkubectl (?:exec|logs)[^\n]*? -c ([\w-]+)", TOLD))
-    assert told == {"ray-head", "ray-worker"}
-    assert told <= {each["name"] for pods in pods_of(release({}).manifests) for each in pods.containers}
+    assert told == {"ray-head", "ray-worker", "autoscaler"}
+    ours = {each["name"] for pods in pods_of(release({}).manifests) for each in pods.containers}
+    assert told - {"autoscaler"} <= ours, "KubeRay puts the autoscaler beside the head, the others are the chart's"
+
+
+KUBECTL = """#!/bin/sh
+case "$*" in
+"get rayservice tandem -o jsonpath="*) echo "$SERVES $COMES" ;;
+"get pod -o name -l ray.io/cluster="*",ray.io/node-type=head --field-selector=status.phase=Running")
+    cluster=${6#ray.io/cluster=}; echo "pod/${cluster%%,*}-head" ;;
+*) echo "$*" ;;
+esac
+"""
+"""Answers the two questions of `on_head`, and says what else it is asked for."""
+
+
+@pytest.mark.parametrize(
+    ("serves", "comes", "given", "head"),
+    [
+        ("tandem-old", "", "", "tandem-old"),
+        ("tandem-old", "tandem-new", "", "tandem-old"),
+        ("tandem-old", "tandem-new", "tandem-new", "tandem-new"),
+        ("", "tandem-first", "", "tandem-first"),
+    ],
+)
+def test_on_head_asks_the_cluster_that_serves(tmp_path: Path, serves: str, comes: str, given: str, head: str) -> None:
+    (block,) = re.findall(r"^clusters\(\) \{.*?^on_head\(\) \{.*?^\}$", PAGE, re.MULTILINE | re.DOTALL)
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(KUBECTL, encoding="utf-8")
+    kubectl.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SERVES": serves, "COMES": comes}
+    done = subprocess.run(
+        ["bash", "-euc", f"{block}\n{f'CLUSTER={given} ' if given else ''}on_head serve status"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == f"exec -i -c ray-head pod/{head}-head -- serve status"
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "monitoring.md", ROOT / "k8s" / "README.md"], ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8"))
+    assert links
+    for path, anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_the_named_alerts_exist() -> None:
+    rules = (ROOT / "helm" / "tandem" / "files" / "rules" / "tandem.yaml").read_text(encoding="utf-8")
+    told = set(re.findall(r"\bTandem[A-Z]\w+", PAGE))
+    assert told
+    assert told <= set(re.findall(r"alert: (\w+)", rules))
+
+
+def test_the_image_takes_the_arguments() -> None:
+    told = set(re.findall(r"--build-arg (\w+)", PAGE))
+    assert told >= {"TORCH_CUDA_INDEX", "EXTRA_PACKAGES"}
+    assert told <= set(re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_the_time_for_a_node_is_the_charts() -> None:
+    (told,) = re.findall(r"`ray\.autoscaler\.allocateTimeoutSeconds` \((\d+)\)", PAGE)
+    assert int(told) == release({}).values["ray"]["autoscaler"]["allocateTimeoutSeconds"]
 
 
 def test_the_patch_of_a_cluster_that_lives_meets_its_group() -> None:

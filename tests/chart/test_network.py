@@ -1,6 +1,8 @@
 """Who reaches whom: what the release needs comes through its policies, and nobody else gets to Ray or a store."""
 
+import copy
 import itertools
+from typing import Any
 
 import pytest
 from support.chart import CI, Rendered, pods_of, render
@@ -73,6 +75,31 @@ def test_one_store_is_not_the_way_to_another(release: Rendered, pods: dict[str, 
         assert not reaches(policies, pods[one], outside, 443)
 
 
+@pytest.mark.parametrize(
+    ("block", "open_"),
+    [
+        ({"cidr": "0.0.0.0/0"}, True),
+        ({"cidr": "203.0.113.0/24"}, True),
+        ({"cidr": "0.0.0.0/0", "except": ["203.0.113.0/24"]}, False),
+        ({"cidr": "0.0.0.0/0", "except": ["203.0.113.7/32"]}, False),
+        ({"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}, True),
+        ({"cidr": "198.51.100.0/24"}, False),
+        ({"cidr": "::/0"}, False),
+    ],
+    ids=str,
+)
+def test_a_way_out_that_a_range_opens_is_found(block: dict[str, Any], open_: bool) -> None:
+    """A planted rule: the store for trials may call everywhere."""
+    release = render(next(file for file in CI if file.name.startswith("network-policy")))
+    policies = [copy.deepcopy(dict(each)) for each in release.of("NetworkPolicy")]
+    (store,) = [pods for pods in pods_of(release.manifests) if pods.where == "Deployment/tandem-s3-trial"]
+    for each in policies:
+        if each["metadata"]["name"] == "tandem-s3-trial":
+            each["spec"] |= {"policyTypes": ["Ingress", "Egress"], "egress": [{"to": [{"ipBlock": block}]}]}
+    outside = Somebody({}, address="203.0.113.7/32")
+    assert reaches(policies, Somebody.of(store), outside, 443) is open_
+
+
 def test_where_egress_is_limited_only_what_is_named_is_reached() -> None:
     release = render(next(file for file in CI if file.name.startswith("network-policy")))
     policies, values = release.of("NetworkPolicy"), release.values["networkPolicy"]
@@ -85,6 +112,7 @@ def test_where_egress_is_limited_only_what_is_named_is_reached() -> None:
             continue
         pod = Somebody.of(each)
         assert reaches(policies, pod, named, 443)
+        assert all(reaches(policies, pod, elsewhere, port) for port in (53, 5353)), "names are asked for anywhere"
         assert not reaches(policies, pod, named, 80)
         assert not reaches(policies, pod, elsewhere, 443)
         # The autoscaler in the head's pod, and nobody else, asks for pods.

@@ -1,15 +1,20 @@
 """Recordings and alerts: every metric exists, every alert is explained, and fires when it should, not just before."""
 
+import argparse
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import pytest
 import yaml
-from support.chart import CHART, ROOT, Refused, at, planted, render
-from support.promql import complaints, promtool, recorded
+from support.chart import CHART, ROOT, Refused, at, over, planted, put, render, values_of
+from support.promql import complaints, promql, promtool, recorded, selectors
+
+from serve.settings import JobSettings
 
 TESTS = sorted((Path(__file__).parent / "rules").glob("*.test.yaml"))
 PAGE = ROOT / "docs" / "monitoring.md"
@@ -24,6 +29,7 @@ THRESHOLDS = {
     "queueAgeSeconds": 77,
     "backlogSeconds": 1234567,
     "failedRatio": 0.0125,
+    "serverErrorRatio": 0.0375,
 }
 
 
@@ -75,19 +81,50 @@ def test_an_expression_that_asks_for_what_there_is_not(tmp_path: Path, old: str,
 
 
 def test_every_selector_is_of_this_release() -> None:
-    """Two releases on one Prometheus: neither's alerts speak of the other."""
-    values = VALUES | {"nameOverride": "pictures"}
-    spec = render(values, name="one", namespace="here").one("PrometheusRule")["spec"]
+    """Two releases on one Prometheus: neither's alerts speak of the other. And each says whose it is."""
+    spec = render(VALUES | {"nameOverride": "pictures"}, name="one", namespace="here").one("PrometheusRule")["spec"]
     for rule in (rule for group in spec["groups"] for rule in group["rules"]):
-        for selector in re.findall(r"([a-z][\w:]*)\{(.*?)\}", rule["expr"]):
-            name, matchers = selector
-            assert 'namespace="here"' in matchers, name
-            assert (
-                ('release="one"' in matchers) or ('="one-pictures' in matchers) or ('=~"one-pictures-.*"' in matchers)
-            )
-        assert len(re.findall(r"\{", rule["expr"])) == len(
-            re.findall(r"\b(?:ray|tandem|kube|kuberay)[_:]\w", rule["expr"])
-        )
+        found = selectors(promql.parse(rule["expr"]))
+        assert found
+        ours = [{each.name: each.value for each in selector.matchers.matchers} for selector in found]
+        assert all(each["namespace"] == "here" for each in ours), rule["expr"]
+        if all(each.get("release") == "one" for each in ours):
+            continue
+        for each in ours:
+            (told,) = [each[label] for label in ("name", "pod", "persistentvolumeclaim") if label in each]
+            assert told.removeprefix("data-").startswith("one-pictures-") or told == "one-pictures"
+        assert rule["labels"]["release"] == "one", "whose it is does not follow from the expression"
+
+
+CHANCE = "bcdfghjklmnpqrstvwxz2456789"
+"""Of names that Kubernetes and KubeRay draw: k8s.io/apimachinery/pkg/util/rand."""
+EXTERNAL = values_of(CHART / "ci" / "external-services-values.yaml")
+"""Without Redis servers of ours the release may have a longer name."""
+
+
+@pytest.mark.parametrize("fullname", ["tandem", "a" * 44, "tandem-" + "b" * 39, "c" * 47])
+def test_an_alert_knows_its_own_pods_from_those_of_a_release_whose_name_begins_alike(fullname: str) -> None:
+    def pods(name: str) -> list[str]:
+        """As KubeRay and Kubernetes name them: controllers/ray/utils/util.go, PodName and GenerateRayClusterName."""
+        cluster = f"{name}-{CHANCE[5:10]}"
+        rays = [cluster[:50] + "-head", *(f"{cluster}-{group}"[:50] + "-worker" for group in ("cpu", "gpu-4gb"))]
+        return [
+            *(f"{each}-{CHANCE[-5:]}" for each in rays),
+            f"{cluster[:50]}-head",
+            *(f"{name}-redis-{which}" for which in ("jobs-0", "gcs-0", f"cache-{CHANCE[:9]}-{CHANCE[9:14]}")),
+        ]
+
+    values = over(EXTERNAL, {"fullnameOverride": fullname, "monitoring": {"rules": {"enabled": True}}})
+    expressions = [rule["expr"] for rule in rules(values) if "alert" in rule]
+    patterns = {found for each in expressions for found in re.findall(r'pod=~"(.*?)"', each)}
+    assert patterns
+    for pattern in patterns:
+        assert all(re.fullmatch(pattern, pod) for pod in pods(fullname))
+        if len(fullname) <= 30:
+            others = [f"{fullname}{rest}" for rest in ("-staging", "-stage", "-stg", "-v2", "2", "-prod-eu")]
+            assert not [pod for other in others for pod in pods(other) if re.fullmatch(pattern, pod)]
+        assert not re.fullmatch(pattern, f"{fullname}-preload-{CHANCE[:5]}")
+        assert not re.fullmatch(pattern, f"other-{pods(fullname)[0]}")
 
 
 def test_every_alert_says_what_to_do_and_where_to_read_on() -> None:
@@ -95,7 +132,7 @@ def test_every_alert_says_what_to_do_and_where_to_read_on() -> None:
     headings = {line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")}
     assert headings == alerts().keys(), "one section for each alert, and none for others"
     for name, alert in alerts().items():
-        assert alert["labels"] == {"severity": alert["labels"]["severity"]}
+        assert alert["labels"].keys() - {"release"} == {"severity"}
         assert alert["labels"]["severity"] in ("warning", "critical")
         section = page.partition(f"### {name}\n")[2].partition("\n### ")[0]
         assert section.strip().startswith(f"*{alert['labels']['severity'].capitalize()}.")
@@ -111,7 +148,7 @@ def test_a_template_names_labels_that_its_alert_has() -> None:
         for record, labels in recorded(groups()).items():
             kept |= labels if record in alert["expr"] else set()
         if alert["expr"].startswith(("kube", "absent")):
-            kept |= {"namespace", "name", "pod", "container", "release"}
+            kept |= {"namespace", "name", "pod", "container", "release", "persistentvolumeclaim"}
         used = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
         assert used <= kept, name
 
@@ -129,12 +166,42 @@ def _numbers(text: str) -> set[float]:
     return {float(found) for found in re.findall(r"[<>] ([\d.]+(?:e[+-]?\d+)?)", text)}
 
 
+def test_how_long_a_model_may_be_without_replica_is_a_value() -> None:
+    """And by default there is time to tell before what waits has expired."""
+    values = VALUES | {"monitoring": {"rules": {"enabled": True, "noReplicaFor": "42m"}}}
+    found = {rule["alert"]: rule for rule in rules(values) if "alert" in rule}["TandemNoReplica"]
+    assert found["for"] == "42m"
+    assert found["annotations"]["description"].startswith("For 42m no")
+    assert int(alerts()["TandemNoReplica"]["for"].removesuffix("m")) * 60 <= JobSettings().queue_ttl_s / 2
+
+
 def test_where_the_runbook_lies_is_a_value() -> None:
     url = "https://wiki.example.com/tandem"
     values = VALUES | {"monitoring": {"rules": {"enabled": True, "runbookUrl": url}}}
     told = [rule["annotations"]["runbook_url"] for rule in rules(values) if "alert" in rule]
     assert told
     assert all(each.startswith(f"{url}#") for each in told)
+
+
+def test_without_the_operator_the_rules_are_a_file_as_the_page_says(tmp_path: Path) -> None:
+    (command,) = re.findall(r"helm template [^`]*?prometheusrule\.yaml", PAGE.read_text())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs=4)  # helm template NAME CHART
+    for option in ("-n", "-f", "--set", "--show-only"):
+        parser.add_argument(option, required=True, dest=option.strip("-"))
+    given = vars(parser.parse_args(shlex.split(command)))
+    assert given["words"][3] == str(CHART.relative_to(ROOT))
+    path, _, value = given["set"].partition("=")
+    mine = {name: value for name, value in VALUES.items() if name != "monitoring"}  # values.yaml as most have it
+    loaded = helm_python.Chart.load(CHART)
+    values = put(mine, tuple(path.split(".")), yaml.safe_load(value))
+    loaded.validate_schema(values)
+    files = loaded.render(values, name=given["words"][2].lower(), namespace=given["n"].lower())
+    (text,) = [text for name, text in files.items() if name.endswith(given["show-only"])]
+    spec = yaml.safe_load(text)["spec"]
+    assert 'namespace="namespace", release="name"' in spec["groups"][0]["rules"][0]["expr"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(spec))
+    promtool_says("check", "rules", "rules.yaml", cwd=tmp_path)
 
 
 def test_nothing_of_the_operators_is_there_unless_asked_for() -> None:

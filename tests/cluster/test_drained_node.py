@@ -63,6 +63,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         serve.shutdown()
 
 
+LARGE = {"width": 256, "height": 256}
+"""So that the job takes longer than the command that drains needs to import Ray."""
+
+
 def drain(node: str) -> None:
     """As the pods of the chart are told to."""
     where = ("--address", ray.get_runtime_context().gcs_address, "--node-id", node)
@@ -73,7 +77,7 @@ def drain(node: str) -> None:
 
 def test_what_is_drawn_on_a_node_that_goes_is_finished_and_the_next_is_drawn_elsewhere(fleet: Fleet) -> None:
     with httpx.Client(base_url=fleet.url, timeout=120) as http:
-        last = submit(http, "a white star on a red background", seed=5, num_inference_steps=150, num_images=8)
+        last = submit(http, "a white star on a red background", seed=5, num_inference_steps=150, num_images=8, **LARGE)
         wait_until(lambda: http.get(f"/v1/jobs/{last}").json()["step"] >= 2, 60, "the job to be under way")
         leaving = fleet.node(last)
         drain(leaving)

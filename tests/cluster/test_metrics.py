@@ -13,8 +13,6 @@ from support.orders import finished, submit
 from support.promql import OURS, RAYS
 from support.server import Server, wait_until
 
-from serve.placements import HERE
-
 pytestmark = pytest.mark.cluster
 
 RAYS_OWN = {
@@ -31,6 +29,8 @@ SELDOM = {
     "ray_tandem_result_put_retries_total",
     "ray_tandem_vae_retries_total",
     "ray_memory_manager_worker_eviction_total",
+    # where the job Redis has a `maxmemory`
+    "ray_tandem_job_store_memory_limit_bytes",
     # where it is asked for
     "ray_tandem_embedding_similarity_bucket",
     "ray_tandem_embedding_similarity_count",
@@ -95,14 +95,15 @@ def test_a_replica_is_told_by_its_placement_and_node(busy: Server) -> None:
         for name, labels, value in samples(busy)
         if name == "ray_tandem_engine_image_steps_total"
     }
-    assert list(told) == [("shapes", HERE)]
+    assert list(told) == [("shapes", "")], "by the settings, which have no class, whatever label the node has"
     assert next(iter(told.values())) > 0
-    replicas = {
-        (labels["model"], labels["placement"]): value
-        for name, labels, value in samples(busy)
-        if name == "ray_tandem_replicas"
-    }
-    assert replicas == {("shapes", "shapes"): 1}
+    for gauge in ("ray_tandem_replicas", "ray_tandem_replicas_wanted"):
+        replicas = {
+            (labels["model"], labels["placement"], labels["gpu_class"]): value
+            for name, labels, value in samples(busy)
+            if name == gauge
+        }
+        assert replicas == {("shapes", "shapes", ""): 1}
 
 
 @pytest.mark.slow

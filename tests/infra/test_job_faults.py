@@ -61,6 +61,7 @@ def test_a_lapsed_lease_goes_to_another_worker_and_the_late_one_is_fenced(redis_
         assert lost.error is not None
         assert (lost.state, lost.error.code) == (JobState.FAILED, "worker_lost")
         assert bench.metrics.value("tandem_jobs_total") == 1
+        assert bench.metrics.value("tandem_jobs_total", state="failed", dead="yes") == 1
 
     on(redis_url, story, lease_s=0.001, max_attempts=2)
 

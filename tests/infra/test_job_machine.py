@@ -8,6 +8,8 @@ the past.
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -83,7 +85,7 @@ class JobMachine(RuleBasedStateMachine):
         self.forgotten: list[tuple[str, Terms]] = []
         self.claims: list[Claim] = []
         self.submitted = 0
-        self.ended: list[JobState] = []
+        self.ended: list[tuple[JobState, bool]] = []
 
     def teardown(self) -> None:
         for store in self.stores:
@@ -338,7 +340,7 @@ class JobMachine(RuleBasedStateMachine):
         assert self.run(self.store.overdue()) == [job_id]
         assert self.run(self.store.forget([job_id, "never"])) == 1
         job = self.expected.pop(job_id)
-        self.ended.append(job.state)
+        self.ended.append((job.state, job.dead))
         self.forgotten.append((job_id, job.terms))
         with pytest.raises(JobNotFound):
             self.run(self.store.get(job_id))
@@ -434,10 +436,10 @@ class JobMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_end_was_told_once(self) -> None:
-        for state in JobState:
-            if state.terminal:
-                ended = sum(job.state is state for job in self.expected.values()) + self.ended.count(state)
-                assert self.metrics.value("tandem_jobs_total", state=state) == ended
+        ended = Counter([*self.ended, *((job.state, job.dead) for job in self.expected.values())])
+        for state, dead in itertools.product([state for state in JobState if state.terminal], (False, True)):
+            told = self.metrics.value("tandem_jobs_total", state=state, dead="yes" if dead else "no")
+            assert told == ended[state, dead]
 
     @with_jobs
     @rule(job_id=ANY_JOB)

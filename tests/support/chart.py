@@ -19,6 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "tandem"
 CI = sorted((CHART / "ci").glob("*-values.yaml"))
+OVERLAYS = sorted((ROOT / "k8s" / "overlays").glob("*/values.yaml"))
 CI_BAD = sorted((CHART / "ci-bad").glob("*.yaml"))
 RELEASE = "tandem"
 NAMESPACE = "images"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Any
 
 from support.chart import NAMESPACE, Manifest, Pods
@@ -12,7 +13,7 @@ from support.chart_rules import selects
 
 @dataclass(frozen=True)
 class Somebody:
-    """A pod, by its labels and its namespace; `address` is somebody outside the cluster."""
+    """A pod, by its labels and its namespace; `address`, a range, is somebody outside the cluster."""
 
     labels: Mapping[str, str]
     namespace: str = NAMESPACE
@@ -57,7 +58,8 @@ def _peers(rule: Mapping[str, Any], name: str, other: Somebody) -> bool:
 
 def _is(peer: Mapping[str, Any], other: Somebody) -> bool:
     if "ipBlock" in peer:
-        return bool(other.address) and other.address == peer["ipBlock"]["cidr"]
+        block = peer["ipBlock"]
+        return bool(other.address) and _holds(block["cidr"], other.address, block.get("except", ()))
     if other.address:
         return False
     spaces = peer.get("namespaceSelector")
@@ -67,3 +69,13 @@ def _is(peer: Mapping[str, Any], other: Somebody) -> bool:
         else selects(spaces, {"kubernetes.io/metadata.name": other.namespace})
     )
     return within and selects(peer.get("podSelector", {}), other.labels)
+
+
+def _holds(cidr: str, address: str, but: Sequence[str]) -> bool:
+    """Whether any address of the range `address` is let through. A pod's is not among them: those change."""
+    wanted, block = ip_network(address), ip_network(cidr, strict=False)
+    if wanted.version != block.version or not wanted.overlaps(block):
+        return False
+    both = max(wanted, block, key=lambda each: each.prefixlen)
+    without = [ip_network(each, strict=False) for each in but]
+    return not any(each.version == both.version and both.subnet_of(each) for each in without)  # type: ignore[arg-type]

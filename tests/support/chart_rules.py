@@ -106,7 +106,7 @@ def tokens(rendered: Rendered) -> list[str]:
 def images(rendered: Rendered) -> list[str]:
     """Every image has a version, and lies in the registry that the values name."""
     values = rendered.values
-    ours = f"{values['image']['registry']}/{values['image']['repository']}:"
+    ours = f"{values['image']['registry'].rstrip('/')}/{values['image']['repository']}:"
     others = {values["redis"]["image"], values["s3"]["trial"]["image"]}
     faults = []
     for place, _, container in containers(rendered):
@@ -208,7 +208,8 @@ def secrecy(rendered: Rendered) -> list[str]:
 
 
 def patience(rendered: Rendered) -> list[str]:
-    """A replica that is told to stop finishes its jobs: the pod has to wait for it, and so has the old cluster."""
+    """A replica that is told to stop finishes its jobs: the pod has to wait for it, and so has the old cluster. What a
+    pod does before its end counts into its grace, and nothing may come after."""
     settings = rendered.args
     drains = [settings.get("diffusion", {}).get("drain_s", 120.0)]
     drains += [each["drain_s"] for each in settings.get("placements", {}).values() if "drain_s" in each]
@@ -217,6 +218,19 @@ def patience(rendered: Rendered) -> list[str]:
         grace = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
         if grace <= max(drains):
             faults.append(f"Ray pods {group['groupName']}: {grace} s of grace for a drain of {max(drains):g} s")
+    for pods in pods_of([rendered.service]):
+        if "redis cleanup" in pods.where:
+            continue
+        grace = pods.spec.get("terminationGracePeriodSeconds", 30)
+        for container in pods.containers:
+            command = " ".join(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ()))
+            waits = [int(each) for each in re.findall(r"\b(?:timeout|sleep) (\d+)", command)]
+            if not waits and container["name"].startswith("ray-"):
+                faults.append(f"{pods.where}: nothing is done before its end, so its replicas are not moved")
+            if waits and sum(waits) >= grace:
+                faults.append(f"{pods.where}: its end is prepared for {sum(waits)} s, and it has {grace} s of grace")
+            if waits and max(waits) < max(drains):
+                faults.append(f"{pods.where}: its end is prepared for {max(waits)} s, and a drain is {max(drains):g} s")
     delay = rendered.service["spec"].get("rayClusterDeletionDelaySeconds", 60)
     if delay <= max(drains):
         faults.append(f"{where(rendered.service)}: the old cluster stays {delay} s for a drain of {max(drains):g} s")

@@ -50,6 +50,7 @@ PROBES: dict[str, tuple[float, float]] = {
     "lt": (9977, 9978),
     "cacheHitRatio": (0.77, 0.78),
     "failedRatio": (0.77, 0.78),
+    "serverErrorRatio": (0.77, 0.78),
 }
 """Two values that a number may have where 977 and 978 are out of its bounds."""
 BESIDE: dict[str, tuple[Place, Any]] = {

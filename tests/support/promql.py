@@ -33,6 +33,7 @@ RAYS: Mapping[str, set[str]] = {
     "ray_serve_num_http_requests_total": {"route", "method", "application", "status_code"},
     "ray_serve_http_request_latency_ms_bucket": {"route", "method", "application", "status_code", "le"},
     "ray_serve_deployment_replica_healthy": SERVE,
+    "ray_serve_application_status": {"application"},
     # Ray's agents and raylets
     "ray_node_mem_used": {"ip"},
     "ray_node_mem_total": {"ip"},
@@ -45,6 +46,11 @@ OTHERS: Mapping[str, set[str]] = {
     # The KubeRay operator, controllers/ray/metrics/ray_service_metrics.go
     "kuberay_service_condition_ready": {"name", "uid", "condition"},
     "kuberay_service_condition_upgrade_in_progress": {"name", "uid", "condition"},
+    # the kubelet, pkg/kubelet/metrics/collectors/volume_stats.go
+    "kubelet_volume_stats_available_bytes": {"persistentvolumeclaim"},
+    "kubelet_volume_stats_capacity_bytes": {"persistentvolumeclaim"},
+    # Prometheus itself, with the alerts' own labels
+    "ALERTS": {"alertname", "alertstate", "severity"},
     # kube-state-metrics, docs/metrics/workload/pod-metrics.md
     "kube_pod_container_status_terminated_reason": {"uid", "reason"},
     "kube_pod_container_status_last_terminated_reason": {"uid", "reason"},
@@ -55,7 +61,9 @@ WORDS: Mapping[str, set[str]] = {
     "state": {state.value for state in JobState},
     "tier": {tier.value for tier in Tier},
     "sign": {sign.value for sign in Sign},
+    "dead": {"yes", "no"},
     "outcome": {outcome.value for outcome in Outcome},
+    "alertstate": {"pending", "firing"},
     "pool": {"diffusion", "text-encoder"},
     "condition": {"true", "false"},
     "reason": {"OOMKilled"},

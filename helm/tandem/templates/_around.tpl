@@ -222,8 +222,11 @@ spec:
 {{/* `egress:` rules for pods that may reach what `networkPolicy.egress` names, and what Tandem is made of. */}}
 {{- define "tandem.egress" -}}
 - ports:
-    - {port: 53, protocol: UDP}
-    - {port: 53, protocol: TCP}
+    # 5353 is where OpenShift's servers listen, behind the 53 of their service.
+    {{- range list 53 5353 }}
+    - {port: {{ . }}, protocol: UDP}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
 - to:
     - podSelector:
         matchLabels:
@@ -258,7 +261,7 @@ upgrade in steps: there each cluster has a service of its own.
 {{- end }}
 
 {{- define "tandem.hasPreload" -}}
-{{- if and .Values.weights.enabled .Values.weights.preload.enabled -}}true{{- end -}}
+{{- if and .Values.weights.enabled (.Values.weights.preload | default dict).enabled -}}true{{- end -}}
 {{- end }}
 
 {{/* The Job that fetches the models, all but its name. */}}
@@ -267,7 +270,9 @@ upgrade in steps: there each cluster has a service of its own.
 {{- $labels := dict "context" . "component" "preload" -}}
 backoffLimit: 4
 activeDeadlineSeconds: {{ int $preload.deadlineSeconds }}
+{{- if not (kindIs "invalid" $preload.ttlSeconds) }}
 ttlSecondsAfterFinished: {{ int $preload.ttlSeconds }}
+{{- end }}
 # A drained node is no failure.
 podFailurePolicy:
   rules:
@@ -352,6 +357,14 @@ spec:
   {{- end }}
   securityContext:
     {{- include "tandem.podSecurityContext" .context | nindent 4 }}
+  {{- with .context.Values.tests.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .context.Values.tests.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   containers:
     - name: test
       image: {{ include "tandem.image" (dict "context" .context "variant" "cpu") }}

@@ -358,8 +358,8 @@ put the last pictures.
 {{- end }}
 
 {{/*
-Which nodes a group's pods go to: what a pod spec has of it. GPU nodes are chosen by the memory of their card, unless a
-nodeSelector is given. Takes {group}, merged.
+Which nodes a group's pods go to: what a pod spec has of it. GPU nodes are chosen by the memory of their card, where the
+group says which, and by what else is given. Takes {group}, merged, and `nodes`: only what chooses the nodes.
 */}}
 {{- define "tandem.group.scheduling" -}}
 {{- $group := .group -}}
@@ -376,12 +376,13 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with include "tandem.group.affinity" . | fromYaml }}
+{{- $affinity := include "tandem.group.affinity" . | fromYaml -}}
+{{- with ternary (pick $affinity "nodeAffinity") $affinity (not (empty .nodes)) }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $group.priorityClassName }}
-priorityClassName: {{ . }}
+{{- if and $group.priorityClassName (not .nodes) }}
+priorityClassName: {{ $group.priorityClassName }}
 {{- end }}
 {{- if and $gpus $group.runtimeClassName }}
 runtimeClassName: {{ $group.runtimeClassName }}
@@ -393,7 +394,7 @@ runtimeClassName: {{ $group.runtimeClassName }}
 {{- $affinity := deepCopy (.group.affinity | default dict) -}}
 {{- $memory := .group.gpuMemoryMiB | default dict -}}
 {{- $wanted := list -}}
-{{- if and (int .group.gpus) (not .group.nodeSelector) -}}
+{{- if int .group.gpus -}}
 {{- if hasKey $memory "gt" -}}
 {{- $wanted = append $wanted (dict "key" "nvidia.com/gpu.memory" "operator" "Gt" "values"
   (list (int $memory.gt | toString))) -}}

@@ -11,11 +11,11 @@ app.kubernetes.io/component: {{ .component }}
 
 {{/* A Kubernetes quantity as a plain number: `1Gi` is 1073741824, `500m` is 0.5. */}}
 {{- define "tandem.quantity" -}}
-{{- $scale := dict "" 1 "m" 0.001 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi"
-  1073741824 "Ti" 1099511627776 -}}
+{{- $scale := dict "" 1 "m" 0.001 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "P" 1e15 "E" 1e18 "Ki" 1024
+  "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976 -}}
 {{- $given := toString . -}}
-{{- printf "%.3f" (mulf (regexFind "^[0-9.]+" $given | float64)
-  (get $scale (regexReplaceAll "^[0-9.]+" $given "") | float64)) -}}
+{{- $digits := regexFind "^[0-9.]+([eE][+-]?[0-9]+)?" $given -}}
+{{- printf "%.3f" (mulf (float64 $digits) (get $scale (trimPrefix $digits $given) | float64)) -}}
 {{- end }}
 
 {{/* Seconds for which the replicas on a pod that is to go may look for another place, beyond their drain. */}}
@@ -36,9 +36,20 @@ memory, and falls back to a disk where /dev/shm is smaller. Takes the quantity.
 {{- printf "%.0f" (mulf (include "tandem.quantity" . | float64) 0.9 | floor) -}}
 {{- end }}
 
-{{/* Environment of a container that runs Ray: Tandem's, ours for Ray, and a group's. Takes {context, extra}. */}}
+{{/*
+Environment of a container that runs Ray: Tandem's, ours for Ray, and a group's, in place of what `extraEnv` says of the
+same variable. Takes {context, extra}.
+*/}}
 {{- define "tandem.ray.env" -}}
-{{ include "tandem.env" .context }}
+{{- $names := list -}}
+{{- range .extra -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- range include "tandem.env" .context | fromYamlArray }}
+{{- if not (has .name $names) }}
+{{ list . | toYaml }}
+{{- end }}
+{{- end }}
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
 {{- with .extra }}

@@ -44,7 +44,8 @@ local AFTER_INTERACTIVE = 2 ^ 50
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- The jobs that this script ended, as {state, milliseconds since submission}: first half of every script's answer.
+-- The jobs that this script ended, as {state, milliseconds since submission, 1 for a dead letter}: first half of every
+-- script's answer.
 local ended = {}
 
 local function job_key(id) return 'tandem:job:' .. id end
@@ -157,7 +158,7 @@ local function finish(id, state, dead, ...)
     redis.call('ZADD', WEBHOOKS, now, id)
     redis.call('PUBLISH', WEBHOOKS, '')
   end
-  ended[#ended + 1] = {state, now - created}
+  ended[#ended + 1] = {state, now - created, dead and 1 or 0}
 end
 
 -- Nothing is left to be said of an id whose record somebody deleted. What it counted for is counted anew.

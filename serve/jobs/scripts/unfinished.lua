@@ -1,5 +1,5 @@
 -- ARGV: settings. What has not ended, by model: {model, milliseconds of work that wait, milliseconds for which the job has
--- waited that joined the queue first, jobs queued, encoding, running, storing}. One pass over what waits and is held.
+-- waited that joined the queue first, then states and their jobs, by turns}. One pass over what waits and is held.
 local models, told = {}, {}
 
 local function of(model)
@@ -19,6 +19,11 @@ for _, id in ipairs(redis.call('ZRANGE', LEASES, 0, -1)) do
   if model and HELD[state] then of(model)[state] = of(model)[state] + 1 end
 end
 for model, its in pairs(models) do
-  told[#told + 1] = {model, its.ms, now - its.since, its.queued, its.encoding, its.running, its.storing}
+  local mine = {model, its.ms, now - its.since}
+  for _, state in ipairs({'queued', 'encoding', 'running', 'storing'}) do
+    mine[#mine + 1] = state
+    mine[#mine + 1] = its[state]
+  end
+  told[#told + 1] = mine
 end
 return {ended, told}

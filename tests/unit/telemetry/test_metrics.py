@@ -55,7 +55,7 @@ def test_a_slip_of_the_pen_is_an_error_at_once() -> None:
     with pytest.raises(ValueError, match="not declared"):
         metrics.inc("tandem_jobs")
     with pytest.raises(ValueError, match="is a counter, not a gauge"):
-        metrics.set("tandem_jobs_total", 1, state="failed")
+        metrics.set("tandem_jobs_total", 1, state="failed", dead="no")
     with pytest.raises(ValueError, match="takes the labels"):
         metrics.inc("tandem_jobs_total", status="failed")
     with pytest.raises(ValueError, match="takes the labels"):
