@@ -149,7 +149,8 @@ class Worker:
         """
         while self._engine.alive and not self._draining.is_set():
             self._freed.clear()
-            alone = any(attempt.claim.alone and attempt.rows for attempt in self._held.values())
+            # Until it is stored: what is claimed meanwhile may end this process, and with it the last attempt.
+            alone = any(attempt.claim.alone for attempt in self._held.values())
             wants = [] if alone else wants_of(self._placement, self.rows, self._batch())
             if not wants:
                 await first(self._freed.wait(), self._draining.wait())

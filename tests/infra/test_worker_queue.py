@@ -137,6 +137,10 @@ async def test_nothing_is_begun_beside_a_job_that_is_drawn_alone(house: House, w
         jobs = [await house.ended(job_id) for job_id in ("risky", "neighbour")]
     assert [(job.state, job.attempt) for job in jobs] == [(JobState.SUCCEEDED, 3), (JobState.SUCCEEDED, 1)]
     assert watched.claims == [("risky", True, 0), ("neighbour", False, 0)]
+    (risky, neighbour) = jobs
+    assert risky.finished_at is not None
+    assert neighbour.started_at is not None
+    assert risky.finished_at <= neighbour.started_at, "it is stored before anything that may end the worker is begun"
 
 
 async def test_a_job_that_is_drawn_alone_waits_until_nothing_is_in_hand(house: House, watched: Watched) -> None:
