@@ -29,11 +29,13 @@ from serve.placements import Placement, plan_placements, setting_of
 from serve.prompts.plan import Planner
 from serve.reports import cost_here, report_of
 from serve.settings import Settings
+from serve.telemetry.tracing import CLOSE_S, open_tracing
 from serve.wants import batch_of
 from serve.worker import RELEASE_S, Worker
 
-CPU_NICENESS = 19
-"""Of a denoiser that computes on the cores which also answer clients and keep the leases."""
+CPU_NICENESS = 1
+"""Of a denoiser that computes on the cores which also answer clients and keep the leases: enough for a session of its
+own (`stand_back`), which is what keeps the others quick. More only takes throughput away."""
 LEAVING_S = 8.0
 """Of the grace that Serve gives: for giving back what is not finished, and for closing everything."""
 
@@ -59,6 +61,7 @@ class Diffusion:
         self._grace_s = max(place.settings.drain_s - LEAVING_S, place.settings.drain_s / 2)
         self._metrics = parts.metrics
         self._jobs = parts.jobs
+        self._tracing = open_tracing(settings.tracing, "diffusion", name)
         self._text = open_text(settings, parts, encoders, "diffusion", name)
         niceness = CPU_NICENESS if runner.family.device.type == "cpu" else 0
         if niceness:
@@ -80,8 +83,9 @@ class Diffusion:
             cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
             spool_bytes=settings.results.spool_bytes,
             stall_s=stall_s(place.settings, runner.family.device.type),
+            tracing=self._tracing,
         )
-        self._undo = on_sigterm(self._worker.abandon, 2 * RELEASE_S)
+        self._undo = on_sigterm(self._leave, 2 * RELEASE_S + CLOSE_S)
 
     def describe(self) -> str:
         return f"{self._worker.rows} images in hand"
@@ -101,8 +105,13 @@ class Diffusion:
         async with telling(self._tell):
             await (self._worker.abandon() if self._worker.hangs else self._worker.drain(self._grace_s))
         self._undo()
-        await self._text.close()
-        await self._jobs.close()
+        traced = [] if self._tracing is None else [self._tracing.close()]
+        await asyncio.gather(*traced, self._text.close(), self._jobs.close())
+
+    async def _leave(self) -> None:
+        await self._worker.abandon()
+        if self._tracing is not None:
+            await self._tracing.close()
 
     def _tell(self) -> None:
         self._metrics.tell_again()

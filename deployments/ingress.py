@@ -30,6 +30,7 @@ from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
 from serve.service import ImageService, PoolState
 from serve.settings import Settings
+from serve.telemetry.tracing import open_tracing
 from serve.text import TextService
 from serve.webhooks import Deliverer
 
@@ -63,6 +64,10 @@ class Ingress:
         self._keys = await _open_keys(settings, parts)
         if self._keys is not None:
             self._open.push_async_callback(self._keys.close)
+        name = f"{platform.node()}:{os.getpid()}"
+        self._tracing = open_tracing(settings.tracing, "ingress", name)
+        if self._tracing is not None:
+            self._open.push_async_callback(self._tracing.close)
         catalog = parts.catalog
         planners = await asyncio.to_thread(catalog.planners)
         fleet = Fleet(plan_placements(settings, catalog.drawn))
@@ -77,7 +82,7 @@ class Ingress:
 
         self._settings = settings
         self._metrics = parts.metrics
-        self._text = open_text(settings, parts, encoders, "ingress", f"{platform.node()}:{os.getpid()}")
+        self._text = open_text(settings, parts, encoders, "ingress", name)
         self._open.push_async_callback(self._text.close)
         self._service = ImageService(
             models=catalog.drawn,
@@ -128,7 +133,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
-        return carried(create_app(self._service, self._texts, self._settings, self._keys))
+        return carried(create_app(self._service, self._texts, self._settings, self._keys, self._tracing))
 
 
 def carried(app: FastAPI) -> FastAPI:

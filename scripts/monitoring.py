@@ -25,6 +25,8 @@ SCOPE = 'namespace=~"$namespace", release=~"$release"'
 DISKS = 'namespace=~"$namespace", persistentvolumeclaim=~"data-$release.*-redis-(jobs|gcs)-0"'
 """The kubelet does not know the release, whose name the claims begin with."""
 PER = "$__rate_interval"
+EVERY_JOB = 'stage="put"'
+"""Of the stages, one that each job goes through once."""
 NOW = "15m"
 """What a single number is taken over: the same as the alerts, so that a quiet server has one."""
 
@@ -876,12 +878,41 @@ JOBS = Dashboard(
             ],
         ),
         Row(
+            "Stages",
+            [
+                Panel(
+                    "Where a job's time goes",
+                    "Seconds of each stage, on average over the jobs that succeeded; they follow one another.",
+                    [
+                        Query(
+                            f"{rate('tandem_stage_spent_seconds_total', by='stage')} / on () group_left () "
+                            f"({rate('tandem_stage_seconds_count', EVERY_JOB)} > 0)",
+                            "{{stage}}",
+                        )
+                    ],
+                    "s",
+                    width=12,
+                    stacked=True,
+                    legend_table=True,
+                ),
+                Panel(
+                    "Slow stages",
+                    "The 95th percentile of each stage: in which one the slow jobs are slow.",
+                    [Query(quantile(0.95, "tandem_stage_seconds", by="stage"), "{{stage}}")],
+                    "s",
+                    width=12,
+                    legend_table=True,
+                ),
+            ],
+        ),
+        Row(
             "Text and results",
             [
                 Panel(
                     "Wait for text",
-                    "For how long claimed jobs waited for their text, which is encoded while they queue.",
-                    quantiles("tandem_text_wait_seconds"),
+                    "For how long claimed jobs waited for their text, which is encoded while they queue, by the "
+                    "slowest tier that it came from.",
+                    quantiles("tandem_text_wait_seconds", by="tier", legend="{{tier}}"),
                     "s",
                     width=6,
                 ),

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from serve.account import Account
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRequest, JobError, JobState, Schedule, StepEvent, Timings
+from serve.domain import ImageRequest, JobError, JobState, Schedule, StepEvent, Tier, Timings
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.compose import compose
 from serve.errors import ClientError, LeaseLost, NotFinite, TandemError
@@ -23,8 +24,10 @@ from serve.reports import Pace
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
 from serve.spool import Spool
-from serve.storing import encode_images, fetch_input, put_images, stored_before
-from serve.telemetry.metrics import Metrics
+from serve.stages import stages
+from serve.storing import Outcome, encode_images, fetch_input, put_images, stored_before
+from serve.telemetry.metrics import Metrics, count_stage
+from serve.telemetry.tracing import SUCCEEDED, Attributes, Tracing
 from serve.text import count_text
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Means:
     pace: Pace
     cost_of: Callable[[Pace, ImageRequest], float]
     metrics: Metrics
+    tracing: Tracing | None = None
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,6 +85,8 @@ class Attempt:
         self.rows = claim.request.num_images
         self._means = means
         self._run_id = f"{claim.job_id}:{claim.fence}"
+        self._account = Account(claim)
+        self._ends = "released"
         self._rendering = False
         self._moved_at = 0.0
         means.pace.began(self._run_id, self.rows, partial(means.cost_of, means.pace, claim.request))
@@ -99,6 +105,7 @@ class Attempt:
             settle = await self._outcome()
             with contextlib.suppress(LeaseLost, Withdrawn, GivenBack):
                 await self._ending.repeat(settle)
+                self._trace()
         except Exception:  # the lease runs out, and another worker takes the job
             log.exception("job %s could not be settled", self.claim.job_id)
         finally:
@@ -115,7 +122,7 @@ class Attempt:
         finally:
             drawing.cancel()
         self._means.engine.cancel(self._run_id)
-        return partial(self._means.jobs.cancelled, self.claim) if self._pulse.gone.is_set() else self._release
+        return self._cancelled() if self._pulse.gone.is_set() else self._release
 
     async def _drawn(self) -> Settlement:
         """The same, once the job has come as far as it can."""
@@ -123,7 +130,7 @@ class Attempt:
         try:
             return await self._draw()
         except Withdrawn:
-            return partial(jobs.cancelled, claim)
+            return self._cancelled()
         except GivenBack:
             return self._release
         except TandemError as error:
@@ -133,7 +140,25 @@ class Attempt:
             log.exception("job %s failed in attempt %d", claim.job_id, claim.attempt)
             told = JobError(code=TandemError.code, message="an internal error; the server's log has the details")
             retry = retried(error)
+        self._ends = "retried" if retry else "failed"
         return partial(jobs.fail, claim, told, retry=retry, delay_s=self._means.settings.retry_backoff_s)
+
+    def _cancelled(self) -> Settlement:
+        self._ends = "cancelled"
+        return partial(self._means.jobs.cancelled, self.claim)
+
+    def _trace(self) -> None:
+        """Once it is settled."""
+        if self._means.tracing is not None:
+            told: Attributes = {"tandem.job": self.claim.job_id, "tandem.attempt": self.claim.attempt}
+            self._means.tracing.attempt(
+                self.claim.trace,
+                self._account.so_far,
+                since_s=self._account.since_s,
+                outcome=self._ends,
+                request=self.claim.request,
+                attributes=told,
+            )
 
     async def _release(self) -> None:
         """One after the other: the last thing that a process does should need no new connection for each job."""
@@ -141,48 +166,52 @@ class Attempt:
             await self._means.jobs.release(self.claim)
 
     async def _draw(self) -> Settlement:
-        means, claim, request, started = self._means, self.claim, self.claim.request, time.monotonic()
+        means, claim, request, account = self._means, self.claim, self.claim.request, self._account
+        account.begin()
         before = await stored_before(means.results, claim, self._beginning)
         if before is not None:
-            return partial(
-                means.jobs.succeed,
-                claim,
-                images=before.images,
-                cache={},
-                timings=Timings(),
-                approximate=before.approximate,
-            )
+            account.found()
+            return partial(self._succeed, before, {})
         plan = means.planner.plan(request.text)
         fetched = await self._beginning.obtain(lambda: means.embeddings.get_many(plan.units))
         # In a thread: a T5's context is megabytes, and this loop keeps the leases of every job in hand.
         conditioning = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
-        text_s = time.monotonic() - started
-        means.metrics.observe("tandem_text_wait_seconds", text_s)
+        text_s = account.composed(got.tier for got in fetched.values())
+        if (slowest := account.timings.text_from) is not None:
+            means.metrics.observe("tandem_text_wait_seconds", text_s, tier=slowest)
         image = await fetch_input(means.results, "image", request.image, self._beginning)
         mask = await fetch_input(means.results, "mask", request.mask, self._beginning)
         rendered = await self._render(Work(self._run_id, request, Schedule.constant(conditioning), image, mask))
         self._pulse.enter(JobState.STORING)
-        denoise_s, decode_s, storing = rendered.denoise_s, rendered.decode_s, time.monotonic()
-        means.pace.decoded(request.pixels * request.num_images, decode_s)
+        account.drawn(rendered.spent, fetched=image is not None)
+        means.pace.decoded(request.pixels * request.num_images, rendered.spent.vae_s)
         encoded = await encode_images(claim, rendered, self._ending)
+        account.compressed()
         del rendered, image, mask, conditioning  # megabytes, and the store may be away for long
         with means.spool.room(encoded.nbytes) as spooled:
             if spooled:
                 self._free(drawn=True)
             kept = await put_images(means.results, claim, encoded, self._ending, means.metrics)
         self._free(drawn=True)
-        store_s = time.monotonic() - storing
-        timings = Timings(text_s=text_s, denoise_s=denoise_s, decode_s=decode_s, store_s=store_s)
+        account.put()
         tiers = {key: got.tier for key, got in fetched.items()}
 
         async def succeed() -> None:
-            cost = await means.jobs.succeed(
-                claim, images=kept.images, cache=tiers, timings=timings, approximate=kept.approximate
-            )
-            count_text(means.metrics, plan, cost)
-            log.info("job drawn", extra={"job": claim.job_id, **_performance(request, timings)})
+            count_text(means.metrics, plan, await self._succeed(kept, tiers))
 
         return succeed
+
+    async def _succeed(self, kept: Outcome, tiers: Mapping[str, Tier]) -> Mapping[str, Tier]:
+        """What `JobStore.succeed` returns."""
+        claim, account, metrics = self.claim, self._account, self._means.metrics
+        cost = await self._means.jobs.succeed(
+            claim, images=kept.images, cache=tiers, timings=account.timings, approximate=kept.approximate
+        )
+        self._ends = SUCCEEDED
+        for stage, seconds in stages(account.so_far):
+            count_stage(metrics, stage, seconds)
+        log.info("job drawn", extra={"job": claim.job_id, **_performance(claim.request, account.so_far)})
+        return cost
 
     async def _render(self, work: Work) -> Rendered:
         on_preview = self._pulse.on_preview if work.request.preview_every else None
@@ -220,10 +249,4 @@ def _performance(request: ImageRequest, timings: Timings) -> dict[str, object]:
         "size": f"{request.width}x{request.height}",
         "steps": request.num_inference_steps,
     }
-    stages = {
-        "text": timings.text_s,
-        "denoise": timings.denoise_s,
-        "decode": timings.decode_s,
-        "store": timings.store_s,
-    }
-    return asked | {f"{name}_ms": round(1e3 * took) for name, took in stages.items() if took is not None}
+    return asked | {f"{name}_ms": round(1e3 * took) for name, took in stages(timings)}

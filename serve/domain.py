@@ -142,6 +142,15 @@ class ImageRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """An order's coming: when it reached the ingress (`time.monotonic` there), and what its trace is continued from
+    (W3C `traceparent`), None where nobody traces it."""
+
+    at: float
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextRequest:
     """What a model's text encoders are asked for. `negative_prompt` is None where nothing is to be encoded for it.
 
@@ -225,14 +234,51 @@ class CacheReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds, by stage. `denoise_s` includes the steps that were shared with other jobs' images."""
+    """Where a job's time went: seconds of its stages, which follow one another in this order and don't overlap. None is
+    a stage that it had not, or has not come to; `serve.stages` has their sum. They are those of its last attempt.
 
+        admission_s    the order's arrival at the ingress -> it is logged
+        retried_s      earlier attempts, and the waits before them
+        queued_s       it (last) joined the queue -> claimed
+        claim_s        claimed -> the replica begins
+        text_s         plan, collect the text units, compose; `text_from` is the slowest tier that it waited for
+        input_s        fetch and decode the images that it starts from
+        source_s       wait for the VAE's thread, encode those
+        batch_s        in the step loop, but in no step: it waits for its turns
+        steps_s        in steps, which it shares with others' images
+        decode_wait_s  after the last step: it waits for the VAE's thread
+        decode_s       after the last step: the VAE decodes
+        compress_s     PNG, JPEG or WebP, and the way there
+        put_s          images and manifest into the result store
+        told_s         settled -> a process that follows the job has read its end
+
+    Two clocks tell them. Redis' tells admission, queue, `total_s` (logged -> settled) and `told_s`; the replica's
+    monotonic one tells the rest. What no stage holds is the way between them: the settlement's round trip, above all.
+    `admission_s` comes before `total_s`, `told_s` after it.
+
+    `ahead_s` is how long the pools took for the text that was encoded while the job waited, beside the stages.
+    `batch_images` is how many images, its own included, shared its steps on average. A job of several images is told by
+    the one that ends last.
+    """
+
+    admission_s: float | None = None
+    retried_s: float | None = None
     queued_s: float | None = None
+    claim_s: float | None = None
     text_s: float | None = None
-    denoise_s: float | None = None
+    text_from: Tier | None = None
+    input_s: float | None = None
+    source_s: float | None = None
+    batch_s: float | None = None
+    steps_s: float | None = None
+    decode_wait_s: float | None = None
     decode_s: float | None = None
-    store_s: float | None = None
+    compress_s: float | None = None
+    put_s: float | None = None
     total_s: float | None = None
+    told_s: float | None = None
+    ahead_s: float | None = None
+    batch_images: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

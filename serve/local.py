@@ -170,6 +170,8 @@ def _start(settings: Settings, catalog: Catalog, stack: contextlib.ExitStack) ->
     # Ray makes all workers nice, the denoisers and those who answer for them alike; ours choose
     # (deployments/diffusion.py).
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Serve's controller looks after its few replicas here ten times a second otherwise: 2 % of a core, for ever.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     temp_dir = Path(tempfile.mkdtemp(prefix="tandem-"))  # short: Ray keeps Unix sockets in it
     stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
     stack.callback(_end_ray, psutil.Process().children())  # also ends what an interrupted start has begun

@@ -11,12 +11,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 
 from serve.callers import Caller, Limit
-from serve.domain import EncodeUnit, Job, JobEvent, JobState, Tier
+from serve.domain import Arrival, EncodeUnit, Job, JobEvent, JobState, Tier
 from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
 from serve.inputs import Inputs
-from serve.jobs.events import follow
+from serve.jobs.events import end_of, follow
 from serve.jobs.store import JobStore
 from serve.jobs.terms import JobPage, Submitted
+from serve.lately import Lately
 from serve.models import ModelFolder
 from serve.offers import ModelInfo, SelfTest, model_info, step_times
 from serve.once import Once
@@ -27,7 +28,7 @@ from serve.results.keys import content_type
 from serve.results.store import ResultStore
 from serve.settings import JobSettings, LimitSettings, WebhookSettings
 from serve.submission import ASK_AGAIN_S, Intake, Quote
-from serve.telemetry.metrics import Metrics
+from serve.telemetry.metrics import Metrics, count_stage
 from serve.text import count_prompts
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 MAX_MEASURED_STEPS = 50
 READY_S = 1.0
 """For so long what the parts said of themselves is told again, from when they were asked."""
+PREPARED_S, _PREPARED = 60.0, 20_000
+"""For so long texts that were encoded ahead, the latest so many, are taken to be kept still. Where one was evicted, the
+replica that claims the job has it encoded."""
 _PROBE_S = 2.0
 
 Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
@@ -111,6 +115,7 @@ class ImageService:
         self._inputs = Inputs(jobs, results, limits)
         self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners)
         self._ahead: dict[str, asyncio.Task[None]] = {}
+        self._prepared: Lately[str] = Lately(PREPARED_S, _PREPARED)
         self._withdrawing: set[asyncio.Task[None]] = set()
         self._asking: asyncio.Task[dict[str, PoolState]] | None = None
         self._asked_at = 0.0
@@ -119,20 +124,25 @@ class ImageService:
         """What images can be ordered from; empty on a server that only encodes text."""
         return tuple(model_info(*drawn(name, self._models), self._fleet, self._limits) for name in self._models)
 
-    async def submit(self, new: NewImage, caller: Caller = Caller(), once: Once | None = None) -> Submitted:
+    async def submit(
+        self, new: NewImage, caller: Caller = Caller(), once: Once | None = None, arrival: Arrival | None = None
+    ) -> Submitted:
         """Log the job durably and return it; what it starts from is stored before. With `once`, an order that was
-        logged before under its id is the same job.
+        logged before under its id is the same job. `arrival` is that of the order.
 
         Raises InvalidRequest, ModelNotFound, or JobNotFound where a picture that the order names is gone (nothing was
         queued or kept); QueueFull, RateLimited, BackendUnavailable; with `once` Conflict, JobGone, and JobNotFound for
         an id that is another owner's.
         """
-        accepted = await self._door.submit(new, caller, once)
+        accepted = await self._door.submit(new, caller, once, arrival)
         if accepted.plan is not None:
             job_id = accepted.submitted.job.id
             count_prompts(self._metrics, accepted.plan)
-            task = self._ahead[job_id] = asyncio.create_task(self._encode_ahead(job_id, accepted.plan.units))
-            task.add_done_callback(lambda _: self._ahead.pop(job_id, None))
+            if (admission_s := accepted.submitted.job.timings.admission_s) is not None:
+                count_stage(self._metrics, "admission", admission_s)
+            if units := [unit for unit in accepted.plan.units if unit.key not in self._prepared]:
+                task = self._ahead[job_id] = asyncio.create_task(self._encode_ahead(job_id, units))
+                task.add_done_callback(lambda _: self._ahead.pop(job_id, None))
         return accepted.submitted
 
     async def quote(self, new: NewImage, caller: Caller) -> Quote:
@@ -159,13 +169,10 @@ class ImageService:
         """What is left of the caller's allowance; empty where it has no bounds."""
         return await self._jobs.limits(caller.owner, caller.allowance)
 
-    async def wait(self, job_id: str) -> Job:
-        """The job when it has ended; for who has just ordered it. Raises JobNotFound or BackendUnavailable; the job
-        goes on."""
-        async with contextlib.aclosing(follow(self._jobs, job_id, previews=False)) as events:
-            async for _ in events:
-                pass
-        return await self._jobs.get(job_id)
+    async def wait(self, job_id: str, state: JobState) -> Job:
+        """The job when it has ended; for who has just ordered it, and was told that it is in `state`. Raises
+        JobNotFound or BackendUnavailable; the job goes on."""
+        return await end_of(self._jobs, job_id, state)
 
     async def events(
         self, job_id: str, caller: Caller, after: str | None = None, *, previews: bool = True
@@ -253,7 +260,11 @@ class ImageService:
     async def _encode_ahead(self, job_id: str, units: Sequence[EncodeUnit]) -> None:
         """Failure costs time only: the replica that claims the job asks again."""
         try:
+            started = time.monotonic()
             tiers = await self._prepare(units)
-            await self._jobs.note_ahead(job_id, {unit.key: tier for unit, tier in zip(units, tiers, strict=True)})
+            for unit in units:
+                self._prepared.note(unit.key)
+            told = {unit.key: tier for unit, tier in zip(units, tiers, strict=True)}
+            await self._jobs.note_ahead(job_id, told, time.monotonic() - started)
         except TandemError as error:
             log.warning("text of job %s could not be encoded ahead: %s", job_id, error.message)

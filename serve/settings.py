@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -22,6 +23,10 @@ _PLACEMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FIRST_KEY_FORM = "tdm_ and 12 of a-z2-7, _ and 43 of A-Za-z0-9_-"
 _WEBHOOK_KEY_BYTES = range(24, 65)
 _WEBHOOK_SECRET_FORM = "whsec_ and 24 to 64 bytes in base64 (`echo whsec_$(openssl rand -base64 32)`)"
+
+_COLLECTOR = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^\s@?#]*)?")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADERS_FORM = "name=value, with commas between them and values URL-encoded"
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -341,6 +346,27 @@ class MetricsSettings(Room):
     """Port on which the local server's Ray agent gives Prometheus its metrics; by default one that is free."""
 
 
+class TracingSettings(Room):
+    endpoint: str | None = None
+    """URL that spans are posted to (OTLP over HTTP), such as `http://otel-collector:4318/v1/traces`; without one, jobs
+    are not traced."""
+    headers: SecretStr | None = None
+    """Headers of these calls, such as a collector's API key: `name=value`, with commas between them and values
+    URL-encoded, as in OTEL_EXPORTER_OTLP_HEADERS."""
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    """Share of the orders that are traced. For one that comes with a `traceparent`, its caller has decided."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not _COLLECTOR.fullmatch(endpoint):
+            raise ValueError(
+                "must be an http or https URL with a host, without a user (that is for `tracing.headers`), such as "
+                "http://otel-collector:4318/v1/traces"
+            )
+        return endpoint
+
+
 class LogSettings(Room):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged."""
@@ -381,6 +407,7 @@ class Settings(BaseSettings):
     `{sd-small: {model: sd15, gpu_class: 4gb}}`. Without any, each model has one placement with `diffusion` as it is."""
     results: ResultSettings = ResultSettings()
     metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
@@ -430,6 +457,16 @@ class Settings(BaseSettings):
             raise _misplaced(("webhooks", "secret"), _WEBHOOK_SECRET_FORM)
         return self
 
+    @model_validator(mode="after")
+    def _tracing_headers_are_some(self) -> Self:
+        headers = self.tracing.headers
+        if headers is not None:
+            try:
+                header_pairs(headers.get_secret_value())
+            except ValueError:
+                raise _misplaced(("tracing", "headers"), _HEADERS_FORM) from None
+        return self
+
     def _check_class(self, name: Any, place: tuple[str, ...]) -> None:
         """What is no name at all is told by its own group."""
         if isinstance(name, str) and name not in self.gpu_classes:
@@ -454,6 +491,18 @@ class Settings(BaseSettings):
     ) -> tuple[Any, ...]:
         # `load` merges the origins itself, so that it can say where each value came from.
         return (init_settings,)
+
+
+def header_pairs(text: str) -> dict[str, str]:
+    """Names and values of `tracing.headers`. Raises ValueError."""
+    pairs = {}
+    for pair in filter(None, (each.strip() for each in text.split(","))):
+        name, _, value = (part.strip() for part in pair.partition("="))
+        value = unquote(value)
+        if not _HEADER_NAME.fullmatch(name) or not value.isprintable() or not value:
+            raise ValueError(_HEADERS_FORM)
+        pairs[name.lower()] = value
+    return pairs
 
 
 def _signs_webhooks(secret: str) -> bool:

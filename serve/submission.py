@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from serve.callers import Caller
 from serve.costs import Costs, Estimate
-from serve.domain import ImageRequest, Truncation
+from serve.domain import Arrival, ImageRequest, Truncation
 from serve.errors import (
     BackendUnavailable,
     Conflict,
@@ -34,6 +36,8 @@ from serve.webhooks import check_webhook
 
 ASK_AGAIN_S = 1.0
 """Between two questions to a job store that is away."""
+ASK_FIRST_S = 1.0
+"""For so long after a refusal the store is asked whether there is room before an order's text is planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,7 @@ class _Draft:
 class Intake:
     """Takes orders in.
 
-    Owns: the tasks that clear up after submissions whose answer was lost.
+    Owns: the tasks that clear up after submissions whose answer was lost, and when the store last refused one.
     """
 
     models: Mapping[str, ModelFolder]
@@ -88,31 +92,36 @@ class Intake:
     planners: Mapping[str, Planner]
     costs: Costs = field(default_factory=Costs)
     clearing: set[asyncio.Task[None]] = field(default_factory=set)
+    refused_at: float = -math.inf
 
-    async def submit(self, new: NewImage, caller: Caller, once: Once | None) -> Accepted:
-        """Log the job durably; what it starts from is stored before.
+    async def submit(
+        self, new: NewImage, caller: Caller, once: Once | None, arrival: Arrival | None = None
+    ) -> Accepted:
+        """Log the job durably; what it starts from is stored before. `arrival` enters the record of a new one.
 
         A caller who goes away takes the job along, unless `once` lets them ask for it again. Raises what
         `ImageService.submit` raises.
         """
         if once is None:
-            return await self._new(new, caller, None, None)
+            return await self._new(new, caller, None, None, arrival)
         fingerprint = await fingerprint_of(new)
         if known := await self._former(once, caller, fingerprint):
             return Accepted(submitted=known)
         try:
-            return await self._new(new, caller, once, fingerprint)
+            return await self._new(new, caller, once, fingerprint, arrival)
         except (QueueFull, RateLimited):
             # The same order may have taken the last place meanwhile.
             if known := await self._former(once, caller, fingerprint):
                 return Accepted(submitted=known)
             raise
 
-    async def _new(self, new: NewImage, caller: Caller, once: Once | None, fingerprint: str | None) -> Accepted:
+    async def _new(
+        self, new: NewImage, caller: Caller, once: Once | None, fingerprint: str | None, arrival: Arrival | None
+    ) -> Accepted:
         job_id = (once and once.job_id) or uuid.uuid4().hex
         await self._look(new, caller)
         draft = await self._drafted(job_id, new, caller)
-        terms = _terms(new, caller, draft.estimate, fingerprint, once)
+        terms = _terms(new, caller, draft.estimate, fingerprint, once, arrival)
         if draft.pictures.uploads:  # decoding and storing them is what a refusal must not cost
             await self.jobs.admit(draft.request.model, draft.estimate.cost_ms, caller.owner, caller.allowance)
         await self.inputs.keep(draft.pictures, draft.request.width, draft.request.height)
@@ -168,11 +177,14 @@ class Intake:
 
     async def _look(self, new: NewImage, caller: Caller) -> None:
         """What can be refused without a look at the pictures and the prompt is refused here. A full queue too: the
-        script that logs the job decides, but for whom it refuses pictures were decoded and stored."""
+        script that logs the job decides, but for whom it refuses pictures were decoded and stored. Where there are none
+        that is worth a question of its own only while the store refuses."""
         if new.webhook is not None:
             check_webhook(new.webhook, self.webhooks)
         model, _ = drawn(new.model, self.models)
-        await self.jobs.admit(model.name, 1, caller.owner, caller.allowance)
+        refusing = time.monotonic() - self.refused_at < ASK_FIRST_S
+        if refusing or new.image is not None or new.mask is not None:
+            await self.jobs.admit(model.name, 1, caller.owner, caller.allowance)
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
         pictures = Pictures(job_id, await self.inputs.read(new, caller.owner))
@@ -204,6 +216,10 @@ class Intake:
         except (Conflict, JobGone, JobNotFound) as error:
             await self.inputs.discard(pictures)
             raise type(error)(error.message, once.named if once else error.param) from None
+        except (QueueFull, RateLimited):
+            self.refused_at = time.monotonic()
+            await self.inputs.discard(pictures)
+            raise
         except BaseException:
             await self.inputs.discard(pictures)
             raise
@@ -245,7 +261,14 @@ class Intake:
             await self.inputs.discard(pictures)
 
 
-def _terms(new: NewImage, caller: Caller, estimate: Estimate, fingerprint: str | None, once: Once | None) -> Terms:
+def _terms(
+    new: NewImage,
+    caller: Caller,
+    estimate: Estimate,
+    fingerprint: str | None,
+    once: Once | None,
+    arrival: Arrival | None,
+) -> Terms:
     return Terms(
         owner=caller.owner,
         weight=caller.weight,
@@ -256,5 +279,6 @@ def _terms(new: NewImage, caller: Caller, estimate: Estimate, fingerprint: str |
         fingerprint=fingerprint,
         key=once.key if once else None,
         webhook=new.webhook,
+        arrival=arrival,
         allowance=caller.allowance,
     )

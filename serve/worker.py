@@ -24,6 +24,7 @@ from serve.results.store import ResultStore
 from serve.settings import JobSettings
 from serve.spool import Spool
 from serve.telemetry.metrics import Metrics
+from serve.telemetry.tracing import Tracing
 from serve.wants import wants_of
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,11 @@ class Worker:
         cost_of: Callable[[Pace, ImageRequest], float],
         spool_bytes: int,
         stall_s: float,
+        tracing: Tracing | None = None,
     ) -> None:
         """`batch` says how many images fill a step, as far as that is known by now; `report` what is told of this
         replica, `cost_of` which milliseconds a request takes of it. `spool_bytes` of images may wait for the result
-        store; after `stall_s` without progress it is ill."""
+        store; after `stall_s` without progress it is ill. Without `tracing` its jobs are not traced."""
         self._name = name
         self._placement = placement
         self._jobs = jobs
@@ -79,6 +81,7 @@ class Worker:
             pace=Pace(batch),
             cost_of=cost_of,
             metrics=metrics,
+            tracing=tracing,
         )
         self._draining, self._freed = self._means.draining, self._means.freed
         self._held: dict[asyncio.Task[None], Attempt] = {}

@@ -8,6 +8,7 @@ from fastapi_offline import FastAPIOffline
 
 from serve import __version__
 from serve.api import errors, health, jobs, native, text
+from serve.api.arrivals import Arrivals
 from serve.api.auth import Doorkeeper
 from serve.api.middleware import BodyLimit, RequestIds
 from serve.api.parts import Root
@@ -15,11 +16,19 @@ from serve.api.streams import Streams
 from serve.keys import KeyStore
 from serve.service import ImageService
 from serve.settings import Settings
+from serve.telemetry.tracing import Tracing
 from serve.text import TextService
 
 
-def create_app(service: ImageService, texts: TextService, settings: Settings, keys: KeyStore | None = None) -> FastAPI:
-    """Every dialect on one pair of services. Without `keys` whoever reaches the server may use it."""
+def create_app(
+    service: ImageService,
+    texts: TextService,
+    settings: Settings,
+    keys: KeyStore | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """Every dialect on one pair of services. Without `keys` whoever reaches the server may use it, without `tracing` no
+    order is traced."""
     app = FastAPIOffline(  # FastAPI whose page at /docs carries its own scripts: it works on a closed network
         redoc_url=None,
         title="Tandem",
@@ -42,6 +51,7 @@ def create_app(service: ImageService, texts: TextService, settings: Settings, ke
     app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes, max_bodies_bytes=http.max_bodies_bytes)
     app.add_middleware(Doorkeeper)
     app.add_middleware(RequestIds)
+    app.add_middleware(Arrivals, tracing=tracing)
     app.include_router(jobs.router)
     app.include_router(native.router)
     app.include_router(text.router)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import ServerSentEvent
 
+from serve.api.arrivals import arrival_of
 from serve.api.auth import Generates
 from serve.api.errors import documented
 from serve.api.events import EventStream, OpenEvents, stream
@@ -47,7 +48,7 @@ _DONE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _once(request: Request, caller: Generates, key: IdempotencyKey = None) -> Once | None:
+async def _once(request: Request, caller: Generates, key: IdempotencyKey = None) -> Once | None:
     if key is None:
         return None
     keys = request.headers.getlist("idempotency-key")
@@ -180,6 +181,6 @@ async def _ordered(
 ) -> Response | JobView:
     if wait:
         return await ended(request, service, new, caller, once, root)
-    submitted = await service.submit(new, caller, once)
+    submitted = await service.submit(new, caller, once, arrival_of(request))
     response.headers.update(told_of(submitted, root))
     return JobView.of(submitted.job, root)

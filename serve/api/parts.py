@@ -1,4 +1,7 @@
-"""What routes share: the services, the path that the server is mounted under, ids, what may stand in a query."""
+"""What routes share: the services, the path that the server is mounted under, ids, what may stand in a query.
+
+What FastAPI depends on is a coroutine here, however short: it sends a plain function through its thread pool.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,27 @@ from serve.telemetry.logs import escape
 from serve.text import TextService
 
 
-def _service(request: Request) -> ImageService:
+async def _service(request: Request) -> ImageService:
     service: ImageService = request.app.state.service
     return service
 
 
-def _text(request: Request) -> TextService:
+async def _text(request: Request) -> TextService:
     text: TextService = request.app.state.text
     return text
 
 
-def _root(request: Request) -> str:
+async def _root(request: Request) -> str:
     root: str = request.scope.get("root_path", "")
     return root.rstrip("/")
 
 
-def _streams(request: Request) -> Streams:
+async def _streams(request: Request) -> Streams:
     streams: Streams = request.app.state.streams
     return streams
 
 
-def _known_query(request: Request) -> None:
+async def _known_query(request: Request) -> None:
     """Refuses a query parameter that the route does not have: with a misspelt `dry_run` an order would be queued."""
     known = set(_queried(request.scope["route"].dependant))
     for name in request.query_params:

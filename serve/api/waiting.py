@@ -10,10 +10,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api import ratelimits
+from serve.api.arrivals import arrival_of
 from serve.api.middleware import release_body
 from serve.api.schemas import JobView
 from serve.callers import Caller
-from serve.domain import Job
+from serve.domain import Job, JobState
 from serve.errors import BackendUnavailable
 from serve.inputs import settled
 from serve.jobs.terms import Submitted
@@ -39,10 +40,11 @@ async def ended(
 
     From here on the body is forgotten, whose pictures may be large and the waiting long. Raises what `submit` raises.
     """
-    submitted = await service.submit(new, caller, once)
+    submitted = await service.submit(new, caller, once, arrival_of(request))
     release_body(request)
     within_s: float = request.app.state.job_timeout_s
-    return Ended(service, submitted.job.id, told_of(submitted, root), root, None if once else within_s)
+    job = submitted.job
+    return Ended(service, job.id, job.state, told_of(submitted, root), root, None if once else within_s)
 
 
 class Ended(Response):
@@ -56,12 +58,20 @@ class Ended(Response):
     media_type = "application/json"
 
     def __init__(
-        self, service: ImageService, job_id: str, told: Mapping[str, str], root: str, within_s: float | None
+        self,
+        service: ImageService,
+        job_id: str,
+        state: JobState,
+        told: Mapping[str, str],
+        root: str,
+        within_s: float | None,
     ) -> None:
-        """`told` are headers. `within_s`: a job has ended after so many seconds; None where it is not cancelled."""
+        """`state` is the job's of just now, `told` are headers. `within_s`: a job has ended after so many seconds; None
+        where it is not cancelled."""
         super().__init__()
         self._service = service
         self._id = job_id
+        self._state = state
         self._told = told
         self._root = root
         self._within_s = within_s
@@ -87,7 +97,7 @@ class Ended(Response):
 
     async def _followed(self, receive: Receive) -> Job | None:
         """The ended job, or None when the caller has gone before."""
-        waiting = asyncio.create_task(self._service.wait(self._id))
+        waiting = asyncio.create_task(self._service.wait(self._id, self._state))
         gone = asyncio.create_task(_hung_up(receive))
         try:
             await asyncio.wait([waiting, gone], return_when=asyncio.FIRST_COMPLETED)

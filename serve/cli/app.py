@@ -20,10 +20,15 @@ from rich.table import Table
 from rich.text import Text
 
 from serve.cli.bench import bench
+from serve.cli.bench_cache import cache as bench_cache
+from serve.cli.bench_compare import compare
 from serve.cli.bench_engine import engine
+from serve.cli.bench_service import service
+from serve.cli.bench_soak import soak
 from serve.cli.client import Client, local_url
 from serve.cli.jobs import jobs
 from serve.cli.keys import keys
+from serve.cli.loadtest import loadtest
 from serve.cli.options import AsJson, Assignments, ConfigFile, DataDir, Key, Port, Url, client, load_settings
 from serve.cli.running import run
 from serve.domain import Priority
@@ -44,7 +49,12 @@ app.add_typer(cache, name="cache")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 bench.command()(engine)
+bench.command("cache")(bench_cache)
+bench.command()(soak)
+bench.command()(service)
+bench.command()(compare)
 app.add_typer(bench, name="bench")
+app.command()(loadtest)
 
 
 @app.callback(invoke_without_command=True)
@@ -147,6 +157,22 @@ def generate(
     from serve.cli.generate import generate as story
 
     raise typer.Exit(run(story(client(url, key), order, out, as_json=as_json)))
+
+
+@app.command()
+def trace(
+    job: Annotated[list[str] | None, typer.Argument(metavar="JOB", help="Ids of jobs.", show_default=False)] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, max=10_000, metavar="N", help="The newest N that succeeded.")
+    ] = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where a job's time went, stage by stage; of several jobs, the mean of each stage."""
+    from serve.cli.trace import trace as story
+
+    raise typer.Exit(run(story(client(url, key), job or [], last, as_json=as_json)))
 
 
 @app.command()

@@ -99,6 +99,21 @@ class Client:
     async def get(self, job_id: str) -> RemoteJob:
         return job_of((await self._call("GET", f"/v1/jobs/{job_id}")).json())
 
+    async def newest(self, number: int) -> list[RemoteJob]:
+        """The newest jobs that succeeded, at most so many."""
+        found: list[RemoteJob] = []
+        cursor: str | None = None
+        while len(found) < number:
+            query = {"state": "succeeded", "limit": min(100, number - len(found))} | (
+                {"cursor": cursor} if cursor else {}
+            )
+            page = (await self._call("GET", "/v1/jobs", params=query)).json()
+            found += map(job_of, page["data"])
+            cursor = page["next"]
+            if cursor is None:
+                break
+        return found
+
     async def cancel(self, job_id: str) -> RemoteJob:
         return job_of((await self._call("DELETE", f"/v1/jobs/{job_id}")).json())
 

@@ -16,12 +16,13 @@ from serve.domain import ImageRequest, Job, JobEvent, JobState, Timings
 
 _ID_WIDTH, _KEY_WIDTH = 32, 12
 _STAGES = (
-    ("waited", "queued_s"),
-    ("text", "text_s"),
-    ("denoising", "denoise_s"),
-    ("decoding", "decode_s"),
-    ("storing", "store_s"),
-    ("in all", "total_s"),
+    ("earlier attempts", ("retried_s",)),
+    ("waited", ("queued_s",)),
+    ("text", ("text_s",)),
+    ("denoising", ("source_s", "batch_s", "steps_s")),
+    ("decoding", ("decode_wait_s", "decode_s")),
+    ("storing", ("compress_s", "put_s")),
+    ("in all", ("total_s",)),
 )
 
 
@@ -134,8 +135,10 @@ def _standing(job: Job) -> str:
 
 
 def _times(timings: Timings) -> str:
-    told = ((name, getattr(timings, field)) for name, field in _STAGES)
-    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in told if seconds is not None)
+    """In short; `tandem trace` has every stage."""
+    told = ((name, [getattr(timings, field) for field in fields]) for name, fields in _STAGES)
+    known = ((name, [seconds for seconds in each if seconds is not None]) for name, each in told)
+    return ", ".join(f"{name} {sum(each):.1f} s" for name, each in known if each)
 
 
 def _gist(job: Job) -> Text:

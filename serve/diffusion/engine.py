@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -94,7 +94,8 @@ class Engine:
         """
         future: Future[Rendered] = Future()
         future.set_running_or_notify_cancel()  # who stops waiting can't cancel it: `cancel` is the way out
-        self._command(lambda: self._begin(work, on_step, on_preview, future))
+        began_at = time.monotonic()
+        self._command(lambda: self._begin(work, on_step, on_preview, future, began_at))
         return future
 
     def cancel(self, run_id: str) -> None:
@@ -137,6 +138,7 @@ class Engine:
             while self._admit():
                 plan = self._scheduler.plan()
                 step_ms = self._forwards.step(plan.rows)
+                self._account(plan.rows, step_ms / 1000)
                 self._publish(self._scheduler.commit(plan, step_ms))
                 self._measure()
         except BaseException as error:  # whatever ends the loop, those who wait are told
@@ -187,7 +189,9 @@ class Engine:
             self._moved_at = time.monotonic()
             self._working = False
 
-    def _begin(self, work: Work, on_step: OnStep, on_preview: OnPreview | None, future: Future[Rendered]) -> None:
+    def _begin(
+        self, work: Work, on_step: OnStep, on_preview: OnPreview | None, future: Future[Rendered], began_at: float
+    ) -> None:
         if self._ended:
             future.set_exception(DeviceLost("the step loop has ended"))
             return
@@ -198,7 +202,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001  whatever is wrong with the work, the loop goes on for the others
             future.set_exception(public(error))
             return
-        run = self._runs[work.run_id] = Run(work, rows, on_step, on_preview, future)
+        run = self._runs[work.run_id] = Run(work, rows, on_step, on_preview, future, began_at)
         if work.image is None:
             self._join(run, None)
         else:
@@ -213,8 +217,15 @@ class Engine:
         except Exception as error:  # noqa: BLE001  as above
             self._fail(run.id, error)
             return
-        run.joined_at = time.monotonic()
+        run.joins()
         self._scheduler.add(run.rows)
+
+    def _account(self, rows: Sequence[Row], took_s: float) -> None:
+        """The step that was just made is part of these images' time. It counts for what failed in it too: whose run is
+        gone has no time."""
+        for row in rows:
+            if run := self._runs.get(row.run_id):
+                run.stepped(row.index, took_s, len(rows))
 
     def _publish(self, result: StepResult) -> None:
         for event in result.events:
@@ -231,8 +242,7 @@ class Engine:
 
     def _release(self, run: Run, row: Row) -> None:
         """The row has made its last step: its latents go to the VAE."""
-        run.released.add(row.index)
-        run.denoise_s = time.monotonic() - run.joined_at
+        run.releases(row.index)
         try:
             run.approximate.update(self._runner.approximate(row))
             latents = self._runner.release(row)

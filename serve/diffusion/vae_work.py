@@ -166,11 +166,11 @@ class VaeWork:
         """Compute; what comes of it, as a command for the loop."""
         started = time.monotonic()
         value = compute()
-        took_s = time.monotonic() - started
+        ended = time.monotonic()
 
         def command() -> None:
             if self._here(run):
-                run.decode_s += took_s
+                run.decodings.append((started, ended))
                 then(run, value)
 
         return command

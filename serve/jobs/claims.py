@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -14,6 +15,7 @@ from serve.domain import ImageRef, JobError, JobState, Preview, Tier, Timings
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs import records, scripts
 from serve.jobs.base import Fields, Shared, flat
+from serve.jobs.bell import CANCEL
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import Claim, Want, step_of, steps_of
 from serve.jobs.renewals import Renewals
@@ -45,6 +47,7 @@ class Claims(Shared):
         flat = [part for want in wants for part in (want.model, want.above, want.upto, round(want.waited_s * 1000))]
         lease, timeout = milliseconds(self._settings.lease_s), milliseconds(self._settings.timeout_s)
         number = self._unanswered.pop(worker, None) or uuid.uuid4().hex
+        asked_at = time.monotonic()
         try:
             reply = await self._run("claim", worker, number, lease, timeout, int(idle), *flat)
         except BackendUnavailable:
@@ -52,7 +55,7 @@ class Claims(Shared):
             raise
         if reply == b"alone":
             return Hold.ALONE
-        return None if reply is None else records.claim(reply)
+        return None if reply is None else records.claim(reply, asked_at)
 
     async def renew(self, claim: Claim, step: int = 0, state: JobState = JobState.RUNNING) -> bool:
         """Renew the lease and tell the progress: `step` counts denoising steps done, `state` is one of those that a
@@ -75,7 +78,7 @@ class Claims(Shared):
 
     def cancels(self, claim: Claim, event: asyncio.Event) -> AbstractAsyncContextManager[asyncio.Event]:
         """Meanwhile `event` is set when the client cancels the claimed job; it may be set without reason."""
-        return self._bell.listening(f"tandem:cancel:{claim.job_id}", event)
+        return self._bell.listening_for(CANCEL, claim.job_id, event)
 
     async def succeed(
         self,
@@ -96,7 +99,7 @@ class Claims(Shared):
         fields: dict[str, str | bytes | int] = {
             "images": records.IMAGES.dump_json(tuple(images)),
             "cache": records.TIERS.dump_json(dict(cache)),
-            "timings": records.TIMINGS.dump_json(timings),
+            "timings": records.TIMINGS.dump_json(timings, exclude_none=True),
             "approximate": records.APPROXIMATE.dump_json(tuple(approximate)),
             "step": steps_of(claim.request),
         }
@@ -121,11 +124,11 @@ class Claims(Shared):
 
     async def wait_for_work(self, timeout_s: float) -> None:
         """Return when a job was queued, at the latest after `timeout_s`. May return early, never raises."""
-        rung = self._bell.work()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
+                rung = await self._bell.work()
                 await rung.wait()
-        rung.clear()
+                rung.clear()
 
     async def _settle(
         self, claim: Claim, outcome: str, fields: Fields | None = None, delay_ms: int = 0

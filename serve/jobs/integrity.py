@@ -130,6 +130,7 @@ async def _broken(redis: Any, job: str, store: _Store, max_attempts: int) -> lis
         "has an end of its record exactly once it ended": within["ended"] is state.terminal,
         "is a dead letter only where it failed": not within["dead"] or state is JobState.FAILED,
         "says when it ended, exactly once it ended": ("finished" in fields) is state.terminal,
+        "a client was told of its end only once it ended": "told" not in fields or state.terminal,
         "shows previews only while it is held": state.held or not previews,
         "tells of one preview of an image, which it keeps": _match(stream, previews),
         "ends once, as its stream's last entry": ends == state.terminal and entries[-1][0].terminal is state.terminal,

@@ -14,6 +14,8 @@ from serve.jobs.store import Claim, JobStore
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 1.0
+TELL_EVERY_S = 0.1
+"""Steps are told at the beats of this length that all pulses of a process share, so that jobs travel together."""
 SHOW_EVERY_S = 0.5
 """Between two messages with a job's previews."""
 
@@ -21,7 +23,8 @@ SHOW_EVERY_S = 0.5
 class Pulse:
     """Tells the store of a claimed job's progress and renews its lease, one message at a time; sends its previews.
 
-    What comes while a message is under way, steps and states, is told by the next one. `gone` is set when nobody waits
+    A state and the first step are told at once, further steps at the next beat. What comes while a message is under way
+    is told by the next one. `gone` is set when nobody waits
     for this run any more: the client cancelled the job, of which the pulse hears at once, or its time is over, or
     another worker owns it. The pulse has stopped then.
 
@@ -40,6 +43,7 @@ class Pulse:
         self._woken = asyncio.Event()
         self._state = JobState.ENCODING
         self._step = 0
+        self._beat_due: asyncio.TimerHandle | None = None
         self._previews: dict[int, Preview] = {}
         self.gone = asyncio.Event()
         self._task = asyncio.create_task(self._beat())
@@ -64,10 +68,20 @@ class Pulse:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._forget_beat()
 
     def _note(self, step: int) -> None:
-        self._step = step
-        self._woken.set()
+        first, self._step = not self._step, step
+        if first:
+            self._woken.set()
+        elif self._beat_due is None:
+            now = self._loop.time()
+            self._beat_due = self._loop.call_at(now - now % TELL_EVERY_S + TELL_EVERY_S, self._woken.set)
+
+    def _forget_beat(self) -> None:
+        if self._beat_due is not None:
+            self._beat_due.cancel()
+            self._beat_due = None
 
     def _show(self, preview: Preview) -> None:
         self._previews[preview.index] = preview  # an image that waits already keeps its place
@@ -85,6 +99,7 @@ class Pulse:
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._woken.wait()
             self._woken.clear()
+            self._forget_beat()
             try:
                 wanted = await self._jobs.renew(self._claim, self._step, self._state)
             except LeaseLost:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -42,6 +43,10 @@ class Claim:
 
     `attempt` counts the attempts that were used, this one included. `fence` numbers the job's claims: unlike `attempt`
     it never goes back, so that a worker which released the job or lost it can't write over the next one's work.
+
+    `retried_s` and `queued_s` are the stages before it on the store's clock, `claim_s` is how long the answer took from
+    there (both clocks), and `answered_at` when it had come (`time.monotonic`). `trace` is what the order's trace is
+    continued from (W3C `traceparent`), None where there is none.
     """
 
     job_id: str
@@ -51,6 +56,11 @@ class Claim:
     truncated: tuple[Truncation, ...] = ()
     cost_ms: int = 1
     alone: bool = False
+    trace: str | None = None
+    retried_s: float | None = field(default=None, compare=False)
+    queued_s: float = field(default=0.0, compare=False)
+    claim_s: float = field(default=0.0, compare=False)
+    answered_at: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +89,12 @@ def step_of(request: ImageRequest, forward: int, forwards: int) -> int:
     return -(-forward * steps_of(request) // forwards)
 
 
-def claim(reply: Sequence[Any]) -> Claim:
-    job_id, attempt, fence, alone, cost, request, truncated = reply
+def claim(reply: Sequence[Any], asked_at: float) -> Claim:
+    """`asked_at` is when the claim was sent (`time.monotonic`): its answer took no longer than since then, however far
+    this machine's clock and the store's are apart."""
+    job_id, attempt, fence, alone, created, waiting, started, trace, cost, request, truncated = reply
+    answered_at, way_s = time.monotonic(), time.time() - int(started) / 1000
+    waiting = waiting or started
     return Claim(
         job_id=job_id.decode(),
         attempt=attempt,
@@ -89,6 +103,11 @@ def claim(reply: Sequence[Any]) -> Claim:
         truncated=TRUNCATED.validate_json(truncated),
         cost_ms=int(cost),
         alone=bool(alone),
+        trace=trace.decode() if trace else None,
+        retried_s=(int(waiting) - int(created)) / 1000 or None,
+        queued_s=(int(started) - int(waiting)) / 1000,
+        claim_s=min(max(0.0, way_s), answered_at - asked_at),
+        answered_at=answered_at,
     )
 
 
@@ -101,7 +120,6 @@ def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None
     created = _seconds(fields, "created")
     started, finished = _seconds(fields, "started"), _seconds(fields, "finished")
     assert created is not None
-    timings = TIMINGS.validate_json(fields["timings"]) if "timings" in fields else Timings()
     place = standing[0] if standing else 0
     return Job(
         id=job_id,
@@ -122,7 +140,7 @@ def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None
         webhook_state=WebhookState(fields["webhook_state"].decode()) if "webhook_state" in fields else None,
         truncated=TRUNCATED.validate_json(fields["truncated"]),
         cache=_cache(fields),
-        timings=dataclasses.replace(timings, queued_s=_between(created, started), total_s=_between(created, finished)),
+        timings=_timings(fields),
         images=IMAGES.validate_json(fields["images"]) if "images" in fields else (),
         approximate=APPROXIMATE.validate_json(fields["approximate"]) if "approximate" in fields else (),
         error=ERROR.validate_json(fields["error"]) if "error" in fields else None,
@@ -169,9 +187,25 @@ def _cache(fields: Mapping[str, bytes]) -> CacheReport | None:
     return CacheReport(memory=counts[Tier.MEMORY], redis=counts[Tier.REDIS], encoded=counts[Tier.ENCODED])
 
 
+def _timings(fields: Mapping[str, bytes]) -> Timings:
+    """The replica's stages as the settlement told them, between those that the record itself has. Of an attempt that
+    was made before the one under way nothing is told but that it took time."""
+    own = TIMINGS.validate_json(fields["timings"]) if "timings" in fields else Timings()
+    joined = "waiting" if "waiting" in fields else "created"
+    return dataclasses.replace(
+        own,
+        admission_s=_seconds(fields, "admission"),
+        retried_s=_between(fields, "created", joined) or None,  # it joins the queue when it is logged
+        queued_s=_between(fields, joined, "started"),
+        total_s=_between(fields, "created", "finished"),
+        told_s=_between(fields, "finished", "told"),
+        ahead_s=_seconds(fields, "ahead_took"),
+    )
+
+
 def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
-    return int(fields[name]) / 1000 if name in fields else None
+    return float(fields[name]) / 1000 if name in fields else None
 
 
-def _between(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else end - start
+def _between(fields: Mapping[str, bytes], start: str, end: str) -> float | None:
+    return (int(fields[end]) - int(fields[start])) / 1000 if start in fields and end in fields else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -16,13 +17,16 @@ from serve.errors import Conflict, InvalidRequest, JobGone, QueueFull, RateLimit
 from serve.jobs import records
 from serve.jobs.admission import queue_full
 from serve.jobs.base import ID, Shared, checked, flat, unknown
+from serve.jobs.bell import ENDED
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import steps_of
 from serve.jobs.terms import Crew, JobPage, Submitted, Terms
 
 _OWN_JOB_S = 2.0
 """When to ask again for whom only one of their own jobs keeps out."""
-_EVENTS_PAGE, _LOOKED_AT = 200, 1000
+EVENTS_PAGE = 200
+"""Most entries of a stream in one answer: where there are fewer, there were no more."""
+_LOOKED_AT = 1000
 _DAY_S, _MINUTE_S = 86400, 60
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 
@@ -57,8 +61,12 @@ class Submissions(Shared):
         }
         if terms.webhook is not None:
             fields["webhook"] = terms.webhook
+        if terms.arrival is not None and terms.arrival.trace is not None:
+            fields["trace"] = terms.arrival.trace
         crew = await self.crew(request.model)
         replicas = max(len(crew.reports), terms.replicas, 1)
+        if terms.arrival is not None:  # last, so that the way to the store alone is not in it
+            fields["admission"] = _ms(time.monotonic() - terms.arrival.at)
         status, *answer = await self._run(
             "submit",
             job_id,
@@ -147,25 +155,44 @@ class Submissions(Shared):
         whose = (0, "") if owner is None else (1, owner)
         return await self._found(job_id, await self._run("cancel", checked(job_id), *whose))
 
-    async def note_ahead(self, job_id: str, units: Mapping[str, Tier]) -> None:
-        """Tell where each text unit came from when the text was encoded while the job waits."""
-        await self._run("ahead", checked(job_id), records.TIERS.dump_json(dict(units)))
+    async def note_ahead(self, job_id: str, units: Mapping[str, Tier], took_s: float = 0.0) -> None:
+        """Tell where each text unit came from when the text was encoded while the job waits, and how long that took."""
+        await self._run("ahead", checked(job_id), records.TIERS.dump_json(dict(units)), _ms(took_s))
 
-    async def events_after(self, job_id: str, after: str | None, previews: bool = True) -> tuple[list[JobEvent], bool]:
+    async def events_after(
+        self, job_id: str, after: str | None, previews: bool = True, *, tell: bool = False
+    ) -> tuple[list[JobEvent], bool]:
         """The next entries of the job's stream, at most a page, and whether the job had ended by then. Without
-        `previews` their files stay in Redis, and the events that tell of them have an `index` alone."""
+        `previews` their files stay in Redis, and the events that tell of them have an `index` alone. `tell` is said of
+        what a client follows: the record keeps when the end was first told."""
         if after is not None and not _EVENT_ID.fullmatch(after):
             raise InvalidRequest("the id of the last event has the form 1700000000000-0", "after")
         start = "-" if after is None else f"({after}"
-        state, entries, files = await self._reading.run("events", checked(job_id), start, _EVENTS_PAGE, int(previews))
+        state, entries, files = await self._reading.run(
+            "events", checked(job_id), start, EVENTS_PAGE, int(previews), int(tell)
+        )
         if state is None:
             raise unknown()
         events = [records.event(entry, file) for entry, file in zip(entries, files, strict=True)]
         return events, JobState(state.decode()).terminal
 
+    async def ended(self, job_id: str) -> Job | None:
+        """The job once it has ended, None before: for a client that waits, who is told of the end with this."""
+        snapshot = await self._reading.run("ended", checked(job_id))
+        return await self._found(job_id, snapshot) if snapshot != [[], 1] else None
+
     def changes(self, job_id: str) -> AbstractAsyncContextManager[asyncio.Event]:
         """An event that is set when the job's stream grew; it may be set without reason."""
         return self._bell.listening(f"tandem:events:{checked(job_id)}")
+
+    def ends(self, job_id: str) -> AbstractAsyncContextManager[asyncio.Event]:
+        """An event that is set when the job ends, or has in the last seconds; it may be set without reason."""
+        return self._bell.listening_for(ENDED, checked(job_id))
+
+
+def _ms(seconds: float) -> str:
+    """To the microsecond: what it measures may be shorter than a millisecond."""
+    return f"{1000 * seconds:.3f}"
 
 
 def _bounds(allowance: Allowance) -> tuple[int, int, int]:

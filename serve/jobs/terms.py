@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pydantic import TypeAdapter
 
 from serve.callers import Allowance, Limit
-from serve.domain import Job, JobState, Priority
+from serve.domain import Arrival, Job, JobState, Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Terms:
     `cost_ms` is the predicted share of one replica's time, `alone_ms` what an idle replica takes at least, `replicas`
     how many may draw it as far as is known: they bound the work that waits. `fingerprint` is that of the order as the
     client wrote it; with one, a further submission under the same name, which is the owner's `key` or else the id, must
-    be the same order.
+    be the same order. `arrival` is the order's, where it came through this process.
     """
 
     owner: str = ""
@@ -32,6 +32,7 @@ class Terms:
     fingerprint: str | None = None
     key: str | None = None
     webhook: str | None = None
+    arrival: Arrival | None = None
     allowance: Allowance = field(default=Allowance())
 
 

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 600.0)
+_STAGE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 250.0, 600.0)
 _ENCODE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0)
 """With the bounds that operators are alarmed at, on GPUs and on CPUs, so that neither is guessed between two others."""
 _COSINE = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
@@ -78,7 +79,11 @@ DECLARATIONS: tuple[Declaration, ...] = (
         ("encoder", "tier", "sign"),
     ),
     Declaration(
-        "tandem_text_wait_seconds", Kind.HISTOGRAM, "Time for which a claimed job waited for its text.", (), _SHORT_S
+        "tandem_text_wait_seconds",
+        Kind.HISTOGRAM,
+        "Time for which a claimed job waited for its text, by the slowest tier that it came from.",
+        ("tier",),
+        _SHORT_S,
     ),
     Declaration("tandem_cache_entries", Kind.GAUGE, "Embeddings in the memory of this process.", ("place",)),
     Declaration("tandem_cache_bytes", Kind.GAUGE, "Bytes of embeddings in the memory of this process.", ("place",)),
@@ -121,6 +126,19 @@ DECLARATIONS: tuple[Declaration, ...] = (
         ("state", "dead"),
     ),
     Declaration("tandem_job_seconds", Kind.HISTOGRAM, "Time from submission to the terminal state.", buckets=_LONG_S),
+    Declaration(
+        "tandem_stage_seconds",
+        Kind.HISTOGRAM,
+        "Time that a job which succeeded spent in each stage, one after the other: `timings` of the API.",
+        ("stage",),
+        _STAGE_S,
+    ),
+    Declaration(
+        "tandem_stage_spent_seconds_total",
+        Kind.COUNTER,
+        "Seconds that all jobs which succeeded spent in each stage together.",
+        ("stage",),
+    ),
     Declaration(
         "tandem_job_store_errors_total", Kind.COUNTER, "Calls that the job store refused or did not answer in time."
     ),
@@ -287,6 +305,12 @@ class Metrics(Protocol):
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
+
+
+def count_stage(metrics: Metrics, stage: str, seconds: float) -> None:
+    """A job has spent so long in a stage. Twice: a mean can't be had of a histogram that Ray exports."""
+    metrics.observe("tandem_stage_seconds", seconds, stage=stage)
+    metrics.inc("tandem_stage_spent_seconds_total", seconds, stage=stage)
 
 
 def process_labels(process: Mapping[str, str]) -> dict[str, dict[str, str]]:

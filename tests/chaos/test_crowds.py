@@ -51,7 +51,7 @@ def measured(site: Site, client: redis.Redis) -> dict[str, float]:
         "to_redis": to_redis,
         "files": sum(process.num_fds() for process in processes) - to_redis,
         "threads": sum(process.num_threads() for process in processes),
-        "channels": len([name for name in client.pubsub_channels("tandem:*") if name != b"tandem:work"]),
+        "channels": len(client.pubsub_channels("tandem:events:*")),
     }
 
 

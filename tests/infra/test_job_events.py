@@ -69,7 +69,7 @@ def test_a_hundred_followers_hang_up_and_leave_nothing(redis_url: str) -> None:
         assert bench.store._bell._waiting == {}
 
         async def unsubscribed() -> bool:
-            return await bench.store._redis.pubsub_channels() == [b"tandem:work"]
+            return set(await bench.store._redis.pubsub_channels()) == {b"tandem:bell", b"tandem:ended"}
 
         await until(unsubscribed)
         await bench.succeed(claim)

@@ -418,7 +418,9 @@ class JobMachine(RuleBasedStateMachine):
             if real.position is not None:
                 places[job.request.model].append(real.position)
             if job.state.terminal:
-                job.frozen = job.frozen or real
+                if job.frozen is None or job.frozen.timings.told_s is None:  # who reads the end first is noted, once
+                    since = job.frozen or real
+                    job.frozen = replace(since, timings=replace(since.timings, told_s=real.timings.told_s))
                 assert real == job.frozen
         for taken in places.values():
             assert sorted(taken) == list(range(1, len(taken) + 1))

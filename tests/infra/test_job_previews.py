@@ -9,6 +9,7 @@ from support.jobs import IMAGE, Bench, a_preview, a_request, history, on, until
 from serve.domain import JobEvent, JobState, Preview, StepEvent, Timings
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
+from serve.jobs import pulse as pulse_module
 from serve.jobs.events import follow
 from serve.jobs.pulse import SHOW_EVERY_S, Pulse
 from serve.jobs.records import step_of, steps_of
@@ -210,11 +211,60 @@ def test_a_pulse_sends_previews_seldom_and_all_images_that_wait_together(
     on(redis_url, story)
 
 
+def test_steps_are_told_at_beats_that_pulses_share(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse_module, "TELL_EVERY_S", 0.3)
+
+    async def story(bench: Bench) -> None:
+        claims = [await bench.claimed(f"job{number}", steps=50) for number in range(4)]
+        pulses = [Pulse(bench.store, claim, heartbeat_s=600) for claim in claims]
+        await _listening(bench)
+
+        def step(number: int) -> None:
+            for pulse in pulses:
+                pulse.on_step(StepEvent("a run", number, 50))
+
+        async def told(number: int) -> bool:
+            return {(await bench.store.get(claim.job_id)).step for claim in claims} == {number}
+
+        for pulse in pulses:
+            pulse.enter(JobState.RUNNING)
+        step(1)
+        await until(lambda: told(1))
+        before, began = await _entries(bench, claims), time.monotonic()
+        for number in range(2, 50):
+            step(number)
+            await bench.store.ping()  # meanwhile a step could be told
+        await until(lambda: told(49))
+        beats = 2 + (time.monotonic() - began) / pulse_module.TELL_EVERY_S
+        assert await _entries(bench, claims) - before <= beats * len(claims)
+        step(50)
+        for pulse in pulses:
+            pulse.enter(JobState.STORING)
+        await until(lambda: told(50))
+        for pulse, claim in zip(pulses, claims, strict=True):
+            await pulse.stop()
+            events = await history_of(bench, claim.job_id)
+            assert [event.step for event in events] == sorted(event.step for event in events)
+            assert (events[-1].state, events[-1].step) == (JobState.STORING, 50)
+            await bench.succeed(claim)
+
+    on(redis_url, story)
+
+
+async def _entries(bench: Bench, claims: list[Claim]) -> int:
+    return sum([len(await history_of(bench, claim.job_id)) for claim in claims])
+
+
+async def history_of(bench: Bench, job_id: str) -> list[JobEvent]:
+    events, _ = await bench.store.events_after(job_id, None)
+    return events
+
+
 def test_a_pulse_hears_of_a_cancel_without_a_step_or_a_heartbeat(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         claims = [await bench.claimed(job_id) for job_id in ("a", "b")]
         pulses = [Pulse(bench.store, claim, heartbeat_s=600) for claim in claims]
-        await asyncio.gather(*(_listening(bench, claim) for claim in claims))
+        await _listening(bench)
         await bench.store.cancel("a")
         await asyncio.wait_for(pulses[0].gone.wait(), 5)
         assert not pulses[1].gone.is_set()
@@ -230,7 +280,7 @@ def test_a_pulse_hears_of_a_cancel_that_came_while_redis_was_gone_for_it(jobs_re
     async def story(bench: Bench) -> None:
         claim = await bench.claimed("a")
         pulse = Pulse(bench.store, claim, heartbeat_s=600)
-        await _listening(bench, claim)
+        await _listening(bench)
         await asyncio.to_thread(jobs_redis.kill)
         with pytest.raises(BackendUnavailable):
             await bench.store.ping()
@@ -244,12 +294,11 @@ def test_a_pulse_hears_of_a_cancel_that_came_while_redis_was_gone_for_it(jobs_re
     on(jobs_redis.url, story)
 
 
-async def _listening(bench: Bench, claim: Claim) -> None:
-    """Returns once Redis knows of the pulse's subscription."""
-    channel = f"tandem:cancel:{claim.job_id}".encode()
+async def _listening(bench: Bench) -> None:
+    """Returns once Redis knows of the subscription to what is cancelled."""
 
     async def subscribed() -> bool:
-        return channel in await bench.store._redis.pubsub_channels()
+        return b"tandem:cancel" in await bench.store._redis.pubsub_channels()
 
     await until(subscribed)
 

@@ -79,7 +79,7 @@ async def _house(stage: Backstage) -> str:
     key = (await stage.keys.create("Ada", frozenset(Scope), 3.0, Allowance(), None)).key.id
     claim = await _claimed(stage, DONE, num_images=1)
     image = ImageRef(index=0, key=f"{DONE}/0.png", seed=7, width=64, height=64, content_type="image/png", bytes=12_345)
-    took = Timings(text_s=0.1, denoise_s=1.25, decode_s=0.5, store_s=0.04)
+    took = Timings(text_s=0.1, batch_s=0.25, steps_s=1.0, decode_wait_s=0.1, decode_s=0.4, compress_s=0.03, put_s=0.01)
     await stage.jobs.renew(claim, 4, JobState.STORING)
     await stage.jobs.succeed(claim, images=[image], cache={"u": Tier.ENCODED}, timings=took, approximate=["tiny_vae"])
     hook = "https://example.com/done"

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from serve.diffusion.engine import Rendered
+from serve.diffusion.run import Spent
 from serve.domain import ImageRequest
 from serve.errors import BackendUnavailable, GenerationFailed
 from serve.jobs.records import Claim
@@ -40,6 +41,18 @@ REQUEST = ImageRequest(
     num_images=3,
 )
 
+SPENT = Spent(
+    began_at=0.0,
+    ended_at=0.0,
+    source_s=0.0,
+    batch_s=0.0,
+    steps_s=0.0,
+    decode_wait_s=0.0,
+    decode_s=0.0,
+    batch_images=1.0,
+    vae_s=0.0,
+)
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -52,7 +65,7 @@ def claim(fence: int = 1, **changes: Any) -> Claim:
 
 def drawn(seed: int = 0, approximate: tuple[str, ...] = ()) -> Rendered:
     noise = np.random.default_rng(seed).integers(0, 256, (REQUEST.num_images, SIDE, SIDE, 3), np.uint8)
-    return Rendered(tuple(Image.fromarray(each) for each in noise), 0.0, 0.0, approximate)
+    return Rendered(tuple(Image.fromarray(each) for each in noise), SPENT, approximate)
 
 
 def patience() -> Patience:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from support.house import House, open_house
 
 from serve.domain import EncodeUnit, JobState, Sign, Tier
+from serve.errors import BackendUnavailable
 from serve.jobs.events import follow
 from serve.orders import NewImage
 from serve.placements import Fleet
@@ -74,7 +75,7 @@ async def test_a_drawn_job_leaves_a_line_in_the_log(house: House, caplog: pytest
     (line,) = (record for record in caplog.records if record.message == "job drawn")
     told = vars(line)
     assert (told["job"], told["size"], told["steps"], told["images"]) == ("logged", "128x128", 3, 2)
-    assert all(told[f"{stage}_ms"] >= 0 for stage in ("text", "denoise", "decode", "store"))
+    assert all(told[f"{stage}_ms"] >= 0 for stage in ("queued", "text", "steps", "decode", "put"))
     assert "a red circle" not in str(told)
 
 
@@ -209,6 +210,44 @@ async def test_a_cancelled_job_s_text_is_not_encoded_ahead(house: House) -> None
     assert (await service.cancel(job.id)).state is JobState.CANCELLED
     async with asyncio.timeout(10):
         await left.wait()
+    await service.close()
+
+
+async def test_a_text_that_was_encoded_lately_is_not_encoded_ahead_again(house: House) -> None:
+    asked: list[list[str]] = []
+
+    async def prepare(units: Sequence[EncodeUnit]) -> Sequence[Tier]:
+        asked.append([unit.key for unit in units])
+        if len(asked) == 1:
+            raise BackendUnavailable("the text encoder does not answer")
+        return [Tier.ENCODED] * len(units)
+
+    service = ImageService(
+        models={house.model.name: house.model},
+        fleet=Fleet((house.placement,)),
+        limits=LimitSettings(),
+        jobs=house.jobs,
+        planners={house.model.name: house.planner},
+        prepare=prepare,
+        results=house.results,
+        pools={},
+        metrics=house.metrics,
+    )
+
+    async def submitted(prompt: str) -> str:
+        job = (await service.submit(NewImage(prompt=prompt))).job
+        async with asyncio.timeout(10):
+            while service._ahead:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        return job.id
+
+    await submitted("a red circle")  # which failed, and counts for nothing
+    first = await submitted("a red circle")
+    again = await submitted("a red circle")
+    other = await submitted("a blue circle")
+    assert [len(units) for units in asked] == [2, 2, 1]  # the empty negative prompt is known
+    reports = [(await house.jobs.get(job)).cache for job in (first, again, other)]
+    assert [report and report.encoded for report in reports] == [2, None, 1]
     await service.close()
 
 

@@ -38,6 +38,7 @@ from serve.reports import Pace, cost_here, report_of
 from serve.results.store import ResultStore, open_store
 from serve.settings import DiffusionSettings, JobSettings, ModelSettings, ResultSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
+from serve.telemetry.tracing import Tracing
 from serve.worker import Worker
 
 LONG = 150
@@ -139,6 +140,7 @@ class House:
         results: ResultStore | None = None,
         spool_bytes: int = 1 << 28,
         stall_s: float = 120.0,
+        tracing: Tracing | None = None,
     ) -> AsyncIterator[Worker]:
         """A replica; it is drained in the end."""
         profile, runner = Profile(4), runner or self.runner
@@ -162,6 +164,7 @@ class House:
             cost_of=partial(cost_here, profile, factor),
             spool_bytes=spool_bytes,
             stall_s=stall_s,
+            tracing=tracing,
         )
         try:
             yield worker

@@ -53,7 +53,7 @@ class Bench:
         return claim
 
     async def succeed(self, claim: Claim) -> None:
-        await self.store.succeed(claim, images=[IMAGE], cache={"u": Tier.REDIS}, timings=Timings(denoise_s=0.5))
+        await self.store.succeed(claim, images=[IMAGE], cache={"u": Tier.REDIS}, timings=Timings(steps_s=0.5))
 
 
 def on(url: str, story: Callable[[Bench], Coroutine[Any, Any, None]], **settings: Any) -> None:

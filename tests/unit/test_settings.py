@@ -16,7 +16,7 @@ from standardwebhooks import Webhook
 
 from serve.errors import OperatorError
 from serve.origins import EnvironmentSecret, flatten, load, load_args, plain_secrets, shown
-from serve.settings import Settings
+from serve.settings import Settings, header_pairs
 
 NAMES = [name for name, _ in flatten(Settings())]
 AMBIGUOUS = ("hunter2/x", "hunter2#x", "hunter2?x", "hunter2@x", "x/hunter2", "x#hunter2", "x?hunter2", "x@hunter2/y")
@@ -191,6 +191,39 @@ def test_webhooks_without_a_secret_or_with_another_are_refused() -> None:
         assert message.startswith("webhooks.secret: whsec_ and 24 to 64 bytes in base64")
         assert message.endswith("(from command line)")
         assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "otel-collector:4318",
+        "grpc://otel-collector:4317",
+        "http://",
+        "http://ada:hunter2@collector/v1/traces",
+        "http://c/?x=1",
+    ],
+)
+def test_a_collector_that_is_none_is_refused_by_its_setting(wrong: str) -> None:
+    message = refused(tracing__endpoint=wrong)
+    assert message.startswith("tracing.endpoint: must be an http or https URL")
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "wrong", ["hunter2", "api key=hunter2", "=hunter2", "api-key=", "a=b,hunter2", "a=hunter2%0Ab"]
+)
+def test_headers_for_a_collector_that_are_none_are_refused_and_not_shown(wrong: str) -> None:
+    message = refused(tracing__headers=wrong)
+    assert message.startswith("tracing.headers: name=value")
+    assert "hunter2" not in message
+
+
+def test_headers_for_a_collector_are_read_as_opentelemetry_spells_them() -> None:
+    assert header_pairs(" Authorization=Bearer%20a%3Db%2Cc , x-tenant=two=1,") == {
+        "authorization": "Bearer a=b,c",
+        "x-tenant": "two=1",
+    }
+    assert header_pairs("") == {}
 
 
 @pytest.mark.parametrize("wrong", ["", "hunter2", f"tdm_{'b' * 12}_{'B' * 42}", f"tdm_{'1' * 12}_{'B' * 43}"])

@@ -251,6 +251,13 @@ it alone, so the password is before the URLs.
       name: {{ . }}
       key: secret
 {{- end }}
+{{- with .Values.tracing.existingSecret }}
+- name: TANDEM_TRACING__HEADERS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: headers
+{{- end }}
 {{- $s3Secret := include "tandem.s3.secretName" . -}}
 {{- if $s3Secret }}
 {{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}

@@ -31,8 +31,8 @@ this is asked for by the file that Helm renders first: the last one of the deepe
 {{- $faults := list -}}
 {{- range $path := list "image" "image.registry" "config" "ray" "ray.version" "ray.tokenAuth" "ray.head"
   "ray.autoscaler" "ray.upgrade" "workerGroups" "workerDefaults" "serve" "service" "ingress" "gateway" "keys" "s3"
-  "s3.trial" "s3.trial.enabled" "redis" "webhooks" "weights" "scratch" "prePull" "serviceAccount" "networkPolicy"
-  "podDisruptionBudget" "monitoring" "tests" "podSecurityContext" -}}
+  "s3.trial" "s3.trial.enabled" "redis" "webhooks" "tracing" "weights" "scratch" "prePull" "serviceAccount"
+  "networkPolicy" "podDisruptionBudget" "monitoring" "tests" "podSecurityContext" -}}
 {{- $node := $.Values -}}
 {{- $above := true -}}
 {{- range $room := splitList "." $path -}}
@@ -216,7 +216,8 @@ config.diffusion.model: without placements every model is drawn; say in config.p
 {{/* Names of Secrets. What stands there may be the secret itself, so no message has it. */}}
 {{- define "tandem.validate.secretNames" -}}
 {{- $named := dict "keys.existingSecret" .Values.keys.existingSecret "s3.existingSecret" .Values.s3.existingSecret
-  "webhooks.existingSecret" .Values.webhooks.existingSecret "redis.existingSecret" .Values.redis.existingSecret -}}
+  "webhooks.existingSecret" .Values.webhooks.existingSecret "redis.existingSecret" .Values.redis.existingSecret
+  "tracing.existingSecret" .Values.tracing.existingSecret -}}
 {{- range $which := list "jobs" "cache" "gcs" -}}
 {{- with index $.Values.redis $which -}}
 {{- $_ := set $named (printf "redis.%s.existingSecret" $which) .existingSecret -}}

@@ -7,6 +7,6 @@ if state == 'queued' then
   finish(id, 'cancelled', false)
 elseif HELD[state] then
   set(id, 'cancel', 1)
-  redis.call('PUBLISH', cancel_channel(id), '')
+  redis.call('PUBLISH', 'tandem:cancel', id)
 end
 return {ended, snapshot(id)}

@@ -9,11 +9,17 @@
 -- along. A worker that holds others is told to wait: 'alone'.
 -- The same claim again has the same answer while the job is held: the first one may have been lost.
 local worker, claim, lease, timeout, idle = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
+
+local function answer(id)
+  local attempt, fence, alone = get(id, 'attempt', 'fence', 'alone_now')
+  return {id, tonumber(attempt), tonumber(fence), tonumber(alone or 0),
+      get(id, 'created', 'waiting', 'started', 'trace', 'cost', 'request', 'truncated')}
+end
+
 local former_id = redis.call('GET', claim_key(worker, claim))
 if former_id and get(former_id, 'claim') == worker .. ':' .. claim and HELD[get(former_id, 'state')] then
   redis.call('ZADD', LEASES, now + lease, former_id)
-  return {ended, {former_id, tonumber(get(former_id, 'attempt')), tonumber(get(former_id, 'fence')),
-      tonumber(get(former_id, 'alone_now') or 0), get(former_id, 'cost', 'request', 'truncated')}}
+  return {ended, answer(former_id)}
 end
 local wants = {}
 for i = 9, #ARGV, 4 do
@@ -71,7 +77,7 @@ until #ids < PAGE or (rank == 1 and owners == 1)
 if not found then return {ended, false} end
 
 local id = found
-local owner, attempt, fence = get(id, 'owner', 'attempt', 'fence')
+local owner, fence = get(id, 'owner', 'fence')
 local alone = last(id)
 if alone and not idle then
   set(id, 'reserved', worker, 'reserved_till', now + lease)
@@ -84,11 +90,11 @@ if redis.call('ZCARD', QUEUE) > 0 then
 end
 redis.call('ZADD', LEASES, now + lease, id)
 if fence == '0' then redis.call('ZADD', DEADLINES, now + timeout, id) end
-attempt = redis.call('HINCRBY', job_key(id), 'attempt', 1)
-fence = redis.call('HINCRBY', job_key(id), 'fence', 1)
+redis.call('HINCRBY', job_key(id), 'attempt', 1)
+redis.call('HINCRBY', job_key(id), 'fence', 1)
 set(id, 'state', 'encoding', 'step', 0, 'started', now, 'worker', worker, 'claim', worker .. ':' .. claim,
     'alone_now', alone and 1 or 0)
 redis.call('SET', claim_key(worker, claim), id, 'PX', lease)
 redis.call('HDEL', job_key(id), 'not_before')
 emit(id)
-return {ended, {id, attempt, fence, alone and 1 or 0, get(id, 'cost', 'request', 'truncated')}}
+return {ended, answer(id)}

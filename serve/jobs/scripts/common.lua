@@ -27,8 +27,8 @@
 --   tandem:previews:ID hash        a held job's previews, the latest of each image: field I holds the file, field
 --                                  I:entry the stream's entry that tells of it
 -- Records have no time to live of their own: the sweep deletes them after the job's pictures.
--- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew, tandem:cancel:ID when a held
--- job is no longer wanted, tandem:webhooks when a call is due.
+-- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew, tandem:webhooks when a call is
+-- due; with the job's id as the message, tandem:ended when it ended, tandem:cancel when a held job is no longer wanted.
 -- A preview's file lies beside the stream: a stream gives the memory of a deleted entry back only with its neighbours'.
 --
 -- ARGV of every script begins with three settings: the time to live of an ended job's record, that of a dead letter,
@@ -55,7 +55,6 @@ local function order_key(name) return 'tandem:order:' .. name end
 local function owner_key(owner) return 'tandem:owner:' .. owner end
 local function allowance_key(owner) return 'tandem:allowance:' .. owner end
 local function claim_key(worker, number) return 'tandem:claim:' .. worker .. ':' .. number end
-local function cancel_channel(id) return 'tandem:cancel:' .. id end
 local function exists(id) return redis.call('EXISTS', job_key(id)) == 1 end
 local function get(id, ...) return unpack(redis.call('HMGET', job_key(id), ...)) end
 local function set(id, ...) redis.call('HSET', job_key(id), ...) end
@@ -74,6 +73,11 @@ local function emit(id)
   redis.call('XADD', events_key(id), '*', 'state', state, 'step', step, 'steps', steps, 'attempt', attempt,
       'fence', fence)
   redis.call('PUBLISH', events_key(id), '')
+end
+
+-- The end is told to a client: `told` in the record is the first time. It is worth no failure, as of a Redis that is full.
+local function tell_end(id)
+  redis.pcall('HSETNX', job_key(id), 'told', now)
 end
 
 -- Previews of an attempt that is over are nobody's news.
@@ -158,6 +162,7 @@ local function finish(id, state, dead, ...)
     redis.call('ZADD', WEBHOOKS, now, id)
     redis.call('PUBLISH', WEBHOOKS, '')
   end
+  redis.call('PUBLISH', ENDED, id)
   ended[#ended + 1] = {state, now - created, dead and 1 or 0}
 end
 

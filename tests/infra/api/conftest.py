@@ -34,6 +34,7 @@ from serve.results.store import ResultStore, open_store
 from serve.service import ImageService, PoolState
 from serve.settings import JobSettings, ModelSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
+from serve.telemetry.tracing import open_tracing
 from serve.text import TextService
 
 PNG = b"\x89PNG not really"
@@ -172,7 +173,8 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         cache_url=tree.cache.redis_url.get_secret_value() if tree.cache.redis_url else None,
     )
     keys = KeyStore(tree.jobs, metrics) if tree.keys.required else None
-    app = create_app(service, texts, tree, keys)
+    tracing = open_tracing(tree.tracing, "ingress", "a test")
+    app = create_app(service, texts, tree, keys, tracing)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield Stand(
             app,
@@ -187,6 +189,8 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
             keys,
         )
     await service.close()
+    if tracing is not None:
+        await tracing.close()
     await embeddings.close()
     await encoders.close()
     if keys is not None:

@@ -424,6 +424,33 @@ async def test_an_order_that_is_too_dear_is_refused_before_its_pictures_are_deco
         assert kept(tmp_path) == []
 
 
+async def test_the_store_is_asked_before_only_where_there_are_pictures_or_it_refuses(
+    redis_url: str, tmp_path: Path, stand_on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    real = JobStore.admit
+
+    async def admit(self: JobStore, model: str, *arguments: Any) -> None:
+        looks.append(model)
+        await real(self, model, *arguments)
+
+    monkeypatch.setattr(JobStore, "admit", admit)
+    async with stand_on(redis_url, tmp_path, max_queued=2) as stand:
+        assert (await stand.client.post("/v1/jobs", json=ORDER)).status_code == 202
+        assert looks == []
+        assert (await stand.client.post("/v1/jobs", json=ORDER | {"image": picture()})).status_code == 202
+        assert len(looks) == 2
+        looks.clear()
+        assert (await stand.client.post("/v1/jobs", json=ORDER)).status_code == 503
+        assert looks == []
+        monkeypatch.setattr("serve.submission.ASK_FIRST_S", 600.0)
+        assert (await stand.client.post("/v1/jobs", json=ORDER)).status_code == 503
+        assert len(looks) == 1
+        stand.app.state.service._door.refused_at -= 601.0
+        assert (await stand.client.post("/v1/jobs", json=ORDER)).status_code == 503
+        assert len(looks) == 1
+
+
 class Abreast(JobStore):
     """The real store, which lets nobody go on before all five have had the same look."""
 
@@ -472,8 +499,9 @@ async def test_the_same_order_is_not_refused_for_the_place_that_it_has_taken_its
         headers = await stand.key(allowance=Allowance(max_unfinished=1)) | keyed()
         door = stand.app.state.service._door
         real, door.jobs = door.jobs, Overtaken(stand.jobs._settings, stand.metrics)
-        door.jobs.other = lambda: stand.client.post("/v1/jobs", json=ORDER, headers=headers)
-        answer = await stand.client.post("/v1/jobs", json=ORDER, headers=headers)
+        order = ORDER | {"image": picture()}  # for one without pictures nobody looks
+        door.jobs.other = lambda: stand.client.post("/v1/jobs", json=order, headers=headers)
+        answer = await stand.client.post("/v1/jobs", json=order, headers=headers)
         assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (202, "true")
         assert "r=0" in answer.headers["ratelimit"]
         await door.jobs.close()
@@ -484,5 +512,9 @@ async def test_the_same_key_again_after_its_time_is_a_new_job_under_a_new_id(
     redis_url: str, tmp_path: Path, stand_on: Any
 ) -> None:
     async with stand_on(redis_url, tmp_path, jobs={"idempotency_ttl_s": 0.001}) as stand:
-        ids = [(await stand.client.post("/v1/jobs", json=ORDER, headers=keyed())).json()["id"] for _ in range(2)]
+        ids = []
+        for _ in range(2):
+            ids.append((await stand.client.post("/v1/jobs", json=ORDER, headers=keyed())).json()["id"])
+            while await stand.jobs._redis.keys("tandem:order:*"):
+                pass
         assert ids[0] != ids[1]

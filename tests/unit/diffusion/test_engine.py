@@ -114,8 +114,8 @@ def test_steps_are_told_in_order(engine: Engine, work: MakeWork) -> None:
     told: list[StepEvent] = []
     rendered = engine.submit(work("told", num_inference_steps=5, num_images=2), told.append).result(60)
     assert told == [StepEvent("told", step, 5) for step in range(1, 6)]
-    assert rendered.denoise_s > 0
-    assert rendered.decode_s > 0
+    assert rendered.spent.steps_s > 0
+    assert rendered.spent.vae_s > 0
     assert rendered.approximate == ()
 
 

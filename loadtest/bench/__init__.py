@@ -1,0 +1,1 @@
+"""`tandem bench compare | service | cache | soak`: Tandem beside others, beside its bare engine, and over time."""

@@ -1,0 +1,1 @@
+"""What a load test comes to: figures, verdicts, plots, one page."""

@@ -1,0 +1,1 @@
+"""What sends the load: processes of their own, because Locust patches what it runs in."""
