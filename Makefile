@@ -17,7 +17,7 @@ BIN = .venv/bin
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow chart chaos check image fix clean
+.PHONY: help demo up test test-slow chart bench chaos check image fix clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test-slow: .venv/.installed ## The slow tests
 
 chart: .venv/.installed ## The Helm chart: lint, schemas, rules, what KubeRay and Ray make of it (a part of `test`)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chart -m 'not slow' $(ARGS)
+
+bench: .venv/.installed ## The short bench: Tandem over a lock around the stock pipeline, held to the ratio on record (two minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/cluster/test_bench_ratios.py -s $(ARGS)
 
 chaos: .venv/.installed ## Kill, cut and stall every part, and write the table of docs/reliability.md (half an hour)
 	@$(if $(ARGS),,rm -rf .pytest_cache/chaos)

@@ -97,6 +97,7 @@ class Ingress:
             benchmark=clients.benchmark if diffusion and settings.http.offers_benchmark else None,
             rules=settings.jobs,
             webhooks=settings.webhooks,
+            embeddings=self._text.embeddings,
         )
         self._open.push_async_callback(self._service.close)
         wanted = {Place(each.model, each.name, each.gpu_class): each.settings.replicas for each in fleet.placements}

@@ -21,13 +21,14 @@ from loadtest.driver import Progress, check_target, drive
 from loadtest.report.page import write_report
 from loadtest.report.results import Result, summary
 from loadtest.report.scrape import LINGER_S, Scraper
-from loadtest.report.thresholds import FIGURES, check
+from loadtest.report.thresholds import FIGURES, check, finite
 from loadtest.samples import Sample
 from loadtest.screen import Screen, here, print_figures
 from loadtest.servers import TANDEM, Budget, serving
 from loadtest.trace import Catalog, fetch_catalog, trace
 from loadtest.workload import Workload, load, names
 from serve.cli.answers import KEY_VARIABLE
+from serve.cli.client import bearer
 from serve.cli.extras import want
 from serve.errors import OperatorError
 
@@ -66,6 +67,8 @@ class Plan:
     ) -> Self:
         """Raises OperatorError that names the option."""
         want("locust")
+        bearer(key)
+        Scraper(metrics)
         workload = load(file)
         if duration_s is not None:
             workload = workload.lasting(duration_s)
@@ -77,7 +80,7 @@ class Plan:
             file=file,
             workload=workload,
             target=target.rstrip("/") if target else None,
-            key=key,
+            key=(key or "").strip() or None,
             capacity=capacity,
             seed=seed,
             out=out or Path(f"loadtest-{workload.name}-{time.strftime('%Y%m%d-%H%M%S')}"),
@@ -107,7 +110,7 @@ async def report(plan: Plan, *, as_json: bool) -> int:
     verdicts = check(figures, result.thresholds)
     if as_json:
         told = {"workload": workload.name, "target": target, "report": str(page), "interrupted": interrupted}
-        values = {name: figure.of(figures) for name, figure in FIGURES.items()}
+        values = {name: finite(figure.of(figures)) for name, figure in FIGURES.items()}
         print(json.dumps(told | {"met": all(each.met for each in verdicts), "figures": values}, indent=2))
     else:
         print_figures(result, figures, verdicts, page)
@@ -137,7 +140,8 @@ async def page(plan: Plan, port: int) -> int:
 async def _locust(words: Sequence[str], key: str | None) -> int:
     environ = os.environ | ({KEY_VARIABLE: key} if key else {})
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--users", "1", *words),
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--users", "1", "--end-with-stdin", *words),
+        stdin=asyncio.subprocess.PIPE,  # it ends when this process does, however that comes
         env=environ,
         start_new_session=True,
     )

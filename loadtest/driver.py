@@ -55,7 +55,8 @@ async def drive(
 
     An open loop sends each at its due time, whatever is under way. A closed one (`users`) keeps so many under way, in
     order, and begins none after `until_s`. Samples are appended to `into` as they come, for a run that is cut short.
-    Raises OperatorError for a target that does not answer, and without Locust.
+    Raises OperatorError for a target that does not answer, without Locust, and where the process that sends ends
+    before its time.
     """
     want("locust")
     await check_target(target)
@@ -66,8 +67,7 @@ async def drive(
         await asyncio.to_thread(_write, trace, plan, arrivals)
         async with _child(trace, words) as child:
             if not await _read(child, samples, on_progress):
-                await child.wait()
-                raise RuntimeError(f"the load's process ended: {_last_line(words)}")
+                raise OperatorError(f"the load's process ended ({_end(await child.wait())}): {_last_line(words)}")
     return sorted(samples, key=lambda sample: sample.index)
 
 
@@ -125,6 +125,10 @@ async def _read(
         elif "ended" in told:
             return True
     return False
+
+
+def _end(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
 def _last_line(words: Path) -> str:

@@ -7,7 +7,6 @@ charts show latency from when each request was due. A trace has an end, and with
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser
 from typing import Any
 
 import gevent
@@ -16,20 +15,34 @@ from locust.exception import StopUser
 
 from loadtest.samples import Arrival
 from loadtest.sender.open_loop import Run
+from loadtest.sender.process import end_with_parent
 from loadtest.sender.wire import Broken, Wire
 from loadtest.trace import read_catalog, trace
 from loadtest.workload import Workload, load
 from serve.cli.answers import KEY_VARIABLE
+from serve.cli.client import bearer
 from serve.errors import OperatorError
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
-def _options(parser: ArgumentParser) -> None:
+def _options(parser: Any) -> None:
     parser.add_argument("--workload", default="mixed", help="A workload that comes with Tandem, or a .yaml file.")
     parser.add_argument("--seed", type=int, default=0, help="Fixes every request and when it is due.")
     parser.add_argument("--rate", type=float, default=0.0, help="Requests a second; 0: as the workload says.")
     parser.add_argument("--capacity", type=float, default=0.0, help="Requests a second that are a load of 1.")
     parser.add_argument("--duration", type=float, default=0.0, help="Seconds; 0: as the workload says.")
+    parser.add_argument(
+        "--end-with-stdin",
+        action="store_true",
+        include_in_web_ui=False,
+        help="End when standard input does: whoever started this is gone.",
+    )
+
+
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def _end_with_whoever_started_it(environment: Any, **_: Any) -> None:
+    if environment.parsed_options and environment.parsed_options.end_with_stdin:
+        gevent.spawn(end_with_parent)
 
 
 class Clients(User):  # type: ignore[misc]
@@ -40,8 +53,9 @@ class Clients(User):  # type: ignore[misc]
     @task  # type: ignore[untyped-decorator]
     def send(self) -> None:
         environment = self.environment
-        options, key = environment.parsed_options, os.environ.get(KEY_VARIABLE)
+        options, key = environment.parsed_options, os.environ.get(KEY_VARIABLE, "").strip()
         try:
+            bearer(key)
             workload = _workload(options)
             wire = Wire(environment.host or "", key, timeout_s=workload.give_up_s)
             arrivals = _trace(workload, options.seed, environment.host, wire)

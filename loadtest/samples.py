@@ -45,7 +45,8 @@ class Sample:
 
     `ended_s` is when the client had what it came for: the picture, the embeddings, or the refusal. `status` is the last
     HTTP status, 0 without any answer. `bytes` are those of the pictures. `job` is the ended job as the server told it
-    (`timings`, `cache`, `attempt`, `request`), where the dialect tells it.
+    (`timings`, `cache`, `attempt`, `request`), where the dialect tells it. `hangs_up`: the client was to leave early,
+    whether it came to that or not.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Sample:
     detail: str = ""
     bytes: int = 0
     job: Mapping[str, Any] | None = None
+    hangs_up: bool = False
 
     @property
     def latency_s(self) -> float:

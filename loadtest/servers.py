@@ -47,8 +47,11 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a server may use: the cores that all its processes are pinned to, and the threads of torch in the process
-    that draws."""
+    """What a server may use: the cores that all its processes are pinned to, and the threads of torch of its denoiser.
+
+    The cores are the limit that is equal for all. Beside those threads, Tandem's text encoder has some of its own, and
+    so have its VAE's operators; a baseline's OMP and MKL have `torch_threads` for all that its process does.
+    """
 
     cores: tuple[int, ...]
     torch_threads: int
@@ -76,19 +79,22 @@ async def serving(
     settings: Mapping[str, Any] | None = None,
     model: str = "shapes",
     options: Sequence[str] = (),
+    data_dir: Path | None = None,
 ) -> AsyncIterator[Serving]:
     """The server of that name, one of `NAMES`, on a free port; ended, with all that it started, when it is left.
 
-    `settings` are Tandem's, in groups as in settings.yaml; `options` are more words of a baseline's command line. The
-    operator's own TANDEM_* environment plays no part. Raises OperatorError where it does not start; the end of its log
-    is logged then.
+    `settings` are Tandem's, in groups as in settings.yaml; `options` are more words of a baseline's command line;
+    `data_dir` is Tandem's where one start is to find what another left, else a new one that is removed. The operator's
+    own TANDEM_* environment plays no part. Raises OperatorError where it does not start; the end of its log is logged
+    then.
     """
     _check(name, budget, settings or {}, options)
     with tempfile.TemporaryDirectory(prefix="tl-", ignore_cleanup_errors=True) as scratch:  # short: sockets lie in it
         folder = Path(scratch)
+        data = data_dir or folder / "data"
         port, metrics_port = _free_ports(2)
         if name == TANDEM:
-            command = _tandem(folder, port, metrics_port, model, budget, settings or {})
+            command = _tandem(folder, data, port, metrics_port, model, budget, settings or {})
         else:
             command = ["-m", BASELINES[name], "--model", _absolute(model), "--port", str(port)]
             command += ["--torch-threads", str(budget.torch_threads), *options]
@@ -106,7 +112,7 @@ async def serving(
                 url=url,
                 dialect=dialect,
                 root=family.root,
-                data_dir=folder / "data" if name == TANDEM else folder,
+                data_dir=data if name == TANDEM else folder,
                 metrics_url=f"http://{_LOOPBACK}:{metrics_port}/metrics" if name == TANDEM else None,
             )
 
@@ -127,7 +133,13 @@ def _check(name: str, budget: Budget, settings: Mapping[str, Any], options: Sequ
 
 
 def _tandem(
-    folder: Path, port: int, metrics_port: int, model: str, budget: Budget, settings: Mapping[str, Any]
+    folder: Path,
+    data_dir: Path,
+    port: int,
+    metrics_port: int,
+    model: str,
+    budget: Budget,
+    settings: Mapping[str, Any],
 ) -> list[str]:
     """The command, and the settings file that it reads: what the budget says, under what the caller says."""
     diffusion = {"torch_threads": budget.torch_threads, **settings.get("diffusion", {})}
@@ -135,7 +147,7 @@ def _tandem(
     file = folder / "settings.yaml"
     # JSON is YAML; a password is no option.
     file.write_text(json.dumps({**settings, "diffusion": diffusion, "metrics": metrics}), encoding="utf-8")
-    options = {"--config": file, "--model": _absolute(model), "--data-dir": folder / "data", "--port": port}
+    options = {"--config": file, "--model": _absolute(model), "--data-dir": data_dir, "--port": port}
     words = [str(word) for option in options.items() for word in option]
     return ["-m", "serve.cli", "up", "--host", _LOOPBACK, *words]
 

@@ -17,6 +17,7 @@ from loadtest.samples import Arrival
 from loadtest.workload import Burst, Closed, Diurnal, Workload
 from serve.bench.mixed import Offer, draw
 from serve.bench.stats import poisson_arrivals
+from serve.cli.client import bearer
 from serve.errors import OperatorError
 from serve.models import ModelFolder
 
@@ -32,11 +33,10 @@ def catalog_of(model: ModelFolder) -> Catalog:
 
 async def fetch_catalog(target: str, key: str | None = None) -> Catalog:
     """From `GET /v1/models` of a Tandem server. Raises OperatorError."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         verify = ssl.create_default_context()  # as the load itself will see it
         async with httpx.AsyncClient(
-            base_url=target, headers=headers, timeout=30.0, trust_env=False, verify=verify
+            base_url=target, headers=bearer(key), timeout=30.0, trust_env=False, verify=verify
         ) as http:
             answer = await http.get("/v1/models")
     except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

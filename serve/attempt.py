@@ -140,7 +140,7 @@ class Attempt:
             log.exception("job %s failed in attempt %d", claim.job_id, claim.attempt)
             told = JobError(code=TandemError.code, message="an internal error; the server's log has the details")
             retry = retried(error)
-        self._ends = "retried" if retry else "failed"
+        self._ends = "retried" if retry and claim.attempt < self._means.settings.max_attempts else "failed"
         return partial(jobs.fail, claim, told, retry=retry, delay_s=self._means.settings.retry_backoff_s)
 
     def _cancelled(self) -> Settlement:

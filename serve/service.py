@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from serve.callers import Caller, Limit
 from serve.domain import Arrival, EncodeUnit, Job, JobEvent, JobState, Tier
+from serve.encoders.cache import EmbeddingCache
 from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
 from serve.inputs import Inputs
 from serve.jobs.events import end_of, follow
@@ -99,9 +100,11 @@ class ImageService:
         benchmark: Benchmark | None = None,
         rules: JobSettings = JobSettings(),
         webhooks: WebhookSettings = WebhookSettings(),
+        embeddings: EmbeddingCache | None = None,
     ) -> None:
         """`models` are those that are drawn, by name; the first is the default. `benchmark` is None where the operator
-        does not offer it."""
+        does not offer it. `embeddings` is this process's cache, which says whether a text that was prepared is kept
+        where all find it; without it each text is prepared anew."""
         self._models = models
         self._fleet = fleet
         self._limits = limits
@@ -115,7 +118,8 @@ class ImageService:
         self._inputs = Inputs(jobs, results, limits)
         self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners)
         self._ahead: dict[str, asyncio.Task[None]] = {}
-        self._prepared: Lately[str] = Lately(PREPARED_S, _PREPARED)
+        self._embeddings = embeddings
+        self._prepared: Lately[tuple[int, str]] = Lately(PREPARED_S, _PREPARED)
         self._withdrawing: set[asyncio.Task[None]] = set()
         self._asking: asyncio.Task[dict[str, PoolState]] | None = None
         self._asked_at = 0.0
@@ -140,7 +144,7 @@ class ImageService:
             count_prompts(self._metrics, accepted.plan)
             if (admission_s := accepted.submitted.job.timings.admission_s) is not None:
                 count_stage(self._metrics, "admission", admission_s)
-            if units := [unit for unit in accepted.plan.units if unit.key not in self._prepared]:
+            if units := [unit for unit in accepted.plan.units if not self._is_prepared(unit)]:
                 task = self._ahead[job_id] = asyncio.create_task(self._encode_ahead(job_id, units))
                 task.add_done_callback(lambda _: self._ahead.pop(job_id, None))
         return accepted.submitted
@@ -257,13 +261,18 @@ class ImageService:
                         await self.cancel(job_id)
                         return
 
+    def _is_prepared(self, unit: EncodeUnit) -> bool:
+        known = self._embeddings
+        return known is not None and known.shared(unit) and (known.cleared, unit.key) in self._prepared
+
     async def _encode_ahead(self, job_id: str, units: Sequence[EncodeUnit]) -> None:
         """Failure costs time only: the replica that claims the job asks again."""
         try:
             started = time.monotonic()
             tiers = await self._prepare(units)
-            for unit in units:
-                self._prepared.note(unit.key)
+            if self._embeddings is not None:
+                for unit in filter(self._embeddings.shared, units):
+                    self._prepared.note((self._embeddings.cleared, unit.key))
             told = {unit.key: tier for unit, tier in zip(units, tiers, strict=True)}
             await self._jobs.note_ahead(job_id, told, time.monotonic() - started)
         except TandemError as error:

@@ -498,8 +498,8 @@ def header_pairs(text: str) -> dict[str, str]:
     pairs = {}
     for pair in filter(None, (each.strip() for each in text.split(","))):
         name, _, value = (part.strip() for part in pair.partition("="))
-        value = unquote(value)
-        if not _HEADER_NAME.fullmatch(name) or not value.isprintable() or not value:
+        value = unquote(value).strip()
+        if not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()) or not value:
             raise ValueError(_HEADERS_FORM)
         pairs[name.lower()] = value
     return pairs

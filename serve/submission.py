@@ -37,7 +37,7 @@ from serve.webhooks import check_webhook
 ASK_AGAIN_S = 1.0
 """Between two questions to a job store that is away."""
 ASK_FIRST_S = 1.0
-"""For so long after a refusal the store is asked whether there is room before an order's text is planned."""
+"""For so long after a queue was found full the store is asked for room before an order's text is planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,11 @@ class Intake:
         model, _ = drawn(new.model, self.models)
         refusing = time.monotonic() - self.refused_at < ASK_FIRST_S
         if refusing or new.image is not None or new.mask is not None:
-            await self.jobs.admit(model.name, 1, caller.owner, caller.allowance)
+            try:
+                await self.jobs.admit(model.name, 1, caller.owner, caller.allowance)
+            except QueueFull:
+                self.refused_at = time.monotonic()
+                raise
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
         pictures = Pictures(job_id, await self.inputs.read(new, caller.owner))
@@ -216,7 +220,7 @@ class Intake:
         except (Conflict, JobGone, JobNotFound) as error:
             await self.inputs.discard(pictures)
             raise type(error)(error.message, once.named if once else error.param) from None
-        except (QueueFull, RateLimited):
+        except QueueFull:
             self.refused_at = time.monotonic()
             await self.inputs.discard(pictures)
             raise

@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import threading
+from argparse import Namespace
 
 import ray
 from fastapi import FastAPI, Response
@@ -49,6 +50,12 @@ def application(
 
 def main() -> None:
     arguments = batch_options(__doc__).parse_args()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        _serve(arguments, folder)
+
+
+def _serve(arguments: Namespace, folder: str) -> None:
+    """Until it is told to stop; Ray's files are in the folder."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # as Tandem's; else whoever sends the load goes first
     ended = threading.Event()
     ray.init(
@@ -57,7 +64,7 @@ def main() -> None:
         include_dashboard=False,
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
-        _temp_dir=tempfile.mkdtemp(prefix="ray-"),
+        _temp_dir=folder,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

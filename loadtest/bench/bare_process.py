@@ -1,8 +1,8 @@
 """The process of the bare engine: the same model, settings and cores as the server's, and nothing around it.
 
 Text is encoded beforehand; no PNG, no store, no Redis, no HTTP. Its threads are not nice, where those of a replica on a
-CPU are: in its turn it has the cores to itself, and what an idle server beside it does must not slow it. So whatever
-the comparison is unfair by, it is unfair to the server.
+CPU are. Saturated, it draws when no server is up. One order at a time, it draws beside the idle server, in pairs with
+the server's own orders: what that idle server takes of the cores falls on both sides.
 
 Orders come as JSON, a line each, on the standard input, and answers go to the standard output; the end of the input
 ends the process.

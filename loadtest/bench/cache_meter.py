@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -118,10 +119,10 @@ class Meter:
 
     async def empty(self) -> None:
         """Every embedding is gone from Redis and from every process's memory when this returns. Raises OperatorError
-        where a process goes on keeping some."""
-        (await self._http.delete("/v1/cache")).raise_for_status()
+        where a process goes on keeping some, and where the server does not answer."""
+        await self._cache("DELETE")
         deadline = time.monotonic() + self._patience_s
-        while any(process["entries"] for process in (await self._cache())["processes"]):
+        while any(process["entries"] for process in (await self._cache("GET"))["processes"]):
             if time.monotonic() > deadline:
                 raise OperatorError(
                     f"the cache of {self._http.base_url} is not empty {self._patience_s:.0f} s after a clear"
@@ -132,11 +133,26 @@ class Meter:
         """Returns when the server says that it is; on a machine that others load, a replica may miss a look at its
         health. Raises OperatorError where that lasts."""
         deadline = time.monotonic() + self._patience_s
-        while (answer := await self._http.get("/readyz")).status_code != httpx.codes.OK:
+        while why := await self._unready():
             if time.monotonic() > deadline:
-                raise OperatorError(f"the server is not ready for {self._patience_s:.0f} s: {answer.text[:500]}")
+                raise OperatorError(f"the server is not ready for {self._patience_s:.0f} s: {why}")
             await asyncio.sleep(self._poll_s)
 
-    async def _cache(self) -> dict[str, list[dict[str, int]]]:
-        found: dict[str, list[dict[str, int]]] = (await self._http.get("/v1/cache")).raise_for_status().json()
+    async def _unready(self) -> str:
+        """Why; empty where it is ready."""
+        try:
+            answer = await self._http.get("/readyz")
+        except httpx.HTTPError as error:
+            return str(error) or type(error).__name__
+        return "" if answer.status_code == httpx.codes.OK else f"{answer.status_code} {answer.text[:500]}"
+
+    async def _cache(self, method: str) -> dict[str, Any]:
+        """Raises OperatorError."""
+        try:
+            answer = await self._http.request(method, "/v1/cache")
+            found: dict[str, Any] = answer.raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise OperatorError(
+                f"{method} /v1/cache of {self._http.base_url}: {str(error) or type(error).__name__}"
+            ) from None
         return found

@@ -16,7 +16,9 @@ from loadtest.bench.cache_meter import Meter
 from loadtest.driver import drive
 from loadtest.prompts import Wording
 from loadtest.samples import Arrival, Outcome, Sample
+from loadtest.tail import Tail
 from loadtest.workload import Prompts, Zipf
+from serve.bench.load import steady_rate
 from serve.bench.shapes import SHAPES, model_of
 from serve.bench.stats import Percentiles, Spread, poisson_arrivals
 from serve.domain import Tier
@@ -55,10 +57,11 @@ class PairedPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One open loop; latency in seconds from when a request was due, None where none was answered. `hits` is the share
-    of the units that came from the cache, `hit_seconds` are of the requests of which all did. `failed` by reason."""
+    """One open loop; latency in seconds from when a request was due, one that was not answered counted as endless.
+    `hits` is the share of the units of answers that came from the cache, `hit_seconds` are of the answers of which all
+    did. `failed` by reason."""
 
-    seconds: Percentiles | None
+    seconds: Tail
     hit_seconds: Percentiles | None
     hits: float | None
     failed: Mapping[str, int]
@@ -84,17 +87,18 @@ class Paired:
     rounds: tuple[Round, ...]
 
     def ratio(self, percentile: str) -> Spread | None:
-        """`p50` or `p95` with the cache over the one without, by round."""
-        both = [(one.cached.seconds, one.plain.seconds) for one in self.rounds]
-        ratios = [
-            getattr(with_, percentile) / getattr(without, percentile) for with_, without in both if with_ and without
+        """`p50` or `p95` with the cache over the one without, by round. None where one of them is endless."""
+        both = [
+            (getattr(one.cached.seconds, percentile), getattr(one.plain.seconds, percentile)) for one in self.rounds
         ]
-        return Spread.of(ratios) if ratios else None
+        if not both or any(None in pair for pair in both):
+            return None
+        return Spread.of([with_ / without for with_, without in both])
 
     def seconds(self, side: str, percentile: str) -> Spread | None:
-        """`cached` or `plain`, over the rounds."""
-        found = [getattr(one, side).seconds for one in self.rounds]
-        return Spread.of([getattr(each, percentile) for each in found if each]) if any(found) else None
+        """`cached` or `plain`, over the rounds. None where one of them is endless."""
+        found = [getattr(getattr(one, side).seconds, percentile) for one in self.rounds]
+        return Spread.of(found) if found and None not in found else None
 
 
 Tell = Callable[[str], None]
@@ -145,10 +149,16 @@ async def _capacity(plan: PairedPlan, url: str, tell: Tell) -> float:
     tell("the capacity without a cache")
     texts = requests(plan, [0.0] * _ENOUGH, "capacity")
     samples = await drive(url, texts, users=FULL, give_up_s=_GIVE_UP_S, until_s=plan.seconds)
-    done = [one.ended_s for one in samples if one.outcome is Outcome.DONE]
-    if not done:
-        raise OperatorError("the server without a cache has answered nothing")
-    return len(done) / max(done)
+    done = sorted(one.ended_s for one in samples if one.outcome is Outcome.DONE)
+    try:
+        # The first are fewer than fill it, and after the last was sent it is not full any more.
+        return steady_rate([time for time in done[FULL - 1 :] if time <= plan.seconds])
+    except ValueError:
+        raise OperatorError(
+            f"--seconds: the server without a cache has answered {len(done)} requests in {plan.seconds:g} s, too few "
+            "to tell its capacity",
+            "seconds",
+        ) from None
 
 
 async def _round(plan: PairedPlan, rate: float, number: int, cached: str, plain: str, tell: Tell) -> Round:
@@ -169,7 +179,7 @@ def side(samples: Sequence[Sample]) -> Side:
     hits = [one.latency_s for one in done if _cache(one) and not _cache(one).get(Tier.ENCODED)]
     bad = [one for one in samples if one.outcome is not Outcome.DONE]
     return Side(
-        seconds=Percentiles.of([one.latency_s for one in done]) if done else None,
+        seconds=Tail.of(samples),
         hit_seconds=Percentiles.of(hits) if hits else None,
         hits=1 - encoded / units if units else None,
         failed=dict(Counter(f"{one.outcome}: {one.detail or one.status}" for one in bad).most_common()),

@@ -107,8 +107,8 @@ def _latencies(paired: Paired) -> Table:
             f"{paired.rate:.2f}",
             str(sum(one.requests for one in paired.rounds)),
             _share(sum(hits) / len(hits) if hits else None),
-            _spread(paired.seconds(name, "p50"), 1e3, 1),
-            _spread(paired.seconds(name, "p95"), 1e3, 1),
+            _spread(paired.seconds(name, "p50"), 1e3, 1) or "never",
+            _spread(paired.seconds(name, "p95"), 1e3, 1) or "never",
             _spread(_of([side.hit_seconds.p50 for side in sides if side.hit_seconds]), 1e3, 1),
         )
     ratios = (_spread(paired.ratio(name), 1.0, 3) for name in ("p50", "p95"))
@@ -116,7 +116,8 @@ def _latencies(paired: Paired) -> Table:
     table.caption = (
         f"POST /v1/embeddings, open loop (Poisson) at {LOAD:.0%} of {paired.capacity:.2f} requests/s, which the server "
         f"without a cache was measured to carry; Zipf 1.0 over {TEXTS} texts, the same texts at the same times through "
-        "both, in turns, each round from an empty cache. Median and range of the rounds. Random weights."
+        "both, in turns, each round from an empty cache. Median and range of the rounds; a request without an answer "
+        "took for ever. Random weights."
     )
     return table
 
@@ -125,7 +126,7 @@ def _rounds(paired: Paired) -> Table:
     table = plain_table("Round by round, ms", "round", "requests", "texts", "hits", "P50", "P95", "P50 without", "P95")
     for number, one in enumerate(paired.rounds, 1):
         cells = [
-            f"{1e3 * getattr(side.seconds, name):,.1f}" if side.seconds else ""
+            "never" if (found := getattr(side.seconds, name)) is None else f"{1e3 * found:,.1f}"
             for side in (one.cached, one.plain)
             for name in ("p50", "p95")
         ]

@@ -1,6 +1,9 @@
 """`tandem bench compare`: the same orders at the same moments through Tandem and through what its users run today.
 
 Every server has the same cores, the threads of torch that are best for it among those offered, and the same client.
+Threads are counted where they draw: of Tandem's denoiser, whose text encoder and VAE have some beside it, and of all
+that a baseline's process computes. What makes the budgets equal is the cores: all processes of a server are pinned to
+them.
 
 One server is up at a time, and starts anew in each round. All of them together would save the starts; but an idle Ray
 is not idle (controller, raylet, agents: some percent of a core, and there are two of them here), so that the baselines
@@ -11,7 +14,7 @@ round: what slows the machine down for minutes hits all alike.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,11 +88,13 @@ class Run:
                     self.report.capacities.append(Capacity(server=name, threads=threads, round=number, saturated=found))
 
     async def paced(self) -> None:
-        """The same arrivals through each; in the first round also each at its own pace."""
+        """The same arrivals through each; in the first round also each at its own pace, in all rounds where only that
+        is asked for."""
         plan, report = self._plan, self.report
-        for number, name in turns(plan.servers, plan.rounds if "same-rate" in plan.sections else 1):
-            kinds = [TANDEM] if "same-rate" in plan.sections else []
-            if "own-rate" in plan.sections and not number and name != TANDEM:
+        same, own = ("same-rate" in plan.sections), ("own-rate" in plan.sections)
+        for number, name in turns(plan.servers, plan.rounds):
+            kinds = [TANDEM] if same or (own and name == TANDEM) else []
+            if own and name != TANDEM and not (same and number):
                 kinds.append(name)
             if not kinds:
                 continue
@@ -111,8 +116,7 @@ class Run:
         plan, report = self._plan, self.report
         capacity = report.capacity(TANDEM)
         for name in plan.servers if plan.everyone else (TANDEM,):
-            settings = _overload_settings(plan) if name == TANDEM else {}
-            async with self._up(name, report.threads(name), f"overload, {name}", settings) as server:
+            async with self._up(name, report.threads(name), f"overload, {name}", overload=True) as server:
                 for number in range(plan.rounds):
                     self._tell(f"overload, {name}, round {number + 1}")
                     rates = [factor * capacity for factor in plan.factors]
@@ -134,13 +138,14 @@ class Run:
         return 1000 * (1000 * self._plan.seed + number)
 
     @asynccontextmanager
-    async def _up(
-        self, name: str, threads: int, what: str, settings: Mapping[str, Any] | None = None
-    ) -> AsyncIterator[Serving]:
+    async def _up(self, name: str, threads: int, what: str, *, overload: bool = False) -> AsyncIterator[Serving]:
         self._tell(f"{what}: starting")
-        budget = Budget(cores=self._plan.cores, torch_threads=threads)
-        own = (settings or _settings()) if name == TANDEM else {}
-        async with serving(name, budget=budget, settings=own) as server:
+        plan, options = self._plan, list[str]()
+        settings = (_overload_settings(plan) if overload else _settings()) if name == TANDEM else {}
+        if overload and name != TANDEM:
+            options = ["--max-waiting", str(max_waiting(plan, self.report.capacity(name)))]
+        budget = Budget(cores=plan.cores, torch_threads=threads)
+        async with serving(name, budget=budget, settings=settings, options=options) as server:
             self._tell(what)
             yield server
 
@@ -165,6 +170,12 @@ def turns(servers: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
     for number in range(rounds):
         first = number % len(servers)
         yield from ((number, name) for name in (*servers[first:], *servers[:first]))
+
+
+def max_waiting(plan: Plan, capacity: float) -> int:
+    """A baseline's line under overload: as many orders as it draws in the time that Tandem lets one wait. With a line
+    of its own length all that it drew would be late."""
+    return max(1, round(plan.queued_s * capacity))
 
 
 def _settings() -> dict[str, Any]:

@@ -49,10 +49,13 @@ class Saturated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
-    """An open loop of `rate` work a second, in images of the mix; what came of it once it was under way."""
+    """An open loop of `rate` work a second, in images of the mix; what came of it once it was under way. `lost` (by
+    reason) and `faults` are also those of the orders before it that settled the queue: no figure has these, but what
+    goes wrong among them is the server's fault all the same."""
 
     rate: float
     window: Window
+    lost: Mapping[str, int]
     faults: int
     others: float
 
@@ -151,16 +154,22 @@ async def offer(
     ]
     with Meter(server.root) as meter:
         samples = await drive(server.url, _arrivals(server, line, due), give_up_s=GIVE_UP_S, on_progress=show)
-    return [
-        Offered(
-            rate=part.rate,
-            window=window(samples, work, begin, begin + span, deadline_s),
-            faults=faults([one for one in samples if begin <= one.due_s < begin + span]),
-            others=meter.others,
-        )
-        for begin, span, part in zip(begins, spans, parts, strict=False)
-        if part.counted
-    ]
+    found, since_s = list[Offered](), 0.0
+    for begin, span, part in zip(begins, spans, parts, strict=False):
+        if part.counted:
+            end = begin + span
+            due_there = [one for one in samples if since_s <= one.due_s < end]
+            found.append(
+                Offered(
+                    rate=part.rate,
+                    window=window(samples, work, begin, end, deadline_s),
+                    lost=lost(due_there),
+                    faults=faults(due_there),
+                    others=meter.others,
+                )
+            )
+            since_s = end
+    return found
 
 
 def _arrivals(server: Serving, orders: Sequence[Order], due: Sequence[float]) -> list[Arrival]:

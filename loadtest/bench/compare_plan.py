@@ -14,7 +14,7 @@ from serve.bench.machine import Machine
 
 Section = Literal["capacity", "same-rate", "own-rate", "overload"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
-FACTORS = (0.8, 1.0, 1.2, 2.0, 5.0, 10.0)
+FACTORS = (0.8, 1.0, 1.2, 5.0)
 PEAK = 1.2
 """Up to this multiple of the capacity is looked for the best goodput."""
 LEAD_S, SETTLE_S = 5.0, 4.0
@@ -39,10 +39,10 @@ class Plan:
     cores: tuple[int, ...]
     sections: frozenset[Section] = frozenset(SECTIONS)
     rounds: int = 5
-    capacity_rounds: int = 1
-    orders: int = 108
-    seconds: float = 18.0
-    stage_s: float = 8.0
+    capacity_rounds: int = 3
+    orders: int = 84
+    seconds: float = 15.0
+    stage_s: float = 6.0
     load: float = 0.8
     factors: tuple[float, ...] = FACTORS
     deadline_s: float = 10.0
@@ -60,13 +60,11 @@ class Plan:
         starts_s = [_START_S.get(name, _QUICK_START_S) for name in self.servers]
         load_s = _CLIENT_S + _DRAIN_S
         loop_s = load_s + LEAD_S + self.seconds
-        fill_s = sum(starts_s) + len(starts_s) * (load_s + self.orders / _GUESS)
+        fill_s = sum(starts_s) + len(starts_s) * (_CLIENT_S + self.orders / _GUESS)  # its end is among the orders
         whole = (len(self.threads) + self.capacity_rounds - 1) * fill_s
-        if "same-rate" in self.sections:
+        if self.paced:
             whole += self.rounds * (sum(starts_s) + len(starts_s) * loop_s)
-        elif "own-rate" in self.sections:
-            whole += sum(starts_s)
-        if "own-rate" in self.sections:
+        if {"same-rate", "own-rate"} <= self.sections:
             whole += (len(starts_s) - 1) * loop_s
         if "overload" in self.sections:
             climb_s = load_s + self.deadline_s + len(self.factors) * (SETTLE_S + self.stage_s)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,8 @@ _Measured = TypeVar("_Measured", Paced, Stage)
 
 P95 = "P95 at the same rate: tandem / best baseline"
 SHORT = "short form, saturated throughput: tandem / lock"
-"""Of tests/cluster/test_bench_ratios.py: fewer users, less time, all but one core's threads."""
+"""Of tests/cluster/test_bench_ratios.py alone: fewer users and orders, all but one core's threads, beside an idle
+Tandem."""
 GOODPUT = f"goodput: {OVERLOAD:g}x overload / peak"
 
 
@@ -41,21 +43,36 @@ class Ratio:
         return recorded - self.value.median if self.higher_is_better else self.value.median - recorded
 
 
+class Measured(BaseModel):
+    """Where a ratio on record comes from, for people: when, on which machine, by which command, how often."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    on: date
+    machine: str = Field(min_length=1)
+    by: str = Field(min_length=1)
+    rounds: int = Field(ge=1)
+
+    def __str__(self) -> str:
+        return f"{self.on}, {self.machine}, {self.by}, rounds {self.rounds}"
+
+
 class Recorded(BaseModel):
-    """A ratio on record. It got worse when it is on the wrong side of `value` by more than `tolerance`."""
+    """A ratio on record. It got worse when it is on the wrong side of `value` by more than `tolerance`. `measured` is
+    None for a bound that was set, not measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     value: float = Field(gt=0)
     tolerance: float = Field(ge=0)
+    measured: Measured | None = None
 
 
 class Record(BaseModel):
-    """`measured` says where and how: for people."""
+    """Ratios by their names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    measured: str
     ratios: Mapping[str, Recorded] = Field(min_length=1)
 
 

@@ -35,7 +35,10 @@ def as_json(report: Report, held: Sequence[Held] = ()) -> dict[str, Any]:
         "capacity": {name: report.capacity(name) for name in report.plan.servers},
         "ratios": {one.name: asdict(one.value) for one in ratios(report)},
         "bars": [asdict(bar) for bar in bars(report)],
-        "check": [{"ratio": one.ratio.name, "recorded": one.recorded.model_dump(), "worse": one.worse} for one in held],
+        "check": [
+            {"ratio": one.ratio.name, "recorded": one.recorded.model_dump(mode="json"), "worse": one.worse}
+            for one in held
+        ],
         "other_work": report.other_work,
     }
     found: dict[str, Any] = _finite(told)
@@ -130,9 +133,10 @@ def _paced(report: Report, *, own: bool) -> Table:
         f"Open loop (Poisson), from the intended send time; the first {LEAD_S:g} s don't count. Goodput: pictures "
         f"within {report.plan.deadline_s:g} s. Median (and range) of rounds; an order without a picture took for ever."
     )
+    shown = [one for one in report.paced if one.of == (one.server if own else TANDEM)]
     for name in report.plan.servers:
-        found = [one for one in report.paced if one.server == name and (one.of != TANDEM) is own]
-        if not found:
+        found = [one for one in shown if one.server == name]
+        if not found or all(one.server == TANDEM for one in shown):
             continue
         windows = [one.offered.window for one in found]
         table.add_row(
@@ -178,7 +182,7 @@ def _overload(report: Report) -> Table:
         f"Stages of {SETTLE_S:g} + {report.plan.stage_s:g} s without a pause between; the former don't count. Goodput: "
         f"work a second of pictures within {report.plan.deadline_s:g} s, in images of the mix; pictures/s counts them. "
         "P50, P99: refusals from the intended send time; own: from when they were really sent. Median (and range) of "
-        f"rounds. Tandem with {jobs}."
+        f"rounds. Tandem with {jobs}; a baseline's line holds what it draws in {report.plan.queued_s:g} s."
     )
     for name in report.plan.servers:
         for factor in report.plan.factors:
@@ -211,15 +215,16 @@ def _ratios(found: Iterable[Ratio]) -> Table:
 
 def _failures(report: Report) -> Table:
     table = plain_table("Orders without a picture that were not refused", "in", "reason", "orders")
+    table.caption = "Also of the orders that only settle a queue, and count for nothing else."
     found: Counter[tuple[str, str]] = Counter()
     for one in report.capacities:
         for reason, count in one.saturated.lost.items():
             found[f"{one.server}, saturated", reason] += count
     for turn in report.paced:
-        for reason, count in turn.offered.window.lost.items():
+        for reason, count in turn.offered.lost.items():
             found[f"{turn.server}, {turn.load:.0%} of {turn.of}", reason] += count
     for stage in report.stages:
-        for reason, count in stage.offered.window.lost.items():
+        for reason, count in stage.offered.lost.items():
             found[f"{stage.server}, {stage.factor:g}x", reason] += count
     for (where, reason), count in found.items():
         table.add_row(where, Text(reason), str(count))
@@ -227,18 +232,18 @@ def _failures(report: Report) -> Table:
 
 
 def _held(held: Sequence[Held], record: Record | None) -> Table:
-    table = plain_table("Against the ratios on record", "", "recorded", "tolerance", "measured", "")
+    columns = ("", "recorded", "tolerance", "measured", "", "recorded by")
+    table = plain_table("Against the ratios on record", *columns)
     if record is None:
         return table
-    table.caption = f"Recorded: {record.measured}"
     known = {one.ratio.name: one for one in held}
     for name, recorded in record.ratios.items():
-        cells = (f"{recorded.value:.2f}", f"{recorded.tolerance:.2f}")
+        told, verdict = "", Text("not measured", style="dim")
         if one := known.get(name):
+            told = ratio_text(one.ratio.value)
             verdict = Text("worse", style="red") if one.worse else Text("holds", style="green")
-            table.add_row(name, *cells, ratio_text(one.ratio.value), verdict)
-        else:
-            table.add_row(name, *cells, "", Text("not measured", style="dim"))
+        source = str(recorded.measured) if recorded.measured else "set, not measured"
+        table.add_row(name, f"{recorded.value:.2f}", f"{recorded.tolerance:.2f}", told, verdict, Text(source))
     return table
 
 

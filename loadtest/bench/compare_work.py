@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadtest.samples import Outcome, Sample
+from loadtest.tail import Tail
 from serve.bench.stats import Percentiles
 from serve.models.samplers import forwards_of
 
@@ -60,43 +61,16 @@ def saturated_rates(samples: Sequence[Sample], work: Sequence[float], users: int
         raise ValueError(f"{len(done)} pictures are too few to tell a rate of {users} users")
     edges = [round(part * (len(window) - 1) / PARTS) for part in range(PARTS + 1)]
     pieces = (window[first : last + 1] for first, last in itertools.pairwise(edges))
-    return _rate(window), [_rate(piece) for piece in pieces]
+    return rate_of(window), [rate_of(piece) for piece in pieces]
 
 
-def _rate(window: Sequence[tuple[float, float]]) -> float:
-    """The first picture opens the window and is no part of it."""
-    seconds = window[-1][0] - window[0][0]
+def rate_of(window: Sequence[tuple[float, float]]) -> float:
+    """Work a second of pictures that ended (time, work), in order: the first opens the window and is no part of it.
+    Raises ValueError where no time passed."""
+    seconds = window[-1][0] - window[0][0] if window else 0.0
     if seconds <= 0:
         raise ValueError("no rate from pictures that came all at once")
     return sum(work for _, work in window[1:]) / seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tail:
-    """Seconds from the intended send time, over `count` requests. A request that got no picture took for ever, so that
-    no server is the quicker for what it dropped: None is a percentile among those."""
-
-    count: int
-    p50: float | None
-    p95: float | None
-    p99: float | None
-    worst: float | None
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Tail:
-        done = sorted(sample.latency_s for sample in samples if sample.outcome is Outcome.DONE)
-        p50, p95, p99, worst = (_quantile(done, len(samples), share) for share in (0.5, 0.95, 0.99, 1.0))
-        return cls(count=len(samples), p50=p50, p95=p95, p99=p99, worst=worst)
-
-
-def _quantile(done: Sequence[float], count: int, share: float) -> float | None:
-    """Linear between neighbours, as numpy's default; of `count` values, those that are not in `done` endless."""
-    place = share * (count - 1)
-    below = int(place)
-    above = min(below + 1, count - 1) if place > below else below
-    if not count or above >= len(done):
-        return None
-    return done[below] + (done[above] - done[below]) * (place - below)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

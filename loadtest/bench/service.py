@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import psutil
 
 from loadtest.bench.bare import Bare
-from loadtest.bench.service_load import Look, Saturated, measure_saturated
+from loadtest.bench.service_load import Look, Saturated, entered, measure_saturated
 from loadtest.bench.service_overhead import Overhead, Text, default_order, fresh_texts, measure_overhead
 from loadtest.bench.service_redis import SERVERS, RedisCosts, Watch, measure_redis
 from loadtest.bench.service_start import Memory, Start, Starts, memory_of, read_start, starts_of, told_ready
@@ -43,8 +43,9 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`orders` is how many one turn of the saturated section has, `pairs` how many of each order are sent one at a
-    time, `jobs` how many of each kind are counted at Redis after `idle_s` of silence, `starts` how often the server is
-    started. `settings` are the server's, in groups; `environ` are more variables of its environment."""
+    time, `jobs` how many of each kind are counted at Redis; `idle_s` is how long the idle server is looked at, there
+    and before it is saturated; `starts` is how often the server is started for its start's sake. `settings` are the
+    server's, in groups; `environ` are more variables of its environment."""
 
     sections: frozenset[Section]
     cores: tuple[int, ...]
@@ -63,8 +64,8 @@ class Plan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything that was measured; None is a section that was not asked for. `memory` is at rest after the start,
-    `memory_later` after all that the other sections did. `other_work` is the share of the processors that belonged to
-    neither the server nor the bare engine nor the bench."""
+    `memory_later` after the sections `redis` and `overhead`. `other_work` is the share of the processors that belonged
+    to neither the server nor the bare engine nor the bench."""
 
     machine: Machine
     cores: tuple[int, ...]
@@ -83,8 +84,8 @@ class Report:
 
 
 async def measure(plan: Plan, tell: Tell) -> Report:
-    """All of the plan, on one server; the section `start` starts more. `tell` hears what comes next. Raises
-    OperatorError."""
+    """All of the plan. `redis` and `overhead` have one server for both, `saturated` one for each turn, `start` as many
+    as are said. `tell` hears what comes next. Raises OperatorError."""
     settings = load_args(plan.settings, environ={}).settings
     report = Report(
         machine=replace(this_machine(), threads=plan.torch_threads),
@@ -96,25 +97,30 @@ async def measure(plan: Plan, tell: Tell) -> Report:
         environ=plan.environ,
     )
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-bench-")))
+        # Short: sockets lie in it.
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-")))
         stack.enter_context(_environment(plan.environ))
         outside = stack.enter_context(Outside())
-        redis = None if settings.cache.redis_url else stack.enter_context(_cache_redis(settings, scratch))
         bench = _Bench(
             plan=plan,
             settings=settings,
-            redis=redis,
+            redis=None,
             model=resolve(ModelSettings(), scratch),
             prompts=[text for text, _ in held_out_prompts(PROMPTS)],
             tell=tell,
         )
-        report = await bench.all(report)
+        if plan.sections - {"saturated"}:
+            with contextlib.nullcontext() if settings.cache.redis_url else _cache_redis(settings, scratch) as redis:
+                report = await replace(bench, redis=redis).all_but_saturated(report)
+        if "saturated" in plan.sections:
+            report = replace(report, saturated=await bench.saturated(scratch))
     return replace(report, other_work=outside.share)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Bench:
-    """One run. `redis` is the server's Redis for embeddings, started here; None where the settings name one."""
+    """One run. `redis` is the server's Redis for embeddings, started here; None where the settings name one, or where
+    the server is to start its own."""
 
     plan: Plan
     settings: Settings
@@ -123,7 +129,7 @@ class _Bench:
     prompts: Sequence[str]
     tell: Tell
 
-    async def all(self, report: Report) -> Report:
+    async def all_but_saturated(self, report: Report) -> Report:
         plan = self.plan
         self.tell("starting the server")
         async with self._started() as (server, start, look):
@@ -132,9 +138,9 @@ class _Bench:
             if "redis" in plan.sections:
                 self.tell("Redis")
                 report = replace(report, redis=await self._redis(server))
-            if plan.sections & {"saturated", "overhead"}:
-                report = await self._against_bare(report, server, look)
-            if "start" in plan.sections and len(plan.sections) > 1:
+            if "overhead" in plan.sections:
+                report = replace(report, overhead=await self._overheads(server))
+            if "start" in plan.sections and plan.sections & {"redis", "overhead"}:
                 report = replace(report, memory_later=memory_of(look()))
         if "start" in plan.sections:
             starts = [start]
@@ -145,28 +151,32 @@ class _Bench:
             report = replace(report, starts=starts_of(starts))
         return report
 
-    async def _against_bare(self, report: Report, server: Serving, look: Look) -> Report:
-        plan = self.plan
-        self.tell("starting the bare engine")
-        bare = Bare(self._tree, data_dir=server.data_dir, cores=plan.cores, prompts=self.prompts)
-        await asyncio.to_thread(bare.__enter__)
+    async def saturated(self, scratch: Path) -> Saturated:
+        """All servers and the bare engine share one data_dir: the first start measures the steps, and all make batches
+        of the same size."""
+        plan, data_dir = self.plan, scratch / "data"
+        orders = mixed_orders(self.model, self.prompts, plan.orders * plan.rounds, plan.seed)
+
+        @asynccontextmanager
+        async def started() -> AsyncIterator[tuple[str, Look]]:
+            async with serving(TANDEM, budget=self._budget, settings=self._tree, data_dir=data_dir) as server:
+                yield server.url, lambda: usage(server.root)
+
+        bare = Bare(self._tree, data_dir=data_dir, cores=plan.cores, prompts=self.prompts)
+        in_hand = self.settings.diffusion.max_rows
         try:
-            if "overhead" in plan.sections:
-                fresh = fresh_texts(self.prompts, plan.seed)
-                found = [await self._overhead(server, bare, *kind, fresh) for kind in KINDS]
-                report = replace(report, overhead=tuple(found))
-            if "saturated" in plan.sections:
-                self.tell("saturated")
-                orders = mixed_orders(self.model, self.prompts, plan.orders * plan.rounds, plan.seed)
-                in_hand = self.settings.diffusion.max_rows
-                try:
-                    saturated = await measure_saturated(server.url, look, bare, orders, plan.rounds, in_hand)
-                except ValueError as error:
-                    raise OperatorError(f"saturated: {error}") from None
-                report = replace(report, saturated=saturated)
-        finally:
-            await asyncio.to_thread(bare.__exit__, None, None, None)
-        return report
+            return await measure_saturated(started, bare, orders, plan.rounds, in_hand, plan.idle_s, self.tell)
+        except ValueError as error:
+            raise OperatorError(f"saturated: {error}") from None
+
+    async def _overheads(self, server: Serving) -> tuple[Overhead, ...]:
+        """In pairs, beside the idle server: each request of one has its twin a moment before or after."""
+        self.tell("starting the bare engine")
+        fresh = fresh_texts(self.prompts, self.plan.seed)
+        async with entered(
+            Bare(self._tree, data_dir=server.data_dir, cores=self.plan.cores, prompts=self.prompts)
+        ) as bare:
+            return tuple([await self._overhead(server, bare, *kind, fresh) for kind in KINDS])
 
     async def _overhead(
         self, server: Serving, bare: Bare, steps: int, text: Text, fresh: Callable[[], str]
@@ -187,8 +197,7 @@ class _Bench:
 
     @asynccontextmanager
     async def _started(self) -> AsyncIterator[tuple[Serving, Start, Look]]:
-        budget = Budget(cores=self.plan.cores, torch_threads=self.plan.torch_threads)
-        async with serving(TANDEM, budget=budget, settings=self._tree) as server:
+        async with serving(TANDEM, budget=self._budget, settings=self._tree) as server:
             first_image_at = time.time()
 
             def look() -> dict[int, Use]:
@@ -197,6 +206,10 @@ class _Bench:
 
             start = read_start(usage(server.root, memory=False), await told_ready(server.data_dir), first_image_at)
             yield server, start, look
+
+    @property
+    def _budget(self) -> Budget:
+        return Budget(cores=self.plan.cores, torch_threads=self.plan.torch_threads)
 
     @property
     def _tree(self) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """The service against the bare engine, saturated: the same orders through both, in turns, and what each process took
-for an image."""
+for an image.
+
+The server starts anew for each of its turns and is gone when the bare engine has its own: an idle Ray takes some
+percent of a core, which the bare engine would pay for.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,16 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
 
-from loadtest.bench.bare import Bare
+from loadtest.bench.bare import Bare, Drawn
 from loadtest.driver import Progress, drive
 from loadtest.processes import COMPUTING, DIFFUSION, ENGINE, REST, VAE, Use, by_role, spent, thread_seconds
 from loadtest.samples import Arrival, Outcome, Sample
@@ -28,6 +33,10 @@ _READY_S, _POLL_S = 30.0, 0.5
 
 Look = Callable[[], Mapping[int, Use]]
 """At the processes of the server."""
+Side = Literal["tandem", "bare"]
+Tell = Callable[[str], None]
+Started = Callable[[], AbstractAsyncContextManager[tuple[str, Look]]]
+"""A server that has drawn a picture, by its URL; ended when it is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,25 +50,32 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One closed loop of one side. `rate` is in work a second; the others are CPU seconds by role and by thread, of the
-    whole loop. `seconds` is how long it took."""
+    """One closed loop of one side. `drawn` are its pictures by the number of their order; the others are CPU seconds by
+    role and by thread, of the whole loop."""
 
-    rate: float
-    images: int
-    seconds: float
+    drawn: Sequence[Drawn]
     roles: Mapping[str, float] = field(default_factory=dict)
     threads: Mapping[str, float] = field(default_factory=dict)
     client_s: float = 0.0
     failed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return max(1, len(self.drawn))
+
+    def rate(self, weights: Sequence[float]) -> float:
+        """Work a second. Raises ValueError for a loop too short to have one."""
+        spans = [Span(sent_s=one.sent_s, ended_s=one.ended_s, weight=weights[one.index]) for one in self.drawn]
+        return work_rate(spans, USERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saturated:
     """Rates are images a second of the mean order; their spreads, and that of `ratio`, are over rounds. CPU is in
     seconds an image, its medians over rounds: `roles` and `threads` (of the diffusion process) of the server, `client`
-    of what sent the orders, `bare` of the bare engine by its threads. `idle` is the CPU that the server took by itself,
-    in seconds a second, while the bare engine had its turns. `others` is what all roles but diffusion took over what
-    that took."""
+    of what sent the orders, `bare` of the bare engine by its threads. `idle` is the CPU that the server took in
+    seconds a second while nobody asked for anything, before its first turn. `others` is what all roles but diffusion
+    took over what that took."""
 
     users: int
     in_hand: int
@@ -84,38 +100,67 @@ def body_of(order: ImageRequest) -> dict[str, Any]:
 
 
 async def measure_saturated(
-    url: str, look: Look, bare: Bare, orders: Sequence[ImageRequest], rounds: int, in_hand: int
+    started: Started, bare: Bare, orders: Sequence[ImageRequest], rounds: int, in_hand: int, idle_s: float, tell: Tell
 ) -> Saturated:
-    """Each round sends its part of the orders through both; who begins takes turns. What comes before a round's first
-    `USERS` answers warms up. Raises ValueError for rounds too short to have a window."""
+    """Each round sends its part of the orders through both; who begins takes turns, at first the server: the bare
+    engine, which is entered here, reads the step times that it found. What comes before a round's first `USERS` answers
+    warms up. Raises ValueError for rounds too short to have a window."""
     share = len(orders) // rounds
-    weights = await asyncio.to_thread(bare.weights, orders)
-    mean = fmean(weights)
-    served, drawn, idle = list[Turn](), list[Turn](), list[dict[str, float]]()
-    await until_ready(url)
-    await drive(url, _arrivals(orders[:USERS]), users=USERS)  # texts are in the caches before anything counts
-    for number in range(rounds):
-        part = slice(number * share, (number + 1) * share)
-        for side in ("bare", "tandem") if number % 2 == 0 else ("tandem", "bare"):
+    served, drawn, idle = list[Turn](), list[Turn](), dict[str, float]()
+    async with AsyncExitStack() as stack:
+        for number, side in sides(rounds):
+            part = orders[number * share : (number + 1) * share]
+            tell(f"saturated, round {number + 1} of {rounds}, {side}")
             if side == "tandem":
-                served.append(await _serve(url, look, orders[part], weights[part]))
+                async with started() as (url, look):
+                    await drive(url, _arrivals(orders[:USERS]), users=USERS)  # texts are in the caches beforehand
+                    idle = idle or await _idle(look, idle_s)
+                    served.append(await _serve(url, look, part))
                 continue
-            turn, alone = await asyncio.to_thread(_draw, bare, look, orders[part], weights[part], in_hand)
-            drawn.append(turn)
-            idle.append(alone)
+            if not drawn:
+                await stack.enter_async_context(entered(bare))
+                weights = await asyncio.to_thread(bare.weights, orders)
+            drawn.append(await asyncio.to_thread(_draw, bare, part, in_hand))
+    return _saturated(served, drawn, weights, idle, in_hand)
+
+
+def sides(rounds: int) -> Iterator[tuple[int, Side]]:
+    """Number of the round and who has the turn."""
+    for number in range(rounds):
+        yield from ((number, side) for side in (("bare", "tandem") if number % 2 else ("tandem", "bare")))
+
+
+@asynccontextmanager
+async def entered(bare: Bare) -> AsyncIterator[Bare]:
+    """Its methods block, and so do its start and its end."""
+    await asyncio.to_thread(bare.__enter__)
+    try:
+        yield bare
+    finally:
+        await asyncio.to_thread(bare.__exit__, None, None, None)
+
+
+def _saturated(
+    served: Sequence[Turn], drawn: Sequence[Turn], weights: Sequence[float], idle: Mapping[str, float], in_hand: int
+) -> Saturated:
+    """`weights` are of all rounds' orders, as many in each."""
+    share, mean = len(weights) // len(served), fmean(weights)
+    parts = [weights[number * share : (number + 1) * share] for number in range(len(served))]
+    ours = [turn.rate(part) / mean for turn, part in zip(served, parts, strict=True)]
+    theirs = [turn.rate(part) / mean for turn, part in zip(drawn, parts, strict=True)]
     return Saturated(
         users=USERS,
         in_hand=in_hand,
         orders=share,
-        tandem=Spread.of([turn.rate / mean for turn in served]),
-        bare=Spread.of([turn.rate / mean for turn in drawn]),
-        ratio=Spread.of([ours.rate / theirs.rate for ours, theirs in zip(served, drawn, strict=True)]),
+        tandem=Spread.of(ours),
+        bare=Spread.of(theirs),
+        ratio=Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)]),
         others=Spread.of([others_share(turn.roles) for turn in served]),
         roles=_medians([_each(turn.roles, turn.images) for turn in served]),
         threads=_medians([_each(turn.threads, turn.images) for turn in served]),
         client=median(turn.client_s / turn.images for turn in served),
         bare_threads=_medians([_each(turn.threads, turn.images) for turn in drawn]),
-        idle=_medians(idle),
+        idle=idle,
         failed=dict(sum((Counter(turn.failed) for turn in served), Counter[str]())),
     )
 
@@ -150,8 +195,8 @@ def others_share(roles: Mapping[str, float]) -> float:
 
 
 async def until_ready(url: str) -> None:
-    """A server whose cores the bare engine has had to itself may have been slow to answer for its pools. One that never
-    is ready is for whoever sends next to tell."""
+    """A server that was busy may have been slow to answer for its pools. One that never is ready is for whoever sends
+    next to tell."""
     deadline = time.monotonic() + _READY_S
     async with httpx.AsyncClient(base_url=url, timeout=_READY_S, trust_env=False) as http:
         while time.monotonic() < deadline:
@@ -161,17 +206,22 @@ async def until_ready(url: str) -> None:
             await asyncio.sleep(_POLL_S)
 
 
-async def _serve(url: str, look: Look, orders: Sequence[ImageRequest], weights: Sequence[float]) -> Turn:
-    await until_ready(url)
-    client, before = ClientTime(), look()
-    threads, began = _threads(before), time.monotonic()
-    samples = await drive(url, _arrivals(orders), users=USERS, on_progress=client.look)
+async def _idle(look: Look, seconds: float) -> dict[str, float]:
+    """What the server takes while nobody asks for anything: CPU seconds a second, by role."""
+    before, began = look(), time.monotonic()
+    await asyncio.sleep(seconds)
     took_s = time.monotonic() - began
+    return {role: cpu_s / took_s for role, cpu_s in spent(before, look()).items()}
+
+
+async def _serve(url: str, look: Look, orders: Sequence[ImageRequest]) -> Turn:
+    client, before = ClientTime(), look()
+    threads = _threads(before)
+    samples = await drive(url, _arrivals(orders), users=USERS, on_progress=client.look)
     after = look()
+    done = [sample for sample in samples if sample.outcome is Outcome.DONE]
     return Turn(
-        rate=_rate(samples, weights),
-        images=max(1, sum(sample.outcome is Outcome.DONE for sample in samples)),
-        seconds=took_s,
+        drawn=[Drawn(index=one.index, sent_s=one.sent_s, ended_s=one.ended_s, stages={}) for one in done],
         roles=spent(before, after),
         threads=_less(_threads(after), threads),
         client_s=client.seconds,
@@ -179,22 +229,11 @@ async def _serve(url: str, look: Look, orders: Sequence[ImageRequest], weights: 
     )
 
 
-def _draw(
-    bare: Bare, look: Look, orders: Sequence[ImageRequest], weights: Sequence[float], in_hand: int
-) -> tuple[Turn, dict[str, float]]:
-    """Also what the server, which has nothing to do, takes meanwhile: seconds a second."""
+def _draw(bare: Bare, orders: Sequence[ImageRequest], in_hand: int) -> Turn:
     pid = bare.root.pid
-    before, threads, began = look(), thread_seconds(pid), time.monotonic()
+    threads = thread_seconds(pid)
     drawn = bare.saturate(orders, USERS, in_hand)
-    took_s = time.monotonic() - began
-    spans = [Span(sent_s=one.sent_s, ended_s=one.ended_s, weight=weights[one.index]) for one in drawn]
-    turn = Turn(
-        rate=work_rate(spans, USERS),
-        images=len(drawn),
-        seconds=took_s,
-        threads=_less(thread_seconds(pid), threads),
-    )
-    return turn, {role: seconds / took_s for role, seconds in spent(before, look()).items()}
+    return Turn(drawn=drawn, threads=_less(thread_seconds(pid), threads))
 
 
 class ClientTime:
@@ -224,15 +263,6 @@ class ClientTime:
 
 def _arrivals(orders: Sequence[ImageRequest]) -> list[Arrival]:
     return [Arrival(index=index, due_s=0.0, dialect=DIALECT, body=body_of(order)) for index, order in enumerate(orders)]
-
-
-def _rate(samples: Sequence[Sample], weights: Sequence[float]) -> float:
-    spans = [
-        Span(sent_s=sample.sent_s, ended_s=sample.ended_s, weight=weights[sample.index])
-        for sample in samples
-        if sample.outcome is Outcome.DONE
-    ]
-    return work_rate(spans, USERS)
 
 
 def _reason(sample: Sample) -> str:

@@ -75,7 +75,7 @@ def bars(report: Report) -> Iterator[Bar]:
             "saturated, over the bare engine",
             f">= {RATIO:.0%}",
             f"{one.ratio.median:.1%}",
-            one.ratio.median >= RATIO and not failed,
+            one.ratio.median >= RATIO,
             unsure,
         )
         share = one.others.median
@@ -93,8 +93,8 @@ def bars(report: Report) -> Iterator[Bar]:
 
 
 def _bar(what: str, wanted: str, measured: str, met: bool, doubt: str) -> Bar:
-    """What was met under disturbance is met all the same: others' work can only make it worse."""
-    return Bar(what=what, wanted=wanted, measured=measured, met=met, doubt="" if met else doubt)
+    """A figure of a disturbed run is in doubt whichever way it points: others' work may have hit the bare engine."""
+    return Bar(what=what, wanted=wanted, measured=measured, met=met and not doubt, doubt=doubt)
 
 
 def _saturated(report: Report) -> Table:
@@ -102,8 +102,9 @@ def _saturated(report: Report) -> Table:
     one = report.saturated
     table = plain_table(f"Mixed work, {one.users} users always waiting", "", "images/s", "over the bare engine")
     table.caption = (
-        f"{one.tandem.count} rounds of {one.orders} orders, the same through both, in turns; images of the mean "
-        f"order. At most {one.in_hand} in hand on both sides; text encoded before both. Bare: no PNG, no nice threads."
+        f"{one.tandem.count} rounds of {one.orders} orders, the same through both, in turns, the bare engine's without "
+        f"a server; images of the mean order. At most {one.in_hand} in hand on both sides; text encoded before both. "
+        "Bare: no PNG, no nice threads."
     )
     table.add_row("bare engine", _precise(one.bare), "")
     table.add_row("through HTTP", _precise(one.tandem), f"{_percents(one.ratio)}")
@@ -118,7 +119,7 @@ def _cpu(report: Report) -> Table:
     columns = ("process", "CPU ms an image", "of diffusion's", "idle, ms a second")
     table = plain_table("Where the CPU goes, by process", *columns)
     table.caption = (
-        f"Of all others: {_percents(one.others)}. Idle: what the server took while the bare engine had its turns. The "
+        f"Of all others: {_percents(one.others)}. Idle: what the server took before its first turn. The "
         "client is what sends the orders, Locust."
     )
     engine = one.roles.get(DIFFUSION, 0.0)
@@ -149,7 +150,8 @@ def _overhead(report: Report) -> Table:
     table = plain_table("One request at a time on an idle system, ms", *columns)
     table.caption = (
         "Answered: POST /v1/jobs?wait=true; fetched: and GET of its picture, P95 of that. Added: median less the bare "
-        "engine's, and that of fifths of the run. Fresh text: encoded for this order, which the bare engine never has."
+        "engine's, and that of fifths of the run. Both beside the idle server, in pairs. Fresh text: encoded for "
+        "this order, which the bare engine never has."
     )
     for one in report.overhead:
         table.add_row(
@@ -233,7 +235,10 @@ def _memory(report: Report) -> Table:
     columns = ("process", "", "number", "RSS", "PSS", "USS", "PSS later", "threads", "files")
     table = plain_table("Memory, MB", *columns)
     table.columns[1].justify = "left"
-    table.caption = "After the first image; later: after all sections. PSS adds up, RSS counts shared pages everywhere."
+    table.caption = (
+        "After the first image; later: after the sections `redis` and `overhead`. PSS adds up, RSS counts shared pages "
+        "everywhere."
+    )
     later = {(one.role, one.name): one for one in report.memory_later}
     for one in report.memory:
         table.add_row(*_memory_cells(one, later.get((one.role, one.name))))

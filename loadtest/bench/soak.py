@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import numpy as np
+import redis
 
 from loadtest.bench.soak_watch import WHOLE_SIDE, Judged, Look, RedisUse, Watch
 from loadtest.driver import Progress, drive
@@ -130,18 +132,27 @@ async def soak(plan: Plan, tell: Tell) -> Report:
     tell("starting the server")
     async with serving("tandem", budget=plan.budget, settings=plan.settings) as server:
         with Watch(server, every_s=plan.every_s, judged_at_once=plan.judged_at_once, seed=plan.seed) as watch:
-            tell("waiting until its first picture is swept")
-            await _swept(watch, plan, frozenset())
-            watch.clear_cache()
-            keys, start = watch.keys(), await watch.look(lambda: 0.0, lambda: 0)
-            samples, seconds = await _run(plan, server.url, watch, tell)
-            tell("waiting until everything is swept")
-            began = time.monotonic()
-            await _swept(watch, plan, keys)
-            watch.clear_cache()
-            end = _end(watch, keys, time.monotonic() - began)
-            logged = watch.job_redis().submissions - start.jobs.submissions
-            warnings = watch.warnings()
+            try:
+                return await _soaked(plan, server.url, watch, tell)
+            except (httpx.HTTPError, redis.RedisError) as error:
+                raise OperatorError(
+                    f"{server.name} can't be looked into: {str(error) or type(error).__name__}"
+                ) from None
+
+
+async def _soaked(plan: Plan, url: str, watch: Watch, tell: Tell) -> Report:
+    """Raises httpx.HTTPError or redis.RedisError for a look before or after the load that failed."""
+    tell("waiting until its first picture is swept")
+    await _swept(watch, plan, frozenset())
+    watch.clear_cache()
+    keys, start = watch.keys(), await watch.look(lambda: 0.0, lambda: 0)
+    samples, seconds = await _run(plan, url, watch, tell)
+    tell("waiting until everything is swept")
+    began = time.monotonic()
+    await _swept(watch, plan, keys)
+    watch.clear_cache()
+    end = _end(watch, keys, time.monotonic() - began)
+    logged = watch.job_redis().submissions - start.jobs.submissions
     return Report(
         plan=plan,
         machine=this_machine(),
@@ -152,7 +163,7 @@ async def soak(plan: Plan, tell: Tell) -> Report:
         gaps=watch.gaps,
         judged=tuple(watch.judged),
         end=end,
-        warnings=warnings,
+        warnings=watch.warnings(),
     )
 
 

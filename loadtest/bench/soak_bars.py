@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loadtest.bench.soak import SIDE, Report
-from loadtest.bench.soak_trend import LEAST, PER, Trend, second_half, trend
+from loadtest.bench.soak_trend import LEAST, PER, Trend, Verdict, second_half, trend
 from loadtest.bench.soak_watch import WHOLE_SIDE, Look
 from loadtest.processes import (
     CACHE_REDIS,
@@ -25,8 +25,8 @@ from loadtest.processes import (
 from serve.bench.bars import Bar
 
 MEMORY_LIMIT = 64 * 1024
-"""Bytes for every thousand images below which growth counts as flat, whatever its interval: at an image a second,
-5.5 MB a day."""
+"""Bytes for every thousand images below which growth counts as flat, whatever its interval (`Trend.verdict`): at an
+image a second, 5.5 MB a day."""
 COUNT_LIMIT = 1.0
 """The same for descriptors and threads."""
 BACKGROUNDS, PICTURES = 0.9, 0.85
@@ -126,6 +126,8 @@ def bars(report: Report, found: Findings) -> Iterator[Bar]:
     yield _flat("descriptors of every process: growth", found, "fds", COUNT_LIMIT, few)
     yield _flat("threads of every process: growth", found, "threads", COUNT_LIMIT, few)
     yield _flat_one("used memory of the job Redis: growth", found.job_redis, few)
+    yield _cache_redis(report, found.cache_redis, few)
+    yield _none("stored files that are no pictures", sum(not one.side for one in report.judged))
     yield _none("processes that ended or were replaced", len(found.replaced))
     yield _none("records left after the sweep", end.records)
     yield _none("keys of the job Redis that were not there at the start", len(end.keys))
@@ -155,36 +157,66 @@ def _judged(report: Report, side: int, what: str, share: float) -> Bar:
 
 
 def _flat(what: str, found: Findings, field: str, limit: float, few: str) -> Bar:
-    """The process that grows most sets the figure, those that are flat by their interval aside."""
+    """Met where every process is flat. The one with the steepest line is told in any case, with its interval."""
     trends: list[tuple[Growth, Trend]] = [
         (one, each) for one in found.processes if (each := getattr(one, field)) is not None
     ]
-    grown = [(one, each) for one, each in trends if not each.flat(limit)]
-    doubt = few or ("" if trends else f"fewer than {LEAST} looks after the caches were full")
-    of_memory = field == "memory"
-    unit, scale = ("KiB", _KIB) if of_memory else ("", 1)
-    measured = "flat: all"
-    if grown:
-        one, each = max(grown, key=lambda pair: pair[1].slope)
-        measured = f"{len(grown)} of {len(trends)} grow, most {one.role} {one.pid}: {each.slope / scale:+.1f} {unit}"
+    verdicts = [each.verdict(limit) for _, each in trends]
+    grown, unsure = verdicts.count(Verdict.GROWS), verdicts.count(Verdict.DOUBT)
+    unit, scale = ("KiB", _KIB) if field == "memory" else ("", 1)
+    measured = ""
+    if trends:
+        one, each = max(
+            (pair for pair, verdict in zip(trends, verdicts, strict=True) if not grown or verdict is Verdict.GROWS),
+            key=lambda pair: pair[1].slope,
+        )
+        told = f"{grown} of {len(trends)} grow" if grown else f"{len(trends) - unsure} of {len(trends)} flat"
+        measured = f"{told}, most {one.role} {one.pid}: {_slope(each, unit, scale)}"
     return Bar(
         what=what,
         wanted=f"0, or below {limit / scale:g} {unit} per {PER:,} images".replace("  ", " "),
-        measured=measured.strip() if trends else "",
-        met=bool(trends) and not grown and not doubt,
-        doubt=doubt,
+        measured=measured,
+        met=verdicts.count(Verdict.FLAT) == len(trends) > 0 and not few,
+        doubt=few or _unsure(len(trends), unsure if not grown else 0),
     )
 
 
 def _flat_one(what: str, each: Trend | None, few: str) -> Bar:
-    doubt = few or ("" if each else f"fewer than {LEAST} looks after the caches were full")
+    verdict = each.verdict(MEMORY_LIMIT) if each else None
     return Bar(
         what=what,
         wanted=f"0, or below {MEMORY_LIMIT / _KIB:g} KiB per {PER:,} images",
-        measured=f"{each.slope / _KIB:+.1f} KiB" if each else "",
-        met=each is not None and each.flat(MEMORY_LIMIT) and not doubt,
-        doubt=doubt,
+        measured=_slope(each, "KiB", _KIB) if each else "",
+        met=verdict is Verdict.FLAT and not few,
+        doubt=few or _unsure(int(each is not None), int(verdict is Verdict.DOUBT)),
     )
+
+
+def _cache_redis(report: Report, each: Trend | None, few: str) -> Bar:
+    """A cache may fill up to its bound, however few the images are."""
+    looks = (report.start, *report.looks)
+    most, bound = max(look.cache.bytes for look in looks), max(look.cache.bound for look in looks)
+    flat = _flat_one("", each, few)
+    bounded = 0 < most <= bound
+    return Bar(
+        what="used memory of the cache Redis",
+        wanted="within its maxmemory, or flat",
+        measured=f"most {most / _KIB:,.0f} of {bound / _KIB:,.0f} KiB; {flat.measured}".removesuffix("; "),
+        met=bounded or flat.met,
+        doubt="" if bounded else flat.doubt,
+    )
+
+
+def _slope(each: Trend, unit: str, scale: float) -> str:
+    """With its interval."""
+    slope, low, high = (f"{value / scale:+.1f}" for value in (each.slope, each.low, each.high))
+    return f"{slope} ({low} to {high}) {unit}".strip()
+
+
+def _unsure(trends: int, unsure: int) -> str:
+    if not trends:
+        return f"fewer than {LEAST} looks after the caches were full"
+    return f"{unsure} of {trends} go up and down too much to tell" if unsure else ""
 
 
 def _trend(late: Sequence[Look], value: Callable[[Look], float]) -> Trend | None:

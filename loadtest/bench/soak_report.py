@@ -17,7 +17,7 @@ from rich.text import Text
 
 from loadtest.bench.soak import CACHE_BYTES, SIDE, WHOLE_EVERY, Report
 from loadtest.bench.soak_bars import MEMORY_LIMIT, Findings, Growth, bars, findings
-from loadtest.bench.soak_trend import BLOCKS, PER, Trend
+from loadtest.bench.soak_trend import BLOCKS, PER, WIDE, Trend, Verdict
 from loadtest.bench.soak_watch import WHOLE_SIDE
 from loadtest.processes import OTHER, RAY_OTHER
 from loadtest.report.drawing import CYCLE, GREY, style
@@ -28,7 +28,8 @@ _KIB, _MIB = 1024, 1024 * 1024
 _LINES = ("-", "--", ":", "-.")
 _FLAT = (
     f"Growth: least squares after the caches were full, per {PER:,} images, with its 95 % interval (Student's t over "
-    f"the means of up to {BLOCKS} stretches). Flat: the interval holds 0, or less than {MEMORY_LIMIT // _KIB} KiB. "
+    f"the means of up to {BLOCKS} stretches). Flat: less than {MEMORY_LIMIT // _KIB} KiB, or the interval holds 0 "
+    f"and ends below {WIDE * MEMORY_LIMIT // _KIB}; in doubt: it holds 0 and more than that. "
     "Memory is what a process asked for itself, mapped files aside."
 )
 
@@ -239,4 +240,5 @@ def _slope(line: Trend | None) -> str:
 def _verdict(line: Trend | None) -> Text:
     if line is None:
         return Text("too few looks", style="yellow")
-    return Text("flat") if line.flat(MEMORY_LIMIT) else Text("grows", style="yellow")
+    verdict = line.verdict(MEMORY_LIMIT)
+    return Text(verdict, style="" if verdict is Verdict.FLAT else "yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ LEAST = 4
 CONFIDENCE = 0.95
 PER = 1000
 """Images to which a slope refers."""
+WIDE = 4
+"""Times its limit that a slope may be for all that is known, where it may be 0 as well."""
+
+
+class Verdict(enum.StrEnum):
+    FLAT = "flat"
+    GROWS = "grows"
+    DOUBT = "in doubt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +40,13 @@ class Trend:
     last: float
     blocks: int
 
-    def flat(self, limit: float) -> bool:
-        """The interval holds 0, or what was fitted is below `limit` for every thousand images. What shrinks is flat."""
-        return self.low <= 0 or self.slope < limit
+    def verdict(self, limit: float) -> Verdict:
+        """Flat: what was fitted is below `limit` for every thousand images, as what shrinks is; or the interval holds 0
+        and ends below `WIDE` times the limit. Growing: all of the interval is above 0. Else nobody can tell: it holds
+        0, and much more."""
+        if self.slope < limit or (self.low <= 0 and self.high < WIDE * limit):
+            return Verdict.FLAT
+        return Verdict.GROWS if self.low > 0 else Verdict.DOUBT
 
 
 def trend(images: Sequence[float], values: Sequence[float]) -> Trend | None:

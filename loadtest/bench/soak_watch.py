@@ -67,7 +67,8 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One picture as it lay in the result store: does it show what its own parameters say was ordered?"""
+    """One picture as it lay in the result store: does it show what its own parameters say was ordered? The `side`
+    is 0 of a file that is no picture of ours."""
 
     job: str
     side: int
@@ -203,8 +204,8 @@ class Watch:
         for job in self._random.sample(fresh, len(fresh)):
             if len(found) == self._judged_at_once:
                 break
-            with suppress(FileNotFoundError):  # swept meanwhile, or not written yet
-                found.append(judge(self._images / job / "0.png"))
+            if (judged := judge_stored(self._images / job / "0.png")) is not None:
+                found.append(judged)
         return found
 
 
@@ -220,9 +221,19 @@ def own_memory(pid: int, otherwise: int) -> int:
         return otherwise
 
 
+def judge_stored(file: Path) -> Judged | None:
+    """None for one that was swept meanwhile, or is not written yet."""
+    try:
+        return judge(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, ValueError, SyntaxError):  # pictures get their name when they are whole
+        return Judged(job=file.parent.name, side=0, prompt="", right=False)
+
+
 def judge(file: Path) -> Judged:
-    """A stored picture against the parameters that it carries. Raises FileNotFoundError, and OSError or KeyError for
-    what is no picture of ours."""
+    """A stored picture against the parameters that it carries. Raises FileNotFoundError, and OSError, KeyError,
+    ValueError or SyntaxError (Pillow's, of a broken PNG) for what is no picture of ours."""
     with Image.open(file) as image:
         image.load()
         ordered = json.loads(image.info[JSON_CHUNK])

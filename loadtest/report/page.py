@@ -7,8 +7,8 @@
     duration_s, warm_up_s, deadline_s
     settings                       the workload as it was run
     summary                        every field of `loadtest.report.results.Summary`
-    figures                        name -> number or null: all that a threshold may name
-    verdicts                       name, rule (at_most, at_least), bound, measured (null without data), met
+    figures                        name -> number or null (no data, or endless): all that a threshold may name
+    verdicts                       name, rule (at_most, at_least), bound, measured (null as in figures), met
     samples                        every field of `loadtest.samples.Sample`, and `latency_s`
     metrics                        name, labels, points [[time, value]]: where the value changed, null once gone
     looks                          how often the metrics were read: times, errors [[time, page, why]]
@@ -34,8 +34,9 @@ from loadtest.report.plots import plots
 from loadtest.report.results import Result, Summary, summary, timings
 from loadtest.report.series import Key
 from loadtest.report.stage_plot import groups
-from loadtest.report.thresholds import FIGURES, Verdict, check, shown
+from loadtest.report.thresholds import FIGURES, Verdict, check, finite, shown
 from loadtest.samples import Outcome, Sample
+from loadtest.tail import Tail
 from serve.bench.stats import Percentiles
 from serve.errors import OperatorError
 from serve.stages import stages
@@ -110,13 +111,17 @@ def _told(figures: Summary) -> Iterator[tuple[Any, float]]:
             yield each, value
 
 
-def _latencies(figures: Summary) -> list[tuple[str, Percentiles]]:
-    rows = [(f"all {figures.unit}", figures.latency), *figures.dialects.items(), ("refusals", figures.refusals)]
+def _latencies(figures: Summary) -> list[tuple[str, Tail | Percentiles]]:
+    rows: list[tuple[str, Tail | Percentiles | None]] = [
+        (f"all {figures.unit}", figures.latency),
+        *figures.dialects.items(),
+        ("refusals", figures.refusals),
+    ]
     return [(name, of) for name, of in rows if of is not None]
 
 
 def _slowest(result: Result) -> list[Sample]:
-    done = [one for one in result.counted if one.outcome is Outcome.DONE]
+    done = [one for one in result.stayed if one.outcome is Outcome.DONE]
     return sorted(done, key=lambda one: one.latency_s, reverse=True)[:_SLOWEST]
 
 
@@ -135,8 +140,9 @@ def _slow(one: Sample) -> dict[str, str]:
     }
 
 
-def _time(seconds: float) -> str:
-    return shown(seconds, "s")
+def _time(seconds: float | None) -> str:
+    """A percentile among those that never came is None."""
+    return shown(math.inf if seconds is None else seconds, "s")
 
 
 def _data_uri(png: bytes) -> str:
@@ -158,9 +164,10 @@ def _as_json(
         "deadline_s": result.deadline_s,
         "settings": result.settings,
         "summary": asdict(figures),
-        "figures": {name: each.of(figures) for name, each in FIGURES.items()},
+        "figures": {name: finite(each.of(figures)) for name, each in FIGURES.items()},
         "verdicts": [
-            {key: getattr(verdict, key) for key in ("name", "rule", "bound", "measured", "met")} for verdict in verdicts
+            {key: getattr(each, key) for key in ("name", "rule", "bound", "met")} | {"measured": finite(each.measured)}
+            for each in verdicts
         ],
         "samples": [asdict(one) | {"latency_s": one.latency_s} for one in result.samples],
         "metrics": [

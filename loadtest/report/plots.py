@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ from loadtest.report.results import Result, pictures
 from loadtest.report.server_plots import batch, cache_hits, queue, replicas
 from loadtest.report.stage_plot import stage_times
 from loadtest.report.thresholds import shown
-from loadtest.samples import Outcome
+from loadtest.samples import Outcome, Sample
+from loadtest.tail import Tail
 
 Draw = Callable[[Result], Plot | LeftOut]
 
@@ -42,26 +44,34 @@ def plots(result: Result) -> tuple[list[Plot], list[LeftOut]]:
 
 
 def latency(result: Result) -> Plot | LeftOut:
-    """The distribution function of latency, by dialect."""
+    """The distribution function of latency, by dialect: as far up as requests were finished."""
     title = "Latency"
-    by_dialect: dict[str, list[float]] = {}
-    for one in result.counted:
-        if one.outcome is Outcome.DONE:
-            by_dialect.setdefault(one.dialect, []).append(max(one.latency_s, 1e-4))
-    if not by_dialect:
-        return LeftOut(title=title, why="no request was finished")
+    by_dialect: dict[str, list[Sample]] = {}
+    for one in result.stayed:
+        if one.outcome is not Outcome.REFUSED:
+            by_dialect.setdefault(one.dialect, []).append(one)
     canvas = Canvas(title)
     (axes,) = canvas.panels
-    for color, (dialect, seconds) in zip(CYCLE * 2, sorted(by_dialect.items()), strict=False):
-        p95 = shown(float(np.percentile(seconds, 95)), "s")
-        axes.ecdf(seconds, color=color, label=f"{dialect}: {len(seconds):,} finished, P95 {p95}")
-    _log_seconds(axes, [each for seconds in by_dialect.values() for each in (min(seconds), max(seconds))], result)
-    axes.set_ylabel("share of finished requests")
+    ends: list[float] = []
+    for color, (dialect, taken) in zip(CYCLE * 2, sorted(by_dialect.items()), strict=False):
+        seconds = sorted(max(one.latency_s, 1e-4) for one in taken if one.outcome is Outcome.DONE)
+        p95 = math.inf if (found := Tail.of(taken).p95) is None else found
+        label = f"{dialect}: {len(seconds):,} of {len(taken):,}, P95 {shown(p95, 's')}"
+        shares = [number / len(taken) for number in range(len(seconds) + 1)] if seconds else []
+        axes.plot([*seconds[:1], *seconds], shares, color=color, label=label, drawstyle="steps-post")
+        ends += (*seconds[:1], *seconds[-1:])
+    if not ends:
+        return LeftOut(title=title, why="no request was finished")
+    _log_seconds(axes, ends, result)
+    axes.set_ylabel("share that was finished")
     axes.set_ylim(0, 1.01)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.95, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     canvas.heading()
-    caption = "From the intended send time to the picture. Requests that were refused or failed are not in it."
+    caption = (
+        "From the intended send time to the picture; a share of the requests that were not refused, of which each line "
+        "says how many were finished. What never came is above the end of its line."
+    )
     return Plot(name="latency", title=title, caption=caption, png=canvas.png())
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from loadtest.report.series import Series
 from loadtest.report.thresholds import Bound
 from loadtest.samples import Outcome, Sample
+from loadtest.tail import Tail
 from serve.bench.stats import Percentiles
 from serve.domain import Timings
 from serve.stages import STAGES, stages, wall_s
@@ -56,6 +57,12 @@ class Result:
         return [one for one in self.samples if self.warm_up_s <= one.due_s < self.duration_s]
 
     @property
+    def stayed(self) -> list[Sample]:
+        """Those of them whose clients were to stay. A client that was to leave says nothing of the server: it is only
+        served where that is quick."""
+        return [one for one in self.counted if not one.hangs_up]
+
+    @property
     def unit(self) -> str:
         """What throughput counts: pictures, or texts where nobody asked for a picture."""
         return "pictures" if any(one.dialect not in TEXT_DIALECTS for one in self.samples) else "texts"
@@ -76,26 +83,27 @@ class Summary:
 
     Rates of finished pictures (texts, where the run asked for none) go by when they ended: what ended in the window
     after the warm-up. What the server still draws when nobody sends any more is not what it sustains under load.
-    All else goes by when a request was due. `requests` leaves out those that hung up as planned, which are `left`;
-    `good` ended within the deadline; `failed` did not work, was invalid, or not answered in time. `latency` is that of
-    finished pictures (texts); `dialects` of all that finished. All times but `send_lag` are from the intended send
-    time. `hits` counts text units by sign and tier from the metrics, `job_hits` by tier from the jobs themselves.
-    `mean_batch` is images a step: of the metrics, or of the jobs where there are none. `stages` are a job's mean
-    seconds. `doubts` says what a reader of the figures must know.
+    All else goes by when a request was due. `requests` leaves out the `hang_ups`, whose clients were to leave early:
+    they are in what was offered, in `send_lag`, in the rates and in `trouble`, and in nothing else. `good` ended within
+    the deadline; `failed` did not work, was invalid, or not answered in time. `latency` is that of all pictures (texts)
+    that were not refused, those that never came counted as endless; `dialects` the same of all requests. All times but
+    `send_lag` are from the intended send time. `hits` counts text units by sign and tier from the metrics, `job_hits`
+    by tier from the jobs themselves. `mean_batch` is images a step: of the metrics, or of the jobs where there are
+    none. `stages` are a job's mean seconds. `doubts` says what a reader of the figures must know.
     """
 
     unit: str
     window_s: float
     requests: int
-    left: int
+    hang_ups: int
     good: int
     refused: int
     failed: int
     offered_per_s: float
     throughput_per_s: float
     goodput_per_s: float
-    latency: Percentiles | None
-    dialects: Mapping[str, Percentiles]
+    latency: Tail | None
+    dialects: Mapping[str, Tail]
     refusals: Percentiles | None
     send_lag: Percentiles | None
     trouble: Mapping[str, int]
@@ -121,7 +129,8 @@ def summary(result: Result) -> Summary:
     """Raises ValueError where the warm-up leaves nothing."""
     window = result.window_s
     due = result.counted
-    asked = [one for one in due if one.outcome is not Outcome.LEFT]
+    asked = result.stayed
+    taken = [one for one in asked if one.outcome is not Outcome.REFUSED]
     done = [one for one in asked if one.outcome is Outcome.DONE]
     ended = [one for one in result.samples if result.warm_up_s <= one.ended_s < result.duration_s]
     ended = result.counting(one for one in ended if one.outcome is Outcome.DONE)
@@ -132,18 +141,18 @@ def summary(result: Result) -> Summary:
         unit=result.unit,
         window_s=window,
         requests=len(asked),
-        left=len(due) - len(asked),
+        hang_ups=len(due) - len(asked),
         good=sum(result.good(one) for one in asked),
         refused=len(refused),
         failed=sum(one.outcome in _FAILED for one in asked),
         offered_per_s=len(due) / window,
         throughput_per_s=sum(map(pictures, ended)) / window,
         goodput_per_s=sum(pictures(one) for one in ended if result.good(one)) / window,
-        latency=_percentiles([one.latency_s for one in result.counting(done)]),
-        dialects=_by_dialect(done),
+        latency=Tail.of(pictured) if (pictured := result.counting(taken)) else None,
+        dialects=_by_dialect(taken),
         refusals=_percentiles([one.latency_s for one in refused]),
         send_lag=_percentiles([one.sent_s - one.due_s for one in due]),
-        trouble=_trouble(asked),
+        trouble=_trouble(due),
         hits=_hits(result),
         job_hits=_job_hits(jobs),
         encoded_rows_per_job=_rows_per_job(result),
@@ -173,19 +182,17 @@ def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
     return Percentiles.of(seconds) if seconds else None
 
 
-def _by_dialect(done: Sequence[Sample]) -> dict[str, Percentiles]:
-    ordered = sorted(done, key=lambda one: one.dialect)
-    return {
-        dialect: Percentiles.of([one.latency_s for one in group])
-        for dialect, group in groupby(ordered, key=lambda one: one.dialect)
-    }
+def _by_dialect(taken: Sequence[Sample]) -> dict[str, Tail]:
+    ordered = sorted(taken, key=lambda one: one.dialect)
+    return {dialect: Tail.of(list(group)) for dialect, group in groupby(ordered, key=lambda one: one.dialect)}
 
 
-def _trouble(asked: Sequence[Sample]) -> dict[str, int]:
-    """How many requests ended otherwise than well, by outcome, status and reason; the most frequent first."""
+def _trouble(due: Sequence[Sample]) -> dict[str, int]:
+    """How many requests ended otherwise than well or planned, by outcome, status and reason; the most frequent
+    first."""
     kinds: Counter[str] = Counter()
-    for one in asked:
-        if one.outcome is not Outcome.DONE:
+    for one in due:
+        if one.outcome not in (Outcome.DONE, Outcome.LEFT):
             status = f" {one.status}" if one.status else ""
             kinds[f"{one.outcome}{status}: {one.detail}" if one.detail else f"{one.outcome}{status}"] += 1
     return dict(kinds.most_common())
@@ -253,8 +260,10 @@ def _stages(told: Sequence[Timings]) -> dict[str, float]:
 
 
 def _explained(told: Sequence[Timings]) -> float | None:
-    whole = sum(wall_s(each) or 0.0 for each in told)
-    return sum(seconds for each in told for _, seconds in stages(each)) / whole if whole else None
+    """Of all jobs' time; no job whose stages overlap makes up for the gaps of another."""
+    walls = [wall_s(each) or 0.0 for each in told]
+    held = (min(wall, sum(seconds for _, seconds in stages(each))) for each, wall in zip(told, walls, strict=True))
+    return sum(held) / whole if (whole := sum(walls)) else None
 
 
 def _doubts(result: Result, due: Sequence[Sample]) -> list[str]:

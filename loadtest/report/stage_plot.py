@@ -61,7 +61,7 @@ class Group:
 
 def groups(result: Result) -> list[Group]:
     """From the fastest to the slowest; those with no job left out."""
-    told = [(one, found) for one in result.counted if one.outcome is Outcome.DONE and (found := timings(one))]
+    told = [(one, found) for one in result.stayed if one.outcome is Outcome.DONE and (found := timings(one))]
     told.sort(key=lambda each: each[0].latency_s)
     cut = [(name, told[_place(low, told) : _place(high, told)]) for low, high, name in _GROUPS]
     return [Group(name=name, jobs=len(members), seconds=_means(members)) for name, members in cut if members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -12,26 +13,32 @@ from serve.errors import OperatorError
 
 if TYPE_CHECKING:
     from loadtest.report.results import Summary
+    from loadtest.tail import Tail
     from serve.bench.stats import Percentiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
     """`unit` is printed behind the number: `s`, `/s`, `%` (of a ratio), or nothing. `of` gives None where the run has
-    no such figure."""
+    no such figure, and infinity for a percentile among requests that never got a result."""
 
     what: str
     unit: str
     of: Callable[[Summary], float | None]
 
 
-def _at(of: Percentiles | None, which: Literal["p50", "p95", "p99", "worst"]) -> float | None:
-    return None if of is None else getattr(of, which)
+def _at(of: Tail | Percentiles | None, which: Literal["p50", "p95", "p99", "worst"]) -> float | None:
+    if of is None:
+        return None
+    value: float | None = getattr(of, which)
+    return math.inf if value is None else value
 
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
+
+_WHOSE = "from the intended send time; what was not refused and never came is endless"
 
 FIGURES: Mapping[str, Figure] = {
     "offered_per_s": Figure(what="Requests that were due, a second.", unit="/s", of=lambda s: s.offered_per_s),
@@ -44,20 +51,18 @@ FIGURES: Mapping[str, Figure] = {
         unit="%",
         of=lambda s: _share(s.good, s.requests),
     ),
-    "p50_s": Figure(what="Median latency, from the intended send time.", unit="s", of=lambda s: _at(s.latency, "p50")),
+    "p50_s": Figure(what=f"Median latency, {_WHOSE}.", unit="s", of=lambda s: _at(s.latency, "p50")),
     "p95_s": Figure(
-        what="95th percentile of latency, from the intended send time.",
+        what=f"95th percentile of latency, {_WHOSE}.",
         unit="s",
         of=lambda s: _at(s.latency, "p95"),
     ),
     "p99_s": Figure(
-        what="99th percentile of latency, from the intended send time.",
+        what=f"99th percentile of latency, {_WHOSE}.",
         unit="s",
         of=lambda s: _at(s.latency, "p99"),
     ),
-    "worst_s": Figure(
-        what="Longest latency, from the intended send time.", unit="s", of=lambda s: _at(s.latency, "worst")
-    ),
+    "worst_s": Figure(what=f"Longest latency, {_WHOSE}.", unit="s", of=lambda s: _at(s.latency, "worst")),
     "refused_ratio": Figure(
         what="Share of the requests that were told to come again.",
         unit="%",
@@ -102,7 +107,9 @@ FIGURES: Mapping[str, Figure] = {
     "mean_batch": Figure(what="Images that shared a denoising step, mean.", unit="", of=lambda s: s.mean_batch),
     "queue_age_max_s": Figure(what="Longest that a job was seen to wait.", unit="s", of=lambda s: s.queue_age_max_s),
     "explained_ratio": Figure(
-        what="Share of the jobs' time that their stages explain.", unit="%", of=lambda s: s.explained_ratio
+        what="Share of the jobs' time that their stages explain, each job's at most whole.",
+        unit="%",
+        of=lambda s: s.explained_ratio,
     ),
 }
 """Every figure that a threshold may name."""
@@ -141,7 +148,8 @@ Thresholds = Annotated[dict[str, Bound], AfterValidator(_known)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One bound, and what the run came to: `measured` is None where it has no such figure, and the bound is not met."""
+    """One bound, and what the run came to: `measured` is as `Figure.of` has it. Where that is None, the bound is not
+    met."""
 
     name: str
     what: str
@@ -176,11 +184,18 @@ def check(summary: Summary, thresholds: Mapping[str, Bound]) -> list[Verdict]:
     ]
 
 
+def finite(value: float | None) -> float | None:
+    """As JSON has a figure, which knows no infinity."""
+    return None if value is None or math.isinf(value) else value
+
+
 def shown(value: float | None, unit: str) -> str:
-    """A figure for people: `41.2 %`, `412 ms`, `1.25 s`, `12.3 /s`; `no data` of None. Numbers of the same size have
-    the same digits."""
+    """A figure for people: `41.2 %`, `412 ms`, `1.25 s`, `12.3 /s`; `no data` of None, `never` of infinity. Numbers of
+    the same size have the same digits."""
     if value is None:
         return "no data"
+    if math.isinf(value):
+        return "never"
     if unit == "%":
         return f"{100 * value:.1f} %"
     if unit == "s":

@@ -57,7 +57,8 @@ class Run:
             self._under_way.kill()
 
     def closed_loop(self, arrivals: Sequence[Arrival], users: int, until_s: float | None) -> None:
-        """Each of the users sends the next arrival when the one before has ended; none after `until_s`."""
+        """Each of the users sends the next arrival when the one before has ended, after a refusal when the server said
+        that it may; none after `until_s`."""
         rest = iter(arrivals)
         try:
             for _ in range(users):
@@ -84,13 +85,15 @@ class Run:
         for arrival in rest:
             if until_s is not None and self.now() >= until_s:
                 return
-            self._request(arrival, self.now())
+            if again_s := self._request(arrival, self.now()):
+                gevent.sleep(again_s if until_s is None else min(again_s, max(0.0, until_s - self.now())))
 
-    def _request(self, arrival: Arrival, due_s: float) -> None:
+    def _request(self, arrival: Arrival, due_s: float) -> float:
+        """How long the client must wait before it comes again; 0 but after a refusal."""
         sent_s = self.now()
         self._sent += 1
         visit = Visit(self._wire, arrival.body)
-        outcome, detail = self._visit(arrival, visit, due_s, sent_s)
+        outcome, detail, again_s = self._visit(arrival, visit, due_s, sent_s)
         ended_s = self.now()
         if outcome in (Outcome.DONE, Outcome.FAILED):
             visit.look_back()
@@ -105,15 +108,18 @@ class Run:
             detail=detail,
             bytes=visit.bytes,
             job=visit.job,
+            hangs_up=arrival.hang_up_s is not None,
         )
         self._outcomes[outcome] += 1
-        if outcome is Outcome.DONE:
+        if outcome is Outcome.DONE and not sample.hangs_up:
             self._latest.append(sample.latency_s)
         self._on_sample(sample)
         self._tell(sample)
+        return again_s
 
-    def _visit(self, arrival: Arrival, visit: Visit, due_s: float, sent_s: float) -> tuple[Outcome, str]:
-        """A planned hang-up counts from the sending: who has not come can't leave."""
+    def _visit(self, arrival: Arrival, visit: Visit, due_s: float, sent_s: float) -> tuple[Outcome, str, float]:
+        """What became of it, why, and when the client may come again. A planned hang-up counts from the sending: who
+        has not come can't leave."""
         patience = self._give_up_s - (sent_s - due_s)
         leaves = arrival.hang_up_s is not None and arrival.hang_up_s < patience
         seconds = arrival.hang_up_s if leaves else patience
@@ -124,16 +130,16 @@ class Run:
         except gevent.Timeout as over:
             if over is not limit:
                 raise
-            return (Outcome.LEFT, "") if leaves else (Outcome.LATE, f"given up after {self._give_up_s:g} s")
+            return (Outcome.LEFT, "", 0.0) if leaves else (Outcome.LATE, f"given up after {self._give_up_s:g} s", 0.0)
         except Told as answer:
-            return answer.outcome, answer.detail
+            return answer.outcome, answer.detail, answer.again_s
         except Broken as error:
-            return Outcome.BROKEN, f"{type(error).__name__}: {error}"[:100]
+            return Outcome.BROKEN, f"{type(error).__name__}: {error}"[:100], 0.0
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            return Outcome.FAILED, f"not an answer of this dialect ({type(error).__name__}: {error})"[:100]
+            return Outcome.FAILED, f"not an answer of this dialect ({type(error).__name__}: {error})"[:100], 0.0
         finally:
             limit.close()
-        return Outcome.DONE, ""
+        return Outcome.DONE, "", 0.0
 
     def _tell(self, sample: Sample) -> None:
         trouble: Any = None

@@ -30,7 +30,7 @@ def main(file: Path) -> None:
     with file.open(encoding="utf-8") as lines:
         plan = json.loads(next(lines))
         arrivals = [Arrival(**json.loads(line)) for line in lines]
-    gevent.spawn(_end_with_parent)
+    gevent.spawn(end_with_parent)
 
     class Clients(User):  # type: ignore[misc]
         """All of them: who is under way is the trace's affair, not Locust's count of users."""
@@ -83,7 +83,8 @@ def _write(kind: str, what: Any) -> None:
     sys.stdout.flush()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process when its standard input does."""
     while gevent.os.tp_read(0, 1):
         pass
     os._exit(1)

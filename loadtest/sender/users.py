@@ -10,10 +10,12 @@ import gevent
 from geventhttpclient.response import HTTPSocketPoolResponse
 
 from loadtest.samples import Outcome
-from loadtest.sender.wire import Broken, Reply, Wire
+from loadtest.sender.wire import Broken, Reply, Wire, whole
 
 POLL_S = 0.5
-"""Between two looks at a job by a client that polls."""
+"""Between two looks at a job by a client that polls; and before asking again where a refusal does not say when."""
+_IMAGEN_POLL_S = 0.1
+"""The same, of a baseline that is compared with servers that answer at once."""
 _CUTS = 5
 """Streams in a row that bring no event, after which the server counts as gone."""
 _RETRY_S = 2.0
@@ -24,12 +26,14 @@ _ORDERED = ("prompt", "negative_prompt", "model")
 
 
 class Told(Exception):
-    """The server's answer is not what the client came for."""
+    """The server's answer is not what the client came for. `again_s`: after a refusal, when the client may come
+    again."""
 
-    def __init__(self, outcome: Outcome, detail: str) -> None:
+    def __init__(self, outcome: Outcome, detail: str, again_s: float = 0.0) -> None:
         super().__init__(detail)
         self.outcome = outcome
         self.detail = detail
+        self.again_s = again_s
 
 
 class Visit:
@@ -108,7 +112,9 @@ def told(reply: Reply) -> Told:
     except (ValueError, KeyError, TypeError, AttributeError):
         detail = reply.content[:100].decode(errors="replace")
     if reply.status in (429, 503):
-        return Told(Outcome.REFUSED, detail if reply.retry_after else f"{detail}, no Retry-After".lstrip(", "))
+        again_s = float(reply.retry_after) if reply.retry_after.isdecimal() else POLL_S
+        detail = detail if reply.retry_after else f"{detail}, no Retry-After".lstrip(", ")
+        return Told(Outcome.REFUSED, detail, again_s)
     return Told(Outcome.INVALID if 400 <= reply.status < 500 else Outcome.FAILED, detail)
 
 
@@ -153,7 +159,7 @@ def imagen(visit: Visit) -> None:
     """The Celery design: ask for the state until there is a picture."""
     path = visit.wire.path(f"/status/{_accepted(visit, '/generate', 'job_id')}")
     while (task := visit.json("GET", path))["status"] not in ("SUCCESS", "FAILURE"):
-        gevent.sleep(POLL_S)
+        gevent.sleep(_IMAGEN_POLL_S)
     if task["status"] == "FAILURE":
         raise Told(Outcome.FAILED, str(task.get("error", ""))[:100])
     visit.picture(visit.call("GET", visit.wire.path(task["result"]["url"])))
@@ -178,7 +184,8 @@ def _accepted(visit: Visit, path: str, field: str) -> str:
 
 def _followed(visit: Visit, path: str) -> str:
     """The state in which the job ended. A stream that was cut is resumed behind the last event that came, after the
-    time that the server asks for. Raises `Broken` where nothing comes any more."""
+    time that the server asks for, and one that was refused is asked for again. Raises `Broken` where nothing comes any
+    more, and Told where the server will not or can not stream."""
     last, pause_s, cuts = "", _RETRY_S, 0
     while True:
         try:
@@ -194,10 +201,15 @@ def _followed(visit: Visit, path: str) -> str:
                     if state in _TERMINAL:
                         answer.release()  # else the server's end of the stream would have to be waited for
                         return str(state)
-            else:
+            elif answer.status_code in (429, 503):
                 answer.read()
+            else:
+                cuts += 1
+                reply = whole(answer)
+                if 400 <= reply.status < 500 or cuts >= _CUTS:
+                    raise told(reply)
         except Broken:
-            if (cuts := cuts + 1) == _CUTS:
+            if (cuts := cuts + 1) >= _CUTS:
                 raise
         gevent.sleep(pause_s)
 

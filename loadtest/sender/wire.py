@@ -69,15 +69,7 @@ class Wire:
         return HTTPSocketPoolResponse(sock, self, method=method, block_size=_BLOCK)
 
     def call(self, method: str, path: str, body: bytes | None = None) -> Reply:
-        answer = self.open(method, path, body)
-        content = answer.read()
-        return Reply(
-            status=answer.status_code,
-            content=content,
-            kind=_header(answer, "content-type"),
-            location=_header(answer, "location"),
-            retry_after=_header(answer, "retry-after"),
-        )
+        return whole(self.open(method, path, body))
 
     def elsewhere(self, url: str) -> tuple[Wire, str]:
         """Where a redirect leads: the wire and the path there. The key is for the first server alone."""
@@ -108,6 +100,18 @@ class Wire:
     def release_socket(self, sock: Any) -> None:
         """The connection is of no more use (geventhttpclient's ConnectionPool)."""
         sock.close()
+
+
+def whole(answer: HTTPSocketPoolResponse) -> Reply:
+    """The answer with all of its content. Raises `Broken`."""
+    content = answer.read()
+    return Reply(
+        status=answer.status_code,
+        content=content,
+        kind=_header(answer, "content-type"),
+        location=_header(answer, "location"),
+        retry_after=_header(answer, "retry-after"),
+    )
 
 
 def _readable(sock: Any) -> bool:

@@ -35,7 +35,7 @@ class Arrivals:
         return await self._traced(span, scope, receive, send)
 
     async def _traced(self, span: OrderSpan, scope: Scope, receive: Receive, send: Send) -> None:
-        status, job_id = 0, ""
+        status, job_id, broken = 0, "", False
 
         async def watched(message: Message) -> None:
             nonlocal status, job_id
@@ -46,13 +46,16 @@ class Arrivals:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            broken = True
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "")
             told: dict[str, str | int | float] = {"http.request.method": scope["method"]}
             told |= {"http.route": route} if route else {}
             told |= {"http.response.status_code": status} if status else {}
             told |= {"tandem.job": job_id} if job_id else {}
-            span.end(f"{scope['method']} {route}".strip(), told, failed=status >= 500)
+            span.end(f"{scope['method']} {route}".strip(), told, failed=broken or status >= 500)
 
 
 def arrival_of(request: Request) -> Arrival | None:

@@ -16,13 +16,11 @@ from serve.cli.extras import want
 from serve.cli.running import run
 from serve.errors import OperatorError
 
-_ROUNDS, _SECONDS = 5, 18.0
+_ROUNDS, _CAPACITY_ROUNDS, _SECONDS = 5, 3, 15.0
 _QUICK: dict[str, Any] = {
     "rounds": 1,
     "orders": 72,
     "seconds": 10.0,
-    "stage_s": 6.0,
-    "factors": (0.8, 1.0, 1.2, 5.0),
 }
 _QUICK_SERVERS = ("tandem", "lock")
 _QUICK_SECTIONS = ("capacity", "same-rate", "overload")
@@ -49,10 +47,15 @@ def compare(
         ),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Repetitions, in turns.", show_default="5; with --quick 1")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Repetitions, in turns. The capacity has 3 of them beside other sections.",
+            show_default="5; with --quick 1",
+        ),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=1, help="Length of each open loop.", show_default="18; with --quick 10")
+        float | None, typer.Option(min=1, help="Length of each open loop.", show_default="15; with --quick 10")
     ] = None,
     load: Annotated[float, typer.Option(min=0.05, max=2, help="Of the capacity, in the open loops.")] = 0.8,
     deadline: Annotated[
@@ -113,7 +116,7 @@ def _plan(servers: str | None, only: str | None, threads: str | None, quick: boo
         threads=offered,
         cores=cores,
         sections=frozenset(measured),
-        capacity_rounds=chosen["rounds"] if measured == ("capacity",) else 1,
+        capacity_rounds=chosen["rounds"] if measured == ("capacity",) else min(chosen["rounds"], _CAPACITY_ROUNDS),
         **chosen,
     )
 

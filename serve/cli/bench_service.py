@@ -42,7 +42,7 @@ def service(
     only: Annotated[
         str | None, typer.Option(metavar="SECTION,...", help="Sections to run.", show_default="all")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="About two minutes: few images.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="About four minutes: few images.")] = False,
     baseline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of an earlier run to print the ratios to.")
     ] = None,

@@ -57,7 +57,7 @@ class Client:
         # A proxy from the environment has no way to this machine's own loopback address.
         trust_env = parsed.host not in _LOOPBACK
         timeout = httpx.Timeout(30.0, connect=5.0)
-        self._http = httpx.AsyncClient(base_url=self.url, headers=_bearer(key), timeout=timeout, trust_env=trust_env)
+        self._http = httpx.AsyncClient(base_url=self.url, headers=bearer(key), timeout=timeout, trust_env=trust_env)
 
     async def __aenter__(self) -> Self:
         return self
@@ -207,7 +207,7 @@ class _Lost(OperatorError):
     """The connection broke after it had been made: what was sent may have arrived."""
 
 
-def _bearer(key: str | None) -> Mapping[str, str]:
+def bearer(key: str | None) -> Mapping[str, str]:
     """The header that shows an API key; OperatorError for what can't be one, which is never printed."""
     key = (key or "").strip()
     if not (key.isascii() and key.isprintable() and " " not in key):

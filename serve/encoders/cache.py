@@ -86,6 +86,8 @@ class EmbeddingCache:
         self._by_row = by_row
         self._flights: Flights[Fetched] = Flights()
         self._hits = dict.fromkeys(Tier, 0)
+        self.cleared = 0
+        """How often this process was told to forget what it has."""
 
     async def get_many(self, units: Sequence[EncodeUnit]) -> dict[str, Fetched]:
         """By unit key. Raises what the fetch raised, to everyone who waited for that unit; the next call tries again.
@@ -126,6 +128,10 @@ class EmbeddingCache:
         """Redis has failed here and is left alone; the next process that is asked need not find that out by waiting."""
         return self._redis is not None and self._redis.away
 
+    def shared(self, unit: EncodeUnit) -> bool:
+        """Whether what one process has of it, all find: through Redis, unless that is away."""
+        return self._shares(unit) and not self.redis_away
+
     def hear_redis_away(self) -> None:
         """What another process says of the same Redis."""
         if self._redis:
@@ -145,6 +151,7 @@ class EmbeddingCache:
 
     def clear(self) -> None:
         """Forget what is in memory. Fetches under way go on."""
+        self.cleared += 1
         self._memory.clear()
         self._gauge()
 

@@ -14,7 +14,8 @@ from serve.jobs.submissions import EVENTS_PAGE
 SETTLE_S = 0.05
 """Between two reads of a job's stream: what comes meanwhile is read together."""
 LOOK_AGAIN_S = 10.0
-"""A ring is lost only with a connection that broke without a word."""
+"""A ring is lost only with a connection that broke without a word; a release before this one's settlements ring for no
+end."""
 
 
 async def follow(

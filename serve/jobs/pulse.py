@@ -24,9 +24,8 @@ class Pulse:
     """Tells the store of a claimed job's progress and renews its lease, one message at a time; sends its previews.
 
     A state and the first step are told at once, further steps at the next beat. What comes while a message is under way
-    is told by the next one. `gone` is set when nobody waits
-    for this run any more: the client cancelled the job, of which the pulse hears at once, or its time is over, or
-    another worker owns it. The pulse has stopped then.
+    is told by the next one. `gone` is set when nobody waits for this run any more: the client cancelled the job, of
+    which the pulse hears at once, or its time is over, or another worker owns it. The pulse has stopped then.
 
     Previews go beside the signs of life, and not often: each is a write to the disk of the Redis that the leases of all
     jobs wait for. What has come of all images goes together, the image first that waits longest; one that still waits

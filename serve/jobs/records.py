@@ -104,8 +104,8 @@ def claim(reply: Sequence[Any], asked_at: float) -> Claim:
         cost_ms=int(cost),
         alone=bool(alone),
         trace=trace.decode() if trace else None,
-        retried_s=(int(waiting) - int(created)) / 1000 or None,
-        queued_s=(int(started) - int(waiting)) / 1000,
+        retried_s=_after(int(created), int(waiting)) or None,
+        queued_s=_after(int(waiting), int(started)),
         claim_s=min(max(0.0, way_s), answered_at - asked_at),
         answered_at=answered_at,
     )
@@ -208,4 +208,9 @@ def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
 
 
 def _between(fields: Mapping[str, bytes], start: str, end: str) -> float | None:
-    return (int(fields[end]) - int(fields[start])) / 1000 if start in fields and end in fields else None
+    return _after(int(fields[start]), int(fields[end])) if start in fields and end in fields else None
+
+
+def _after(start_ms: int, end_ms: int) -> float:
+    """Seconds between; none where the store's clock went back, as after a failover."""
+    return max(0, end_ms - start_ms) / 1000

@@ -129,14 +129,16 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration(
         "tandem_stage_seconds",
         Kind.HISTOGRAM,
-        "Time that a job which succeeded spent in each stage, one after the other: `timings` of the API.",
+        "Time that a job which succeeded spent in each stage, one after the other (`timings` of the API, not `told`). "
+        "Of `admission` all orders that were accepted.",
         ("stage",),
         _STAGE_S,
     ),
     Declaration(
         "tandem_stage_spent_seconds_total",
         Kind.COUNTER,
-        "Seconds that all jobs which succeeded spent in each stage together.",
+        "Seconds that all jobs which succeeded spent in each stage together. Of `admission` all orders that were "
+        "accepted.",
         ("stage",),
     ),
     Declaration(

@@ -19,7 +19,7 @@ from serve import __version__
 from serve.domain import ImageRequest, Timings
 from serve.settings import TracingSettings, header_pairs
 from serve.stages import stages
-from serve.urls import shown_url
+from serve.urls import STARS, shown_url
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -89,7 +89,8 @@ class Tracing:
 
         assert settings.endpoint is not None
         headers = header_pairs(settings.headers.get_secret_value()) if settings.headers else {}
-        self._exporter = _Told(OTLPSpanExporter(settings.endpoint, headers=headers, timeout=CALL_S), settings.endpoint)
+        sender = OTLPSpanExporter(settings.endpoint, headers=headers, timeout=CALL_S)
+        self._exporter = _Told(sender, settings.endpoint, tuple(headers.values()))
         told = {
             "service.namespace": "tandem",
             "service.name": f"tandem-{pool}",
@@ -162,8 +163,10 @@ class Tracing:
 class _Told:
     """The exporter, whose failures are told once, by us: the library would tell each batch."""
 
-    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+    def __init__(self, exporter: SpanExporter, endpoint: str, secrets: Sequence[str]) -> None:
+        """`secrets` are told to nobody, whatever the library says of them."""
         self._exporter = exporter
+        self._secrets = secrets
         self._place = shown_url(endpoint)
         self._failing = False
         self._reason = _Reason()
@@ -177,7 +180,10 @@ class _Told:
         result = self._exporter.export(spans)
         failing = result.name != "SUCCESS"
         if failing and not self._failing:
-            log.warning("tracing.endpoint: spans are dropped: %s takes none: %s", self._place, self._reason.text)
+            reason = self._reason.text
+            for secret in self._secrets:
+                reason = reason.replace(secret, STARS)
+            log.warning("tracing.endpoint: spans are dropped: %s takes none: %s", self._place, reason)
         elif self._failing and not failing:
             log.info("tracing.endpoint: %s takes spans again", self._place)
         self._failing = failing
@@ -194,13 +200,19 @@ class _Told:
 
 
 class _Reason(logging.Handler):
-    """What the library last complained of, but for its giving up, which follows every other complaint."""
+    """What the library last complained of, but for its giving up, which follows every other complaint. A queue that is
+    full is no failure of the collector, and is told here, once."""
 
     text = "no reason is known"
+    full = False
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if "shutdown" not in text.lower():
+        if "queue full" in text.lower():
+            if not self.full:
+                log.warning("tracing.endpoint: spans are dropped: more of them come than the collector takes")
+            self.full = True
+        elif "shutdown" not in text.lower():
             self.text = text
 
 

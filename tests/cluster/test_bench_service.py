@@ -12,6 +12,21 @@ from serve.cli.bench_service import service
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
+@pytest.mark.timeout(900)
+def test_the_bare_engine_draws_what_the_server_draws_and_without_it(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    app = typer.Typer()
+    app.command()(service)
+    done = CliRunner().invoke(app, ["--quick", "--only", "saturated", "--json", str(file)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())["saturated"]
+    assert 0.3 < found["ratio"]["median"] < 1.5
+    assert found["ratio"]["count"] == found["tandem"]["count"] == found["bare"]["count"] == 2
+    assert found["roles"]["diffusion"] > found["roles"]["ingress"] > 0
+    assert 0 < sum(found["idle"].values()) < 1
+    assert not found["failed"]
+
+
 @pytest.mark.timeout(600)
 def test_round_trips_of_a_job_are_counted_for_every_kind_of_client(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"

@@ -293,6 +293,7 @@ def test_the_same_text_goes_to_the_same_replica(cluster: Cluster, tmp_path: Path
     assert again == [[Tier.MEMORY] * 20] * 3
 
 
+@pytest.mark.slow
 def test_a_pool_sleeps_and_wakes_at_the_first_text(cluster: Cluster, tmp_path: Path) -> None:
     settings = Settings(
         data_dir=tmp_path,

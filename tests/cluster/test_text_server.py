@@ -83,8 +83,9 @@ def test_three_models_share_their_encoders(server: Server, http: httpx.Client) -
     encoded = {model: report["cache"]["encoded"] for model, report in reports.items()}
     # SDXL: a CLIP-L layer, an OpenCLIP layer and its vector. SD 3 finds those, CLIP-L's vector came with them.
     assert encoded == {"sdxl": 3, "sd3": 1, "flux": 0}
-    wait_until(lambda: rows(server, T5) >= 1, 60, "Ray to export the encoders' rows")
-    assert {name: rows(server, name) for name in (CLIP, OPENCLIP, T5)} == {CLIP: 1, OPENCLIP: 1, T5: 1}
+    encoders = (CLIP, OPENCLIP, T5)  # each process tells of its own at a time of its own
+    wait_until(lambda: all(rows(server, name) >= 1 for name in encoders), 60, "Ray to export the encoders' rows")
+    assert {name: rows(server, name) for name in encoders} == {CLIP: 1, OPENCLIP: 1, T5: 1}
 
     again = http.post("/v1/embeddings", json={"model": "sd3", "prompt": PROMPT, "max_sequence_length": 128})
     other = {"model": "sd3", "prompt": PROMPT.replace("1.3", "0.7"), "max_sequence_length": 128}

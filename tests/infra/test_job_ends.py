@@ -191,6 +191,9 @@ def test_the_record_keeps_when_a_client_was_first_told_of_the_end(redis_url: str
         await bench.store.get("c")
         await bench.store.events_after("c", None)
         assert await told(bench, "c") is None  # questions are no waiting
+        await bench.store._redis.hincrby("tandem:job:c", "finished", -61_000)
+        await bench.store.ended("c")
+        assert await told(bench, "c") is None  # nobody who asks a minute later has waited
 
     on(redis_url, story)
 

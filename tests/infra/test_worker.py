@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from pydantic import SecretStr
 from support.house import House, open_house
 
 from serve.domain import EncodeUnit, JobState, Sign, Tier
+from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.errors import BackendUnavailable
 from serve.jobs.events import follow
 from serve.orders import NewImage
 from serve.placements import Fleet
 from serve.results.encode import read_parameters
 from serve.service import ImageService
-from serve.settings import LimitSettings
+from serve.settings import CacheSettings, LimitSettings
 from serve.shapes.draw import draw, sample_scene
 
 pytestmark = pytest.mark.anyio
@@ -213,8 +215,12 @@ async def test_a_cancelled_job_s_text_is_not_encoded_ahead(house: House) -> None
     await service.close()
 
 
-async def test_a_text_that_was_encoded_lately_is_not_encoded_ahead_again(house: House) -> None:
+async def test_a_text_that_was_encoded_lately_is_not_encoded_ahead_again(house: House, redis_url: str) -> None:
     asked: list[list[str]] = []
+    cache = CacheSettings(redis_url=SecretStr(redis_url))
+
+    async def nobody(units: Sequence[EncodeUnit]) -> Sequence[Fetched]:
+        raise BackendUnavailable("nobody encodes here")
 
     async def prepare(units: Sequence[EncodeUnit]) -> Sequence[Tier]:
         asked.append([unit.key for unit in units])
@@ -232,6 +238,7 @@ async def test_a_text_that_was_encoded_lately_is_not_encoded_ahead_again(house: 
         results=house.results,
         pools={},
         metrics=house.metrics,
+        embeddings=(embeddings := EmbeddingCache(cache, nobody, house.metrics, place="ingress")),
     )
 
     async def submitted(prompt: str) -> str:
@@ -248,7 +255,14 @@ async def test_a_text_that_was_encoded_lately_is_not_encoded_ahead_again(house: 
     assert [len(units) for units in asked] == [2, 2, 1]  # the empty negative prompt is known
     reports = [(await house.jobs.get(job)).cache for job in (first, again, other)]
     assert [report and report.encoded for report in reports] == [2, None, 1]
+    embeddings.clear()  # as every process does that hears of an operator's `tandem cache clear`
+    await submitted("a red circle")
+    assert len(asked[3]) == 2
+    embeddings.hear_redis_away()  # what one process has, another does not find
+    await submitted("a red circle")
+    assert len(asked[4]) == 2
     await service.close()
+    await embeddings.close()
 
 
 async def test_many_jobs_all_end_well(house: House) -> None:

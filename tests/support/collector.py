@@ -38,12 +38,14 @@ class Span:
 
 class Collector:
     """Answers every call with `status`; of those with 200 it keeps the spans. `headers` are those of the latest call.
+    With `reason` that is the text of the status.
 
     Owns: its listening socket and its thread.
     """
 
     def __init__(self) -> None:
         self.status = 200
+        self.reason: str | None = None
         self.calls = 0
         self.headers: dict[str, str] = {}
         self._spans: list[Span] = []
@@ -56,7 +58,7 @@ class Collector:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 status = collector.take(self.path, headers, body)
                 answer = ExportTraceServiceResponse().SerializeToString()
-                self.send_response(status)
+                self.send_response(status, collector.reason)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", str(len(answer)))
                 self.end_headers()

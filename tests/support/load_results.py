@@ -79,7 +79,7 @@ def busy(requests: int = 600, seconds: float = 180.0, seed: int = 1) -> Result:
             sample(index, dialect=dialect, due_s=due, sent_s=due + 0.002, ended_s=ended, job=_job(index, told))
         )
     samples.append(sample(requests, due_s=seconds / 2, outcome=Outcome.FAILED, status=200, detail="out_of_memory"))
-    samples.append(sample(requests + 1, due_s=seconds / 2, outcome=Outcome.LEFT, status=0))
+    samples.append(sample(requests + 1, due_s=seconds / 2, outcome=Outcome.LEFT, status=0, hangs_up=True))
     return result(
         *samples,
         duration_s=seconds,

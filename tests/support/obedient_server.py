@@ -91,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"ready": True})
         elif path == "/v1/models":
             self._answer(200, {"data": [MODEL]})
+        elif parts[-1] == "events" and self._wish(parts[-2]) == "no stream":
+            self._answer(404, {"error": {"code": "not_found", "message": "no"}})
         elif parts[-1] == "events":
             self._events(parts[-2])
         elif parts[:2] == ["v1", "jobs"]:

@@ -210,7 +210,8 @@ def test_a_collector_that_is_none_is_refused_by_its_setting(wrong: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["hunter2", "api key=hunter2", "=hunter2", "api-key=", "a=b,hunter2", "a=hunter2%0Ab"]
+    "wrong",
+    ["hunter2", "api key=hunter2", "=hunter2", "api-key=", "a=b,hunter2", "a=hunter2%0Ab", "a=hunter2%E2%80%A6"],
 )
 def test_headers_for_a_collector_that_are_none_are_refused_and_not_shown(wrong: str) -> None:
     message = refused(tracing__headers=wrong)

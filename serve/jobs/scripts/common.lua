@@ -75,9 +75,10 @@ local function emit(id)
   redis.call('PUBLISH', events_key(id), '')
 end
 
--- The end is told to a client: `told` in the record is the first time. It is worth no failure, as of a Redis that is full.
-local function tell_end(id)
-  redis.pcall('HSETNX', job_key(id), 'told', now)
+-- The end is told to a client: `told` in the record is the first time. Who asks a minute later did not wait for it. It is
+-- worth no failure, as of a Redis that is full.
+local function tell_end(id, finished)
+  if now - finished <= 60000 then redis.pcall('HSETNX', job_key(id), 'told', now) end
 end
 
 -- Previews of an attempt that is over are nobody's news.

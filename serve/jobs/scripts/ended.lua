@@ -3,5 +3,5 @@
 local id = ARGV[4]
 local state, finished = get(id, 'state', 'finished')
 if not finished then return {ended, {{}, state and 1 or 0}} end
-tell_end(id)
+tell_end(id, finished)
 return {ended, snapshot(id)}

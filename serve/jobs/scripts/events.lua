@@ -8,5 +8,5 @@ for n, entry in ipairs(entries) do
   files[n] = ARGV[7] == '1' and name == 'index' and redis.call('HGET', previews_key(id), index)
 end
 local state, finished = get(id, 'state', 'finished')
-if finished and ARGV[8] == '1' and #entries < tonumber(ARGV[6]) then tell_end(id) end
+if finished and ARGV[8] == '1' and #entries < tonumber(ARGV[6]) then tell_end(id, finished) end
 return {ended, {state, entries, files}}

@@ -1,5 +1,6 @@
 """An order's trace: from the ingress, by way of the job store, to the replica, at a collector."""
 
+import asyncio
 import itertools
 import logging
 import socket
@@ -192,6 +193,20 @@ async def test_a_collector_that_refuses_is_told_once_and_when_it_takes_spans_aga
     assert told == ["WARNING", "INFO", "WARNING"]
     assert "401" in caplog.text
     assert len(collector.spans) == 1
+
+
+async def test_a_secret_that_a_collector_repeats_is_not_told(
+    collector: Collector, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector.status, collector.reason = 401, "hunter2 is no key of ours"
+    tracing = Tracing(traced(collector.url, headers="api-key=hunter2"), "ingress", "a test")
+    tracing.order(None).end("POST /v1/jobs", {}, failed=False)
+    await asyncio.to_thread(tracing._provider.force_flush)
+    await tracing.close()
+    assert collector.headers["api-key"] == "hunter2"
+    told = [record.getMessage() for record in caplog.records if record.name == "serve.telemetry.tracing"]
+    assert len(told) == 1
+    assert told[0].endswith("reason: ********** is no key of ours")
 
 
 def test_what_is_off_is_not_even_imported() -> None:

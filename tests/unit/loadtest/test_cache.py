@@ -20,6 +20,7 @@ from loadtest.bench.cache_paired import OFF, Paired, PairedPlan, Round, Side, re
 from loadtest.bench.cache_report import any_failed, as_json, headline, tables
 from loadtest.samples import Arrival, Outcome, Sample
 from loadtest.servers import Budget
+from loadtest.tail import Tail
 from serve.bench.machine import this_machine
 from serve.bench.stats import Percentiles
 from serve.domain import Tier
@@ -194,10 +195,11 @@ def test_a_side_tells_hits_from_what_had_to_wait() -> None:
     samples = [answered(0, 0.1, memory=2), answered(1, 2.0, encoded=1, memory=1), answered(2, 0.3, redis=2), late]
     found = side(samples)
     assert found.hits == pytest.approx(5 / 6)
-    assert found.seconds == Percentiles.of([each.latency_s for each in samples[:3]])
+    assert (found.seconds.count, found.seconds.p50) == (4, pytest.approx(1.15))  # of 0.1, 0.3, 2.0 and for ever
+    assert found.seconds.p95 is None
     assert found.hit_seconds == Percentiles.of([samples[0].latency_s, samples[2].latency_s])
     assert found.failed == {"late: given up": 1}
-    assert side([late]).seconds is None
+    assert side([late]).seconds.p50 is None
 
 
 def test_both_sides_of_a_round_get_the_same_and_each_round_another_trace() -> None:
@@ -214,8 +216,9 @@ def test_off_is_off_in_the_settings() -> None:
 
 def one_round(cached: float, plain: float, failed: int = 0) -> Round:
     def of(seconds: float, hits: float, bad: int = 0) -> Side:
+        tail = Tail(count=2, p50=seconds, p95=None if bad else seconds, p99=None, worst=None)
         each = Percentiles.of([seconds, seconds])
-        return Side(seconds=each, hit_seconds=each, hits=hits, failed={"failed: 500": bad} if bad else {})
+        return Side(seconds=tail, hit_seconds=each, hits=hits, failed={"failed: 500": bad} if bad else {})
 
     return Round(requests=2, texts=1, cached=of(cached, 0.5, failed), plain=of(plain, 0.0))
 
@@ -246,4 +249,30 @@ def test_the_report_tells_ratios_by_round_and_what_failed() -> None:
     assert "0.200 (0.100-0.300)" in console.export_text()
     assert "seed 0" in headline(made)
     assert not any_failed(made)
-    assert any_failed(replace(made, paired=replace(paired, rounds=(one_round(0.1, 1.0, failed=1),))))
+    failed = replace(paired, rounds=(one_round(0.1, 1.0, failed=1),))
+    assert any_failed(replace(made, paired=failed))
+    assert failed.ratio("p50") is not None
+    assert (failed.ratio("p95"), failed.seconds("cached", "p95")) == (None, None)
+    assert json.loads(json.dumps(as_json(replace(made, paired=failed))))["paired"]["p95_ratio"] is None
+    assert any(
+        "never" in list(column.cells) for table in tables(replace(made, paired=failed)) for column in table.columns
+    )
+
+
+def test_a_server_that_does_not_answer_is_one_line() -> None:
+    async def asked(path: str) -> None:
+        app = Starlette(routes=[])
+        async with listening(app) as port, Meter(f"http://127.0.0.1:{port}", patience_s=0.05, poll_s=0.02) as meter:
+            await getattr(meter, path)()
+
+    with pytest.raises(OperatorError, match="DELETE /v1/cache of http://127"):
+        asyncio.run(asked("empty"))
+    with pytest.raises(OperatorError, match="is not ready for 0 s: 404"):
+        asyncio.run(asked("ready"))
+
+    async def gone() -> None:
+        async with Meter("http://127.0.0.1:1", patience_s=0.05, poll_s=0.02) as meter:
+            await meter.ready()
+
+    with pytest.raises(OperatorError, match="the server is not ready for 0 s: "):
+        asyncio.run(gone())

@@ -30,7 +30,7 @@ def test_what_cant_be_measured_is_refused_at_once(options: list[str], told: str)
 
 def test_a_check_that_would_measure_nothing_is_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "ratios.json"
-    file.write_text('{"measured": "x", "ratios": {"something": {"value": 1, "tolerance": 0}}}')
+    file.write_text('{"ratios": {"something": {"value": 1, "tolerance": 0}}}')
     done = CliRunner().invoke(app, ["bench", "compare", "--check", str(file)])
     assert isinstance(done.exception, OperatorError)
     assert done.exception.message == f"--check {file}: this run measures none of: something"
@@ -48,3 +48,4 @@ def test_what_is_said_goes_before_what_is_quick() -> None:
     assert said.sections == {"overload"}
     assert said.queued_s == pytest.approx(1.4)  # what is accepted must be drawn within the deadline
     assert _plan(None, "capacity", None, False, {}).capacity_rounds == 5
+    assert (full.capacity_rounds, quick.capacity_rounds) == (3, 1)

@@ -28,10 +28,15 @@ class OneAtATime(BaseHTTPRequestHandler):
     unit = 1.0
     turn = threading.Lock()
     waiting = 0
+    broken = frozenset[int]()
+    """Seeds of the orders that it can't draw."""
 
     def do_POST(self) -> None:
         order = loads(self.rfile.read(int(self.headers["Content-Length"])))
         kind = type(self)
+        if order["seed"] in kind.broken:
+            self._answer(500, b"{}", "application/json")
+            return
         if kind.waiting >= QUEUE:
             self._answer(503, b"{}", "application/json")
             return
@@ -62,7 +67,7 @@ def orders() -> Orders:
 
 @pytest.fixture
 def server(orders: Orders, tmp_path: Path) -> Iterator[Serving]:
-    OneAtATime.unit, OneAtATime.waiting = orders.unit, 0
+    OneAtATime.unit, OneAtATime.waiting, OneAtATime.broken = orders.unit, 0, frozenset()
     with ThreadingHTTPServer(("127.0.0.1", 0), OneAtATime) as http:
         http.daemon_threads = True
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -110,3 +115,13 @@ def test_an_open_loop_offers_what_it_says_and_overload_is_refused(server: Servin
     assert fourfold.window.goodput == pytest.approx(SPEED, rel=0.2)
     assert fourfold.window.tail.p95 is None  # most got no picture
     assert half.window.throughput < 0.9 * SPEED < fourfold.window.goodput * 1.2
+
+
+@pytest.mark.slow
+def test_what_fails_while_a_queue_settles_is_a_fault_of_the_part_after_it(server: Serving, orders: Orders) -> None:
+    parts = orders.parts(1, [0.2 * SPEED, 0.4 * SPEED], 1.0, 1.0)
+    OneAtATime.broken = frozenset(order["seed"] for order in (parts[0].orders[0], parts[2].orders[0]))
+    first, second = asyncio.run(offer(server, parts, orders.unit, seed=1, deadline_s=10.0))
+    assert (first.faults, second.faults) == (1, 1)
+    assert sum(first.lost.values()) == sum(second.lost.values()) == 1
+    assert not first.window.lost  # it is in no figure

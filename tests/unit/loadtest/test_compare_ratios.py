@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loadtest.bench.compare import turns
+from loadtest.bench.compare import max_waiting, turns
 from loadtest.bench.compare_bars import bars
 from loadtest.bench.compare_load import Offered, Saturated
 from loadtest.bench.compare_plan import Capacity, Paced, Plan, Report, Stage
 from loadtest.bench.compare_ratios import (
     GOODPUT,
     P95,
+    SHORT,
     Record,
     comparable,
     goodput_ratio,
@@ -25,8 +26,11 @@ from loadtest.bench.compare_ratios import (
     read_record,
     throughput_name,
 )
+from loadtest.bench.compare_ratios import RECORD as RECORD_FILE
 from loadtest.bench.compare_report import as_json, headline, tables
-from loadtest.bench.compare_work import Tail, Window
+from loadtest.bench.compare_work import Window
+from loadtest.tail import Tail
+from serve.bench.bars import Bar
 from serve.bench.machine import Machine
 from serve.bench.stats import Percentiles, Spread
 from serve.errors import OperatorError
@@ -66,7 +70,7 @@ def offered(rate: float, p95: float | None, goodput: float, refusal_s: float | N
         lost={} if p95 else {"failed 500": 7},
         sent_late_s=0.001,
     )
-    return Offered(rate=rate, window=window, faults=0 if p95 else 7, others=others)
+    return Offered(rate=rate, window=window, lost=window.lost, faults=0 if p95 else 7, others=others)
 
 
 def report(speed: float = 1.0, tandem: float = 6.0, refusal_s: float = 0.01, others: float = 0.0) -> Report:
@@ -135,17 +139,42 @@ def verdicts(told: Report) -> list[tuple[bool, bool]]:
 
 
 def test_bars_are_met_missed_or_in_doubt() -> None:
-    assert verdicts(report()) == [(True, False)] * 4
-    assert verdicts(report(tandem=2.3)) == [(False, False), *[(True, False)] * 3]
-    assert verdicts(report(refusal_s=0.05)) == [(True, False), (True, False), (False, False), (False, False)]
-    assert verdicts(report(others=0.2)) == [(False, True)] * 4
+    assert verdicts(report(tandem=8.0)) == [(True, False)] * 5
+    assert verdicts(report(tandem=7.9)) == [(False, False), *[(True, False)] * 4]
+    assert verdicts(report(tandem=2.3)) == [(False, False), (False, False), *[(True, False)] * 3]
+    assert verdicts(report(tandem=8.0, refusal_s=0.05)) == [*[(True, False)] * 3, *[(False, False)] * 2]
+    assert verdicts(report(tandem=8.0, others=0.2)) == [(False, True)] * 5
+
+
+def p95_bar(told: Report) -> Bar:
+    return next(bar for bar in bars(told) if bar.what.startswith("P95"))
+
+
+def test_a_rate_beyond_the_baselines_capacity_is_told_beside_its_p95() -> None:
+    within, beyond = p95_bar(report(tandem=5.0)), p95_bar(report(tandem=6.0))
+    assert "(100% of the quickest baseline's)" in within.what
+    assert within.measured == "0.24"
+    assert "(120% of the quickest baseline's)" in beyond.what
+    assert beyond.measured == "0.20; beyond the baseline's capacity: depends on the run's length"
+    told = report()
+    no_picture = replace(told, paced=[one for one in told.paced if one.server != "lock"])
+    assert "no baseline had a picture for 95 of 100 orders" in p95_bar(no_picture).measured
+
+
+def test_a_baselines_line_under_overload_is_as_long_as_tandems() -> None:
+    plan = Plan(cores=(0,), queued_s=3.5)
+    assert max_waiting(plan, 4.0) == 14
+    assert max_waiting(plan, 0.1) == 1
 
 
 RECORD = Record.model_validate(
     {
-        "measured": "here",
         "ratios": {
-            throughput_name("lock"): {"value": 1.6, "tolerance": 0.15},
+            throughput_name("lock"): {
+                "value": 1.6,
+                "tolerance": 0.15,
+                "measured": {"on": "2026-11-21", "machine": "here", "by": "hand", "rounds": 5},
+            },
             P95: {"value": 0.19, "tolerance": 0.05},
             GOODPUT: {"value": 0.99, "tolerance": 0.05},
             "of something else": {"value": 1.0, "tolerance": 0.0},
@@ -168,6 +197,14 @@ def test_a_worse_ratio_fails_and_a_slower_machine_does_not() -> None:
     assert worse(report(tandem=60.0)) == set()
 
 
+def test_the_record_of_this_repository_is_one_that_a_run_is_checked_with(tmp_path: Path) -> None:
+    record, plan = read_record(RECORD_FILE), Plan(cores=(0,))
+    assert set(record.ratios) == {SHORT, throughput_name("lock"), P95, GOODPUT}
+    for section in ("capacity", "same-rate", "overload"):
+        comparable(replace(plan, sections=frozenset({section})), record, tmp_path)
+    assert {one.ratio.name for one in hold(ratios(report()), record)} == set(record.ratios) - {SHORT}
+
+
 def test_a_check_of_nothing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     plan = Plan(servers=("tandem", "celery"), cores=(0,), sections=frozenset({"capacity"}))
     with pytest.raises(OperatorError, match="this run measures none of"):
@@ -180,9 +217,10 @@ def test_a_check_of_nothing_is_refused_before_anything_is_measured(tmp_path: Pat
     ("text", "named"),
     [
         ("{", "Invalid JSON"),
-        ('{"measured": "x", "ratios": {}}', "ratios"),
-        ('{"measured": "x", "ratios": {"a": {"value": 0, "tolerance": 0}}}', "ratios.a.value"),
-        ('{"measured": "x", "ratios": {"a": {"value": 1, "tolerance": 0, "more": 1}}}', "ratios.a.more"),
+        ('{"ratios": {}}', "ratios"),
+        ('{"ratios": {"a": {"value": 0, "tolerance": 0}}}', "ratios.a.value"),
+        ('{"ratios": {"a": {"value": 1, "tolerance": 0, "more": 1}}}', "ratios.a.more"),
+        ('{"ratios": {"a": {"value": 1, "tolerance": 0, "measured": "soon"}}}', "ratios.a.measured"),
     ],
 )
 def test_a_record_that_is_none_is_refused_by_its_key(tmp_path: Path, text: str, named: str) -> None:
@@ -201,7 +239,7 @@ def test_the_report_is_tables_and_json() -> None:
     assert figures["best_threads"] == {"tandem": 2, "lock": 2, "litserve": 2}
     assert figures["ratios"][GOODPUT]["median"] == pytest.approx(0.97)
     assert {one["ratio"] for one in figures["check"]} == set(RECORD.ratios) - {"of something else"}
-    assert [bar["met"] for bar in figures["bars"]] == [True] * 4
+    assert [bar["met"] for bar in figures["bars"]] == [False, *[True] * 4]
     console = Console(width=200, record=True, file=io.StringIO())
     for table in tables(told, held, RECORD):
         console.print(table)
@@ -220,6 +258,8 @@ def test_the_report_is_tables_and_json() -> None:
         assert title in text
     assert "never" in text
     assert "not measured" in text
+    assert "2026-11-21, here, hand, rounds 5" in text
+    assert "set, not measured" in text
     assert "jobs.max_queued_s 3.5" in text
     assert "a processor, 2 cores" in headline(told)
     assert told.faults == 21

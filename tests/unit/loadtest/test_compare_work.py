@@ -8,7 +8,6 @@ import pytest
 
 from loadtest.bench.compare_work import (
     AROUND,
-    Tail,
     faults,
     lost,
     mean_weight,
@@ -18,6 +17,7 @@ from loadtest.bench.compare_work import (
     window,
 )
 from loadtest.samples import Outcome, Sample
+from loadtest.tail import Tail
 
 ORDER = {"num_inference_steps": 20, "guidance_scale": 7.5, "width": 128, "height": 128, "scheduler": "euler"}
 

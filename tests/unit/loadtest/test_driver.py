@@ -94,6 +94,22 @@ def test_a_closed_loop_keeps_so_many_under_way_and_counts_from_the_sending() -> 
         assert none == []
 
 
+def test_a_user_who_was_refused_comes_again_when_the_server_said() -> None:
+    with obedient() as server:
+        arrivals = [arrival(0, "rude", "generate"), arrival(1, "refuse", "generate"), arrival(2, "picture", "generate")]
+        samples = sent(server.url, arrivals, users=1, until_s=2.0)
+    assert [sample.outcome for sample in samples] == [Outcome.REFUSED, Outcome.REFUSED]
+    assert samples[1].sent_s - samples[0].ended_s >= 0.5
+    assert not any(sample.hangs_up for sample in samples)
+
+
+def test_a_stream_that_will_never_come_is_told_at_once() -> None:
+    with obedient() as server:
+        (gone,) = sent(server.url, [arrival(0, "no stream", "events")], give_up_s=30.0)
+    assert (gone.outcome, gone.status, gone.detail) == (Outcome.INVALID, 404, "not_found")
+    assert gone.latency_s < 15
+
+
 def test_a_client_leaves_when_it_planned_to() -> None:
     with obedient() as server:
         arrivals = [
@@ -105,6 +121,7 @@ def test_a_client_leaves_when_it_planned_to() -> None:
         assert server.left.acquire(timeout=10), "its connection is still open"
         assert server.left.acquire(timeout=10), "its connection is still open"
     assert [sample.outcome for sample in samples] == [Outcome.LEFT, Outcome.LEFT, Outcome.DONE]
+    assert all(sample.hangs_up for sample in samples)
     assert samples[0].ended_s - samples[0].sent_s >= 0.2
 
 
@@ -179,7 +196,10 @@ def test_it_ends_with_whoever_started_it() -> None:
 def test_a_trace_that_can_t_be_sent_is_not_sent_again_and_again() -> None:
     """Locust runs a task that failed anew."""
     arrivals = [arrival(0, "picture", "generate"), arrival(1, "picture", "generate", due_s="soon")]
-    with obedient() as server, pytest.raises(RuntimeError, match="the load's process ended: TypeError"):
+    with (
+        obedient() as server,
+        pytest.raises(OperatorError, match=r"the load's process ended \(exit code 1\): TypeError"),
+    ):
         asyncio.run(asyncio.wait_for(drive(server.url, arrivals), 30))
 
 

@@ -109,6 +109,8 @@ def test_the_operators_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest
         ("unique", "--duration", 5, "--capacity", 1, "--rate", 1): "--rate and --capacity: name one of them",
         ("seed-sweep", "--capacity", 1): "--capacity: seed-sweep has no load",
         ("mixed", "--out", tmp_path / "file" / "out", "--target", "http://127.0.0.1:1"): "--out ",
+        ("mixed", "--key", "ключ"): "--key or TANDEM_KEY: that is not an API key",
+        ("mixed", "--metrics", "localhost:9090"): "metrics localhost:9090: write the http:// address",
         ("mixed", "--target", "http://127.0.0.1:1"): "--target: no server answers at http://127.0.0.1:1",
     }
     for words, line in mistakes.items():
@@ -178,6 +180,29 @@ def test_locusts_page_shows_the_same_requests(tmp_path: Path, free_port: int) ->
             running.wait(30)
     assert {entry["name"] for entry in stats["stats"]} == {"wait", "events", "poll", "embeddings", "Aggregated"}
     assert stats["stats"][-1]["num_requests"] == 20
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.slow
+def test_locusts_page_ends_with_whoever_started_it(tmp_path: Path, free_port: int) -> None:
+    """Killed outright, that one can end nothing itself."""
+    command = [sys.executable, "-m", "serve.cli", "loadtest", str(written(tmp_path)), "--web", "--web-port"]
+    with obedient() as server, httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=10) as page:
+        running = psutil.Popen([*command, str(free_port), "--target", server.url], cwd=tmp_path)
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                assert time.monotonic() < deadline
+                try:
+                    if page.get("/").is_success:
+                        break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+        finally:
+            children = running.children(recursive=True)
+            running.kill()
+            running.wait(30)
+    assert children
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 

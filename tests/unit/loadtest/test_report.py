@@ -94,7 +94,7 @@ def test_one_file_holds_it_all_the_verdicts_first(run: Result, folder: Path) -> 
 
 def test_verdicts_say_what_was_wanted_and_measured(folder: Path) -> None:
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
-    assert "95th percentile of latency, from the intended send time. at most 1 ms" in text
+    assert f"{FIGURES['p95_s'].what} at most 1 ms" in text
     assert re.findall(r"at (most|least) [\d.]+ \S+ [\d.]+ \S+ (not met|met)", text) == [
         ("most", "not met"),
         ("least", "met"),
@@ -157,6 +157,19 @@ def test_a_run_without_anything_has_a_report(tmp_path: Path) -> None:
     assert "0 requests were due" in text
     assert "No plot “Latency”: no request was finished." in text
     assert json.loads((tmp_path / "result.json").read_text())["figures"]["p95_s"] is None
+
+
+def test_a_percentile_among_requests_that_got_nothing_is_never_and_null(tmp_path: Path) -> None:
+    lost = [sample(n, outcome=Outcome.LATE, status=0) for n in range(3)]
+    run = result(sample(9), *lost, sample(10, hangs_up=True), thresholds={"p50_s": Bound(at_most=1e9)})
+    text = Page(write_report(run, tmp_path).read_text(encoding="utf-8")).text
+    assert "at most 1000000000.0 s never not met" in text
+    assert "all pictures 4 never never never never" in text
+    assert "1 more were to hang up early" in text
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert told["figures"]["p50_s"] is None
+    assert told["verdicts"][0]["measured"] is None
+    assert told["summary"]["latency"] == {"count": 4, "p50": None, "p95": None, "p99": None, "worst": None}
 
 
 def test_a_folder_that_can_t_be_written_is_one_line(tmp_path: Path) -> None:

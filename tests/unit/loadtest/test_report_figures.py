@@ -7,13 +7,13 @@ from support.load_results import STARTED_AT, key, page, result, sample
 
 from loadtest.report.results import summary
 from loadtest.report.series import Page, Series
+from loadtest.report.thresholds import FIGURES
 from loadtest.samples import Outcome
 
 
-def test_latency_counts_from_the_intended_send_time_and_finished_pictures_alone() -> None:
+def test_latency_counts_from_the_intended_send_time() -> None:
     # Due every 0.1 s, sent half a second late, answered 10, 20, ... 1000 ms after they were due.
     samples = [sample(n, due_s=n / 10, sent_s=n / 10 + 0.5, ended_s=n / 10 + (n + 1) / 100) for n in range(100)]
-    samples.append(sample(100, due_s=1.0, ended_s=9.0, outcome=Outcome.FAILED, status=200))
     told = summary(result(*samples))
     assert told.latency is not None
     assert told.latency.count == 100
@@ -26,6 +26,39 @@ def test_latency_counts_from_the_intended_send_time_and_finished_pictures_alone(
     assert "sent late (P99 500 ms)" in told.doubts[0]
 
 
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.LATE, Outcome.INVALID, Outcome.BROKEN])
+def test_what_never_came_took_for_ever_and_refusals_are_apart(outcome: Outcome) -> None:
+    done = [sample(n, ended_s=1.0) for n in range(94)]
+    lost = [sample(200 + n, outcome=outcome, ended_s=0.1) for n in range(6)]
+    refused = [sample(300 + n, outcome=Outcome.REFUSED, ended_s=0.01) for n in range(100)]
+    told = summary(result(*done, *lost, *refused))
+    assert told.latency is not None
+    assert (told.latency.count, told.latency.p50, told.latency.p95) == (100, 1.0, None)
+    assert told.dialects["wait"] == told.latency
+    assert told.refusals is not None
+    assert told.refusals.p99 == pytest.approx(0.01)
+    assert FIGURES["p50_s"].of(told) == 1.0
+    assert FIGURES["p95_s"].of(told) == math.inf
+    assert summary(result(*refused)).latency is None
+
+
+def test_who_was_to_hang_up_is_in_no_share_and_no_latency_wherever_it_ended() -> None:
+    stayed = [sample(0, ended_s=1.5), sample(1, ended_s=9.0)]
+    leaving = [
+        sample(2, ended_s=0.1, hangs_up=True, job={"timings": {"steps_s": 0.0, "total_s": 1.0}}),
+        sample(3, outcome=Outcome.LEFT, status=0, hangs_up=True),
+        sample(4, outcome=Outcome.REFUSED, status=503, hangs_up=True),
+        sample(5, outcome=Outcome.FAILED, status=500, hangs_up=True),
+    ]
+    told, alone = summary(result(*stayed, *leaving)), summary(result(*stayed))
+    assert told.hang_ups == 4
+    shares = ("requests", "good", "refused", "failed", "latency", "dialects", "refusals", "explained_ratio", "stages")
+    assert all(getattr(told, name) == getattr(alone, name) for name in shares)
+    assert told.offered_per_s == pytest.approx(0.6)
+    assert told.throughput_per_s == pytest.approx(0.3)
+    assert told.trouble == {"refused 503": 1, "failed 500": 1}
+
+
 def test_throughput_counts_what_ended_in_the_window_and_goodput_what_was_in_time() -> None:
     samples = [
         sample(0, due_s=0.5, ended_s=1.5),  # ended in the warm-up
@@ -35,13 +68,13 @@ def test_throughput_counts_what_ended_in_the_window_and_goodput_what_was_in_time
         sample(3, due_s=3.0, ended_s=5.001),  # too late
         sample(4, due_s=9.5, ended_s=10.5),  # ended after the window, in time
         sample(5, due_s=4.0, ended_s=4.01, outcome=Outcome.REFUSED, status=503),
-        sample(6, due_s=4.0, ended_s=5.0, outcome=Outcome.LEFT, status=0),
+        sample(6, due_s=4.0, ended_s=5.0, outcome=Outcome.LEFT, status=0, hangs_up=True),
     ]
     told = summary(result(*samples, duration_s=10.0, warm_up_s=2.0, deadline_s=2.0))
     assert told.window_s == 8.0
     assert told.throughput_per_s == pytest.approx(4 / 8)
     assert told.goodput_per_s == pytest.approx(3 / 8)
-    assert (told.requests, told.left, told.refused, told.failed, told.good) == (4, 1, 1, 0, 2)
+    assert (told.requests, told.hang_ups, told.refused, told.failed, told.good) == (4, 1, 1, 0, 2)
     assert told.offered_per_s == pytest.approx(5 / 8)
     assert told.latency is not None
     assert told.latency.count == 3
@@ -67,7 +100,7 @@ def test_texts_count_only_where_nobody_asked_for_a_picture() -> None:
 def test_trouble_is_told_by_kind_the_most_frequent_first() -> None:
     refused = {"outcome": Outcome.REFUSED, "status": 503, "detail": "queue_full"}
     samples = [sample(n, **refused) for n in range(3)]
-    samples += [sample(4, outcome=Outcome.BROKEN, status=0), sample(5, outcome=Outcome.LEFT, status=0)]
+    samples += [sample(4, outcome=Outcome.BROKEN, status=0), sample(5, outcome=Outcome.LEFT, status=0, hangs_up=True)]
     assert summary(result(*samples)).trouble == {"refused 503: queue_full": 3, "broken": 1}
 
 
@@ -78,6 +111,12 @@ def test_stages_are_means_over_all_jobs_and_explain_their_share() -> None:
     assert told.stages == pytest.approx({"admission": 0.1, "queued": 0.15, "steps": 0.65, "told": 0.05})
     assert told.explained_ratio == pytest.approx((0.9 + 1.0) / (1.0 + 1.0))
     assert told.mean_batch == 3.0
+
+
+def test_stages_that_overlap_make_up_for_nobody_s_gaps() -> None:
+    double, half = {"steps_s": 2.0, "total_s": 1.0}, {"steps_s": 0.5, "total_s": 1.0}
+    told = summary(result(sample(0, job={"timings": double}), sample(1, job={"timings": half})))
+    assert told.explained_ratio == pytest.approx(0.75)
 
 
 def test_an_unfinished_job_s_stages_are_not_counted() -> None:

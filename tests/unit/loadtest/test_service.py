@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from loadtest.bench.bare import Drawn
 from loadtest.bench.service import Report
 from loadtest.bench.service_figures import figures
-from loadtest.bench.service_load import Saturated, Span, body_of, others_share, work_rate
+from loadtest.bench.service_load import USERS, Saturated, Span, Turn, body_of, others_share, sides, work_rate
 from loadtest.bench.service_overhead import Exchange, difference, fresh_texts, overhead, stage_medians
 from loadtest.bench.service_redis import Count, RedisCosts, cost, rate
 from loadtest.bench.service_report import as_json, bars, headline, tables
@@ -55,6 +56,26 @@ def test_the_rate_does_not_depend_on_which_orders_the_edges_cut() -> None:
         free[user], clock[user] = free[user] + 2 * weight, free[user]  # each user has half of the machine
         spans.append(Span(sent_s=clock[user], ended_s=free[user], weight=weight))
     assert work_rate(spans, users=2) == pytest.approx(1.0)
+
+
+def test_a_turn_is_rated_by_what_its_own_orders_weigh() -> None:
+    """One user, one order after another, half a unit of work a second; the orders came in another sequence."""
+    weights, clock, drawn = [2.0, 1.0, 4.0, 3.0], 0.0, list[Drawn]()
+    for _ in range(USERS):
+        for index in (3, 0, 2, 1):
+            ended = clock + 2 * weights[index]
+            drawn.append(Drawn(index=index, sent_s=clock, ended_s=ended, stages={}))
+            clock = ended
+    turn = Turn(drawn=drawn)
+    assert turn.images == 4 * USERS
+    assert turn.rate(weights) == pytest.approx(0.5)
+    assert Turn(drawn=[]).images == 1  # nothing is divided by none
+    with pytest.raises(ValueError, match="0 answers"):
+        Turn(drawn=[]).rate(weights)
+
+
+def test_who_begins_takes_turns_and_the_server_is_first() -> None:
+    assert list(sides(3)) == [(0, "tandem"), (0, "bare"), (1, "bare"), (1, "tandem"), (2, "tandem"), (2, "bare")]
 
 
 def test_too_few_orders_are_no_rate() -> None:
@@ -232,7 +253,8 @@ def test_bars_are_met_at_their_edges_and_no_further() -> None:
     # 2 ms more with the picture
     assert [bar.met for bar in bars(report(added_s=0.014))] == [True, True, True, False]
     doubted = [bar.doubt for bar in bars(report(ratio=0.90, others=0.2))]
-    assert doubted == ["disturbed: other processes took 20% of the processors", "", "", ""]
+    assert doubted == ["disturbed: other processes took 20% of the processors"] * 4
+    assert not any(bar.met for bar in bars(report(others=0.2)))  # the bare engine may be what was slowed down
 
 
 def printed(one: Report, earlier: dict[str, Any] | None = None) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import mmap
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from loadtest.bench.soak import TEXTS, WHOLE_EVERY, End, Plan, Report, check, fates, orders
 from loadtest.bench.soak_bars import FEW, bars, findings, steady_from
 from loadtest.bench.soak_report import as_json, headline, passed, plot, tables
-from loadtest.bench.soak_watch import Judged, Look, RedisUse, judge, own_memory
+from loadtest.bench.soak_watch import Judged, Look, RedisUse, judge, judge_stored, own_memory
 from loadtest.processes import DIFFUSION, INGRESS, RAY_OTHER, Use
 from loadtest.samples import Outcome, Sample
 from loadtest.servers import Budget
@@ -66,7 +67,7 @@ def look(number: int, leaks: Mapping[int, float], processes: Mapping[int, Use] |
         processes=processes or {pid: use(pid, role) for pid, role in PIDS.items()},
         own_bytes=own,
         jobs=RedisUse(keys=500, bytes=3 * MIB + int(rng.integers(0, 50_000)), records=200),
-        cache=RedisUse(keys=150, bytes=8 * MIB),
+        cache=RedisUse(keys=150, bytes=8 * MIB, bound=8 * MIB),
         result_files=400,
         result_bytes=400_000,
         all_files=420,
@@ -141,6 +142,48 @@ def test_descriptors_that_grow_and_processes_that_were_replaced_are_told() -> No
     assert told[1].startswith("processes that ended or were replaced: ")
     assert len(told) == 2
     assert {one.role for one in findings(made).passing} == {INGRESS, RAY_OTHER}
+
+
+def test_growth_that_can_t_be_told_from_noise_is_in_doubt_and_told_with_its_interval() -> None:
+    def noisy(number: int) -> Look:
+        seen = look(number, {})
+        noise = np.random.default_rng(1000 + number).normal(0, 40 * MIB)
+        return replace(seen, own_bytes=seen.own_bytes | {12: int(400 * MIB + 6000 * seen.images + noise)})
+
+    made = report(looks=tuple(noisy(number) for number in range(1, 101)))
+    (bar,) = (bar for bar in bars(made, findings(made)) if bar.what == "memory of every process: growth")
+    assert bar.doubt == "1 of 3 go up and down too much to tell"
+    assert not bar.met
+    assert re.fullmatch(r"2 of 3 flat, most ingress 12: \+[\d.]+ \(-[\d.]+ to \+[\d.]+\) KiB", bar.measured)
+
+
+def test_the_cache_redis_may_fill_up_to_its_bound_and_no_further() -> None:
+    def at(number: int, bytes_: int, bound: int) -> Look:
+        return replace(look(number, {}), cache=RedisUse(keys=1, bytes=bytes_, bound=bound))
+
+    def told(per_look: int, bound: int) -> list[str]:
+        return missed(report(looks=tuple(at(n, 1 * MIB + n * per_look, bound) for n in range(1, 101))))
+
+    assert told(50_000, 8 * MIB) == []
+    assert told(0, 0) == []
+    (line,) = told(50_000, 2 * MIB)
+    assert line.startswith("used memory of the cache Redis: most 5,907 of 2,048 KiB; +610.4 (")
+
+
+def test_a_stored_file_that_is_no_picture_is_told_and_ends_nothing() -> None:
+    broken = Judged(job="x", side=0, prompt="", right=False)
+    made = replace(report(), judged=(*report().judged, broken))
+    assert missed(made) == ["stored files that are no pictures: 1"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n and so on", None])
+def test_the_watch_tells_a_broken_file_and_goes_on(tmp_path: Path, content: bytes | None) -> None:
+    plain = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(plain, "PNG")  # without our parameters
+    file = tmp_path / "0.png"
+    assert judge_stored(file) is None
+    file.write_bytes(plain.getvalue() if content is None else content)
+    assert judge_stored(file) == Judged(job=tmp_path.name, side=0, prompt="", right=False)
 
 
 def test_what_is_left_over_is_told() -> None:

@@ -1,5 +1,7 @@
 """Thresholds as a workload writes them, and the verdicts on a run."""
 
+import math
+
 import pytest
 from pydantic import TypeAdapter, ValidationError
 from support.load_results import busy, result, sample
@@ -63,6 +65,7 @@ def test_every_figure_is_there_for_a_run_that_has_everything() -> None:
         (1234.5, "/s", "1,234 /s"),
         (2.5, "", "2.50"),
         (None, "s", "no data"),
+        (math.inf, "s", "never"),
     ],
 )
 def test_figures_for_people(value: float | None, unit: str, words: str) -> None:

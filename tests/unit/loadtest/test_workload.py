@@ -90,7 +90,7 @@ def test_a_load_is_a_multiple_of_a_capacity_and_a_rate_is_itself() -> None:
     assert workload.for_capacity(3.0).arrivals == Poisson(rate=15.0)
     assert workload.at(2.0).load is None
     assert workload.at(2.0).for_capacity(9.0).arrivals == Poisson(rate=2.0)
-    assert workload.lasting(5).duration_s == 5
+    assert workload.lasting(50).duration_s == 50
     with pytest.raises(OperatorError, match="--rate: seed-sweep is a closed loop"):
         load("seed-sweep").at(1.0)
     warm = Workload(description="", arrivals=Closed(users=1, orders=1), warm_up_s=5, name="slow")
