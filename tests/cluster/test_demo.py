@@ -94,7 +94,10 @@ def test_six_pictures_that_the_judge_accepts(demo: Demo) -> None:
     demo.wait_until(lambda: not demo.left(), 20)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)],
+)
 def test_whatever_ends_it_ends_all_that_it_started(demo: Demo, number: int, code: int) -> None:
     demo.wait_until(demo.started_ray, 60)
     demo.process.send_signal(number)

@@ -316,6 +316,7 @@ def test_a_pool_sleeps_and_wakes_at_the_first_text(cluster: Cluster, tmp_path: P
     wait_until(lambda: asyncio.run(states()) == {"asleep"}, 60, "the pool to fall asleep again")
 
 
+@pytest.mark.slow
 def test_a_pool_that_sleeps_is_tried_at_the_start(cluster: Cluster, tmp_path: Path) -> None:
     settings = Settings(
         data_dir=tmp_path,
