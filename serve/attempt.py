@@ -90,7 +90,7 @@ class Attempt:
         self._rendering = False
         self._moved_at = 0.0
         means.pace.began(self._run_id, self.rows, partial(means.cost_of, means.pace, claim.request))
-        self._pulse = Pulse(means.jobs, claim, means.settings.heartbeat_s)
+        self._pulse = Pulse(means.jobs, claim, means.settings.heartbeat_s, lambda: means.pace.in_hand)
         # A drain gives back what has not begun; what is drawn is worth waiting for, for as long as there is time.
         self._beginning = Patience(self._pulse.gone, means.draining)
         self._ending = Patience(self._pulse.gone, means.leaving)
@@ -236,9 +236,10 @@ class Attempt:
 
     def _free(self, *, drawn: bool) -> None:
         """The images no longer count. Once; what comes later changes nothing."""
-        self.rows = 0
-        self._means.pace.ended(self._run_id, drawn)
-        self._means.freed.set()
+        if self.rows:
+            self.rows = 0
+            self._means.pace.ended(self._run_id, drawn)
+            self._means.freed.set()
 
 
 def _performance(request: ImageRequest, timings: Timings) -> dict[str, object]:

@@ -73,6 +73,11 @@ class Pace:
         return min(max(self._took_ms / self._predicted_ms, LEAST_PACE), MOST_PACE)
 
     @property
+    def in_hand(self) -> int:
+        """Jobs that have begun and whose images count still."""
+        return len(self._held)
+
+    @property
     def decode_ms_per_megapixel(self) -> float:
         return self._decode_ms
 

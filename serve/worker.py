@@ -166,9 +166,12 @@ class Worker:
                 continue
             if isinstance(claim, Claim):
                 await self._take(claim)
+            if claim is None or (isinstance(claim, Claim) and claim.last):
+                # Free rows find nothing in an empty queue: what comes into it rings.
+                await first(self._jobs.wait_for_work(IDLE_WAIT_S), self._draining.wait())
             elif claim is Hold.ALONE:  # unless another worker takes that job: then there may be others
                 await first(asyncio.sleep(IDLE_WAIT_S), self._freed.wait(), self._draining.wait())
-            else:
+            elif claim is Hold.UNFIT:
                 wait_s = min([IDLE_WAIT_S, *(want.waited_s for want in wants if want.waited_s)])
                 await first(self._jobs.wait_for_work(wait_s), self._freed.wait(), self._draining.wait())
 

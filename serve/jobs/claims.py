@@ -36,8 +36,8 @@ class Claims(Shared):
         self._unanswered: dict[str, str] = {}
 
     async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
-        """Lease a queued job that satisfies the first want which any queued job satisfies, None if none does; Hold
-        where the job whose turn it is has to wait until this worker is `idle`.
+        """Lease a queued job that satisfies the first want which any queued job satisfies; None where none is queued,
+        Hold.UNFIT where none satisfies any, Hold.ALONE where that whose turn it is waits until this worker is `idle`.
 
         So a later want is only served where nothing queued satisfies an earlier one. Of the jobs that satisfy it, the
         owners take turns by weight and predicted cost, and an owner's `interactive` jobs go before the `batch` ones,
@@ -53,8 +53,8 @@ class Claims(Shared):
         except BackendUnavailable:
             self._unanswered[worker] = number  # it may have been given a job
             raise
-        if reply == b"alone":
-            return Hold.ALONE
+        if isinstance(reply, bytes):
+            return Hold(reply.decode())
         return None if reply is None else records.claim(reply, asked_at)
 
     async def renew(self, claim: Claim, step: int = 0, state: JobState = JobState.RUNNING) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 from serve.domain import JobState, Preview, StepEvent
 from serve.errors import LeaseLost, TandemError, Unavailable
@@ -15,7 +16,10 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 1.0
 TELL_EVERY_S = 0.1
-"""Steps are told at the beats of this length that all pulses of a process share, so that jobs travel together."""
+"""Steps are told at beats of at least this length that all pulses of a process share, so that jobs travel together."""
+STEPS_TOLD_A_SECOND = 50
+"""Of all jobs that a process has in hand: with many of them the beats are longer. Each is a write to the disk of the
+job store and a message to all who follow the job."""
 SHOW_EVERY_S = 0.5
 """Between two messages with a job's previews."""
 
@@ -34,7 +38,11 @@ class Pulse:
     Owns: the tasks that beat, that listen for a cancellation and that send previews.
     """
 
-    def __init__(self, jobs: JobStore, claim: Claim, heartbeat_s: float) -> None:
+    def __init__(
+        self, jobs: JobStore, claim: Claim, heartbeat_s: float, in_hand: Callable[[], int] = lambda: 1
+    ) -> None:
+        """`in_hand` says how many jobs this process tells of."""
+        self._in_hand = in_hand
         self._jobs = jobs
         self._claim = claim
         self._heartbeat_s = heartbeat_s
@@ -74,8 +82,8 @@ class Pulse:
         if first:
             self._woken.set()
         elif self._beat_due is None:
-            now = self._loop.time()
-            self._beat_due = self._loop.call_at(now - now % TELL_EVERY_S + TELL_EVERY_S, self._woken.set)
+            now, beat_s = self._loop.time(), max(TELL_EVERY_S, self._in_hand() / STEPS_TOLD_A_SECOND)
+            self._beat_due = self._loop.call_at(now - now % beat_s + beat_s, self._woken.set)
 
     def _forget_beat(self) -> None:
         if self._beat_due is not None:

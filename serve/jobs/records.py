@@ -45,8 +45,8 @@ class Claim:
     it never goes back, so that a worker which released the job or lost it can't write over the next one's work.
 
     `retried_s` and `queued_s` are the stages before it on the store's clock, `claim_s` is how long the answer took from
-    there (both clocks), and `answered_at` when it had come (`time.monotonic`). `trace` is what the order's trace is
-    continued from (W3C `traceparent`), None where there is none.
+    there (both clocks), and `answered_at` when it had come (`time.monotonic`). `last`: no other job was queued then.
+    `trace` is what the order's trace is continued from (W3C `traceparent`), None where there is none.
     """
 
     job_id: str
@@ -56,6 +56,7 @@ class Claim:
     truncated: tuple[Truncation, ...] = ()
     cost_ms: int = 1
     alone: bool = False
+    last: bool = field(default=False, compare=False)
     trace: str | None = None
     retried_s: float | None = field(default=None, compare=False)
     queued_s: float = field(default=0.0, compare=False)
@@ -92,7 +93,7 @@ def step_of(request: ImageRequest, forward: int, forwards: int) -> int:
 def claim(reply: Sequence[Any], asked_at: float) -> Claim:
     """`asked_at` is when the claim was sent (`time.monotonic`): its answer took no longer than since then, however far
     this machine's clock and the store's are apart."""
-    job_id, attempt, fence, alone, created, waiting, started, trace, cost, request, truncated = reply
+    job_id, attempt, fence, alone, behind, created, waiting, started, trace, cost, request, truncated = reply
     answered_at, way_s = time.monotonic(), time.time() - int(started) / 1000
     waiting = waiting or started
     return Claim(
@@ -103,6 +104,7 @@ def claim(reply: Sequence[Any], asked_at: float) -> Claim:
         truncated=TRUNCATED.validate_json(truncated),
         cost_ms=int(cost),
         alone=bool(alone),
+        last=not behind,
         trace=trace.decode() if trace else None,
         retried_s=_after(int(created), int(waiting)) or None,
         queued_s=_after(int(waiting), int(started)),

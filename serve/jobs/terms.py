@@ -54,10 +54,12 @@ class JobPage:
 
 
 class Hold(enum.Enum):
-    """Why a worker that asks gets no job although there is one for it."""
+    """Why a worker that asks gets no job although jobs are queued."""
 
     ALONE = "alone"
     """It must be drawn with nothing beside it: finish what is in hand first."""
+    UNFIT = "unfit"
+    """Of what is queued it wants nothing, as it is now."""
 
 
 @dataclass(frozen=True, slots=True)

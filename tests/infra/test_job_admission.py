@@ -9,7 +9,7 @@ from support.jobs import ANY, MODEL, Bench, a_request, on
 from serve.callers import Allowance
 from serve.domain import JobState
 from serve.errors import Conflict, InvalidRequest, JobGone, JobNotFound, QueueFull, RateLimited
-from serve.jobs.store import Hold, Terms
+from serve.jobs.store import Claim, Terms
 from serve.jobs.terms import WorkerReport
 
 
@@ -122,8 +122,7 @@ def test_unfinished_jobs_are_bounded_and_an_end_makes_room(redis_url: str) -> No
         for job_id in "ab":
             await bench.store.submit(job_id, a_request(), terms=terms)
         claim = await bench.store.claim("worker", ANY)
-        assert claim is not None
-        assert claim is not Hold.ALONE
+        assert isinstance(claim, Claim)
         with pytest.raises(RateLimited, match="2 at most"):
             await bench.store.submit("c", a_request(), terms=terms)
         await bench.succeed(claim)

@@ -11,13 +11,12 @@ from support.jobs import ANY, BROKEN, MODEL, Bench, a_request, on
 
 from serve.callers import Allowance
 from serve.domain import JobState, Priority
-from serve.jobs.store import Hold, Terms, Want
+from serve.jobs.store import Claim, Hold, Terms, Want
 
 
 async def _claim_all(bench: Bench) -> list[str]:
     order = []
-    while (claim := await bench.store.claim("worker", ANY)) is not None:
-        assert claim is not Hold.ALONE
+    while isinstance(claim := await bench.store.claim("worker", ANY), Claim):
         order.append(claim.job_id)
     return order
 
@@ -114,8 +113,7 @@ def test_a_place_in_the_queue_is_the_order_of_the_claims(
             places = {job: (await bench.store.get(job)).position for job in left}
             assert sorted(places.values()) == list(range(1, len(left) + 1))
             claim = await bench.store.claim("worker", ANY)
-            assert claim is not None
-            assert claim is not Hold.ALONE
+            assert isinstance(claim, Claim)
             assert places[claim.job_id] == 1
             left.remove(claim.job_id)
         await bench.store.check_integrity()
@@ -145,14 +143,12 @@ def test_a_failed_attempt_waits_its_backoff_and_holds_up_nobody(redis_url: str) 
         )
         assert 28_000 < waits_ms < 92_000  # half to one and a half times
         other = await bench.store.claim("worker", ANY)
-        assert other is not None
-        assert other is not Hold.ALONE
+        assert isinstance(other, Claim)
         assert other.job_id == "b"
-        assert await bench.store.claim("worker", ANY) is None
+        assert await bench.store.claim("worker", ANY) is Hold.UNFIT
         await bench.store._redis.hset("tandem:job:a", "not_before", 1)
         again = await bench.store.claim("worker", ANY)
-        assert again is not None
-        assert again is not Hold.ALONE
+        assert isinstance(again, Claim)
         assert (again.job_id, again.attempt) == ("a", 2)
 
     on(redis_url, story)
@@ -167,20 +163,18 @@ def test_the_last_attempt_of_a_job_that_lost_its_workers_is_made_alone(redis_url
     async def story(bench: Bench) -> None:
         for _ in range(2):
             claim = await bench.store.claim("w", ANY) or await bench.claimed("suspect")
-            assert claim is not Hold.ALONE
+            assert isinstance(claim, Claim)
             assert not claim.alone
             await _lose(bench, "suspect")
         await bench.store.submit("innocent", a_request())
         assert await bench.store.claim("busy", ANY, idle=False) is Hold.ALONE
         small = [Want(MODEL, 0, 1)]
-        assert await bench.store.claim("elsewhere", small, idle=False) is None  # it couldn't draw it anyway
+        assert await bench.store.claim("elsewhere", small, idle=False) is Hold.UNFIT  # it couldn't draw it anyway
         claim = await bench.store.claim("idle", ANY, idle=True)
-        assert claim is not None
-        assert claim is not Hold.ALONE
+        assert isinstance(claim, Claim)
         assert (claim.job_id, claim.alone, claim.attempt) == ("suspect", True, 3)
         other = await bench.store.claim("busy", ANY, idle=False)
-        assert other is not None
-        assert other is not Hold.ALONE
+        assert isinstance(other, Claim)
         assert (other.job_id, other.alone) == ("innocent", False)
         await _lose(bench, "suspect")
         failed = await bench.store.get("suspect")
@@ -198,8 +192,7 @@ def test_an_eta_falls_as_the_queue_drains(redis_url: str) -> None:
         assert last == pytest.approx(20, rel=0.01)
         for _ in range(10):
             claim = await bench.store.claim("worker", ANY)
-            assert claim is not None
-            assert claim is not Hold.ALONE
+            assert isinstance(claim, Claim)
             await bench.succeed(claim)
         assert (await bench.store.get("job19")).eta_s == pytest.approx(10, rel=0.01)
         assert (await bench.store.get("job0")).eta_s is None
@@ -214,8 +207,7 @@ def test_ten_owners_at_once_lose_no_count(redis_url: str) -> None:
             for number in range(10):
                 await bench.store.submit(f"{owner}-{number}", a_request(), terms=terms)
                 claim = await bench.store.claim("worker", ANY)
-                assert claim is not None
-                assert claim is not Hold.ALONE
+                assert isinstance(claim, Claim)
                 await (bench.succeed(claim) if number % 2 else bench.store.cancelled(claim))
 
         await asyncio.gather(*map(one, range(10)))
@@ -264,14 +256,12 @@ def test_one_worker_at_a_time_makes_room_for_a_job_that_must_run_alone(redis_url
         assert await bench.store.claim("first", ANY, idle=False) is Hold.ALONE
         for _ in range(3):
             claim = await bench.store.claim("second", ANY, idle=False)
-            assert claim is not None
-            assert claim is not Hold.ALONE
+            assert isinstance(claim, Claim)
             assert claim.job_id.startswith("other")
-        assert await bench.store.claim("second", ANY, idle=False) is None
+        assert await bench.store.claim("second", ANY, idle=False) is Hold.UNFIT
         assert await bench.store.claim("first", ANY, idle=False) is Hold.ALONE
         claim = await bench.store.claim("first", ANY, idle=True)
-        assert claim is not None
-        assert claim is not Hold.ALONE
+        assert isinstance(claim, Claim)
         assert (claim.job_id, claim.alone) == ("suspect", True)
 
     on(redis_url, story)
@@ -286,8 +276,7 @@ def test_a_claim_whose_answer_was_lost_is_the_same_claim_again(redis_url: str) -
         assert first == again
         assert first[:3] == [b"a", 1, 1]
         other = await bench.store.claim("worker", ANY)
-        assert other is not None
-        assert other is not Hold.ALONE
+        assert isinstance(other, Claim)
         assert other.job_id == "b"
 
     on(redis_url, story)

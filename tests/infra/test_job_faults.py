@@ -14,6 +14,7 @@ from serve.domain import (
 )
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
+from serve.jobs.store import Hold
 from serve.jobs.sweeper import sweep
 from serve.results.local import LocalStore
 
@@ -107,7 +108,7 @@ def test_an_overdue_job_expires_queued_or_running(redis_url: str) -> None:
 
         # An overdue job is not claimed even before the sweep comes.
         await bench.store._redis.zadd("tandem:deadlines", {"queued": 1})
-        assert await bench.store.claim("worker", ANY) is None
+        assert await bench.store.claim("worker", ANY) is Hold.UNFIT
         await until(all_reaped)
         for job_id, code in (("running", "timed_out"), ("queued", "queue_timeout")):
             job = await bench.store.get(job_id)

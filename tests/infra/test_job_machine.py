@@ -229,7 +229,7 @@ class JobMachine(RuleBasedStateMachine):
         claim = self.run(self.store.claim("worker", wants, idle=idle))
         job = self.fair.choose([self.expected[job_id] for job_id in self.queue()], list(wants))
         if job is None:
-            assert claim is None
+            assert claim is (Hold.UNFIT if self.run(self.store.queue_depth()) else None)
             return
         if job.alone and not idle:
             assert claim is Hold.ALONE
@@ -248,6 +248,7 @@ class JobMachine(RuleBasedStateMachine):
             cost_ms=job.terms.cost_ms,
             alone=alone,
         )
+        assert claim.last is not bool(self.run(self.store.queue_depth()))
         self.claims.append(claim)
 
     @with_claims

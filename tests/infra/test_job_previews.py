@@ -9,9 +9,8 @@ from support.jobs import IMAGE, Bench, a_preview, a_request, history, on, until
 from serve.domain import JobEvent, JobState, Preview, StepEvent, Timings
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
-from serve.jobs import pulse as pulse_module
 from serve.jobs.events import follow
-from serve.jobs.pulse import SHOW_EVERY_S, Pulse
+from serve.jobs.pulse import SHOW_EVERY_S, STEPS_TOLD_A_SECOND, TELL_EVERY_S, Pulse
 from serve.jobs.records import step_of, steps_of
 from serve.jobs.store import Claim
 
@@ -211,12 +210,14 @@ def test_a_pulse_sends_previews_seldom_and_all_images_that_wait_together(
     on(redis_url, story)
 
 
-def test_steps_are_told_at_beats_that_pulses_share(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse_module, "TELL_EVERY_S", 0.3)
+def test_steps_are_told_at_beats_that_pulses_share_and_that_grow_longer_with_the_jobs(redis_url: str) -> None:
+    in_hand = 20
+    beat_s = in_hand / STEPS_TOLD_A_SECOND
+    assert beat_s > TELL_EVERY_S
 
     async def story(bench: Bench) -> None:
         claims = [await bench.claimed(f"job{number}", steps=50) for number in range(4)]
-        pulses = [Pulse(bench.store, claim, heartbeat_s=600) for claim in claims]
+        pulses = [Pulse(bench.store, claim, heartbeat_s=600, in_hand=lambda: in_hand) for claim in claims]
         await _listening(bench)
 
         def step(number: int) -> None:
@@ -235,7 +236,7 @@ def test_steps_are_told_at_beats_that_pulses_share(redis_url: str, monkeypatch: 
             step(number)
             await bench.store.ping()  # meanwhile a step could be told
         await until(lambda: told(49))
-        beats = 2 + (time.monotonic() - began) / pulse_module.TELL_EVERY_S
+        beats = 2 + (time.monotonic() - began) / beat_s
         assert await _entries(bench, claims) - before <= beats * len(claims)
         step(50)
         for pulse in pulses:

@@ -12,7 +12,7 @@ from serve.domain import (
     Timings,
 )
 from serve.errors import JobNotFound, LeaseLost, QueueFull
-from serve.jobs.store import Claim, Want
+from serve.jobs.store import Claim, Hold, Want
 
 
 def test_a_job_from_submission_to_success(redis_url: str) -> None:
@@ -23,6 +23,7 @@ def test_a_job_from_submission_to_success(redis_url: str) -> None:
         assert (queued.request, queued.truncated, queued.cache) == (a_request(), (CUT,), None)
         claim = await store.claim("worker", [Want("other", 0, 4096), Want(MODEL, 0, 4096)])
         assert claim == Claim(job_id="a", attempt=1, fence=1, request=a_request(), truncated=(CUT,))
+        assert claim.last
         assert await store.claim("worker", ANY) is None
         encoding = await store.get("a")
         assert (encoding.state, encoding.step, encoding.position) == (JobState.ENCODING, 0, None)
@@ -56,6 +57,7 @@ def test_first_come_first_served_and_a_retry_keeps_its_place(redis_url: str) -> 
         await bench.store.fail(first, BROKEN, retry=True)
         assert [(await bench.store.get(job_id)).position for job_id in "abcd"] == [1, 2, 3, 4]
         order = [await bench.store.claim("worker", ANY) for _ in "abcd"]
+        assert [claim and claim.last for claim in order] == [False, False, False, True]
         assert [(claim.job_id, claim.attempt) for claim in order if claim] == [("a", 2), ("b", 1), ("c", 1), ("d", 1)]
         assert await bench.store.queue_depth() == 0
 
@@ -70,7 +72,7 @@ def test_a_worker_claims_only_what_it_serves_however_deep_it_lies(redis_url: str
         claim = await bench.store.claim("worker", ANY)
         assert claim is not None
         assert claim.job_id == "mine"
-        assert await bench.store.claim("worker", ANY) is None
+        assert await bench.store.claim("worker", ANY) is Hold.UNFIT
 
     on(redis_url, story, max_queued=1000)
 

@@ -8,7 +8,7 @@ from support.jobs import ANY, BROKEN, Bench, a_request, on
 from serve.domain import JobState, WebhookState
 from serve.embedded import EmbeddedRedis
 from serve.errors import JobNotFound
-from serve.jobs.store import Hold, Terms
+from serve.jobs.store import Claim, Terms
 
 
 async def _over(bench: Bench, *job_ids: str) -> None:
@@ -80,8 +80,7 @@ def test_every_end_of_a_job_is_to_be_told_once(redis_url: str, end: str) -> None
                 assert await store.reap() == 1
             else:
                 claim = await store.claim("worker", ANY)
-                assert claim is not None
-                assert claim is not Hold.ALONE
+                assert isinstance(claim, Claim)
                 await (bench.succeed(claim) if end == "succeed" else store.fail(claim, BROKEN, retry=False))
             async with asyncio.timeout(5):
                 await changed.wait()

@@ -11,7 +11,7 @@ from support.jobs import ANY, BROKEN, MODEL, Bench, a_request, on
 
 from serve.embedded import EmbeddedRedis
 from serve.errors import QueueFull
-from serve.jobs.store import Want
+from serve.jobs.store import Claim, Hold, Want
 from serve.placements import Placement
 from serve.settings import DiffusionSettings
 from serve.wants import wants_of
@@ -70,7 +70,7 @@ def test_a_claim_is_the_oldest_job_of_the_first_want_that_any_satisfies(redis_se
                     if job.satisfies(want)
                 )
                 expected = min(ranked, default=None)
-                assert (claim and claim.job_id) == (expected and f"job{expected[1]}")
+                assert (claim.job_id if isinstance(claim, Claim) else None) == (expected and f"job{expected[1]}")
                 if expected is None:
                     break  # so no job is left that any want covers
                 del left[expected[1]]
@@ -87,7 +87,7 @@ def test_large_only_work_goes_first_and_smaller_work_fills_in(redis_url: str) ->
             await bench.store.submit(job_id, a_request(side=side))
         claims = [await bench.store.claim("large card", [large, small]) for _ in range(3)]
         assert [claim and claim.job_id for claim in claims] == ["l1", "l2", "s1"]
-        assert await bench.store.claim("large card", [large]) is None
+        assert await bench.store.claim("large card", [large]) is Hold.UNFIT
         last = await bench.store.claim("small card", [small])
         assert last is not None
         assert last.job_id == "s2"
@@ -119,7 +119,7 @@ def test_a_full_card_leaves_large_only_work_to_its_sibling(redis_url: str) -> No
         own = DiffusionSettings(max_batch_size=4)
         card = Placement(name="l", model=MODEL, gpu_class=None, settings=own, max_pixels=4096, smaller=256)
         await bench.store.submit("l1", a_request(side=64))
-        assert await bench.store.claim("full", wants_of(card, 4, 4)) is None
+        assert await bench.store.claim("full", wants_of(card, 4, 4)) is Hold.UNFIT
         assert await bench.store.claim("idle", wants_of(card, 0, 4))
 
     on(redis_url, story)
@@ -152,7 +152,7 @@ def test_a_want_that_waits_leaves_the_job_to_others_and_then_takes_it(redis_url:
     async def story(bench: Bench) -> None:
         patient = [Want(MODEL, 0, EVERYTHING, 0.25)]
         await bench.store.submit("a", a_request())
-        assert await bench.store.claim("busy", patient) is None
+        assert await bench.store.claim("busy", patient) is Hold.UNFIT
         await asyncio.wait_for(_claimed(bench, patient), 5)
         job = await bench.store.get("a")
         assert job.started_at is not None
@@ -171,7 +171,7 @@ def test_a_job_that_comes_back_has_not_waited_and_keeps_its_place(redis_url: str
             await bench.store.fail(claim, BROKEN, retry=True)
         else:
             await bench.store.release(claim)
-        assert await bench.store.claim("busy", [Want(MODEL, 0, EVERYTHING, LONG_S)]) is None
+        assert await bench.store.claim("busy", [Want(MODEL, 0, EVERYTHING, LONG_S)]) is Hold.UNFIT
         again = await bench.store.claim("idle", ANY)
         assert again is not None
         assert again.job_id == "a"
@@ -187,5 +187,5 @@ async def _waited(bench: Bench, seconds: float, *job_ids: str) -> None:
 
 
 async def _claimed(bench: Bench, wants: Sequence[Want]) -> None:
-    while await bench.store.claim("busy", wants) is None:
+    while await bench.store.claim("busy", wants) is Hold.UNFIT:
         pass

@@ -1,6 +1,7 @@
 """What a worker claims, and what it leaves to others."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from serve.domain import JobState
 from serve.jobs.store import Claim, JobStore, Want
 from serve.jobs.terms import Hold
 from serve.wants import LEFT_TO_OTHERS_S
-from serve.worker import Worker
+from serve.worker import IDLE_WAIT_S, Worker
 
 pytestmark = pytest.mark.anyio
 
@@ -115,6 +116,18 @@ async def watched(house: House) -> AsyncIterator[Watched]:
     jobs = Watched(house)
     yield jobs
     await jobs.close()
+
+
+async def test_rows_that_come_free_ask_nothing_of_an_empty_queue(house: House, watched: Watched) -> None:
+    began = time.monotonic()
+    for number in range(6):
+        await house.submit(f"job{number}", num_inference_steps=2)
+    async with house.worker(jobs=watched) as watched.worker:
+        for number in range(6):
+            await house.ended(f"job{number}")
+        in_vain = [answer for answer, _ in watched.answers if answer is None]
+        assert len(in_vain) <= 2 + (time.monotonic() - began) / IDLE_WAIT_S
+    assert [answer.last for answer, _ in watched.answers if isinstance(answer, Claim)] == [False] * 5 + [True]
 
 
 async def has_killed(house: House, job_id: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from serve.diffusion.families.load import load_part, load_scheduler, loading
+from serve.diffusion.families.speed import remember_signatures
 from serve.diffusion.vae import Vae, open_vae
 from serve.domain import Conditioning
 from serve.models import ModelFolder
@@ -88,6 +89,7 @@ class Family(ABC):
             denoiser = load_part(self.part_class, model.path / self.part, dtype)
             self.check(denoiser.config)
             self.scheduler_class, self.scheduler_config = load_scheduler(model, self.mends())
+        remember_signatures(denoiser)
         if settings.channels_last or (settings.channels_last is None and self.convolutional):
             denoiser.to(memory_format=torch.channels_last)
         self.denoiser = denoiser.to(device)

@@ -7,13 +7,15 @@
 -- whose record somebody deleted satisfies nothing: the sweep forgets it.
 -- The last attempt of a job that has lost a worker is made alone: should it be the job that kills them, it takes nobody
 -- along. A worker that holds others is told to wait: 'alone'.
+-- 'unfit' says that jobs are queued, but none that satisfies a want; nothing, that the queue is empty. What is claimed
+-- comes with the number of jobs that are still queued.
 -- The same claim again has the same answer while the job is held: the first one may have been lost.
 local worker, claim, lease, timeout, idle = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
 
 local function answer(id)
   local attempt, fence, alone = get(id, 'attempt', 'fence', 'alone_now')
   return {id, tonumber(attempt), tonumber(fence), tonumber(alone or 0),
-      get(id, 'created', 'waiting', 'started', 'trace', 'cost', 'request', 'truncated')}
+      redis.call('ZCARD', QUEUE), get(id, 'created', 'waiting', 'started', 'trace', 'cost', 'request', 'truncated')}
 end
 
 local former_id = redis.call('GET', claim_key(worker, claim))
@@ -74,7 +76,7 @@ repeat
   end
   page = page + 1
 until #ids < PAGE or (rank == 1 and owners == 1)
-if not found then return {ended, false} end
+if not found then return {ended, redis.call('ZCARD', QUEUE) > 0 and 'unfit'} end
 
 local id = found
 local owner, fence = get(id, 'owner', 'fence')

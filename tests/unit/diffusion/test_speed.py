@@ -1,5 +1,6 @@
 """Precision by card and family; compiled denoisers in buckets of lanes."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -147,6 +148,14 @@ def graphs() -> int:
 @torch.inference_mode()
 def predict(family: Family, lanes: Sequence[Lane]) -> torch.Tensor:
     return family.predict(lanes)
+
+
+def test_attention_finds_what_its_processor_takes_ready_made(tmp_path: Path) -> None:
+    family = open_family(check_folder(sd_model(tmp_path / "sd"), "sd"), CPU, torch.float32, DiffusionSettings())
+    for processor in family.denoiser.attn_processors.values():
+        call = type(processor).__call__
+        assert call.__signature__ == inspect.signature(call)
+        assert list(inspect.signature(processor.__call__).parameters)[:2] == ["attn", "hidden_states"]
 
 
 @pytest.mark.slow
