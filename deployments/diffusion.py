@@ -26,7 +26,6 @@ from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.health import stall_s
 from serve.placements import Placement, plan_placements, setting_of
-from serve.prompts.plan import Planner
 from serve.reports import cost_here, report_of
 from serve.settings import Settings
 from serve.telemetry.tracing import CLOSE_S, open_tracing
@@ -73,7 +72,7 @@ class Diffusion:
             placement=place,
             settings=settings.jobs,
             jobs=parts.jobs,
-            planner=Planner(model, parts.catalog.registry.sources(model.name)),
+            planner=parts.catalog.planner(model.name),
             embeddings=self._text.embeddings,
             engine=self._engine,
             results=parts.results,

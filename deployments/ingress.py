@@ -97,6 +97,7 @@ class Ingress:
             benchmark=clients.benchmark if diffusion and settings.http.offers_benchmark else None,
             rules=settings.jobs,
             webhooks=settings.webhooks,
+            prompts=settings.prompts,
             embeddings=self._text.embeddings,
         )
         self._open.push_async_callback(self._service.close)
@@ -121,6 +122,8 @@ class Ingress:
             embeddings=self._text.embeddings,
             metrics=parts.metrics,
             limits=settings.limits,
+            templates=settings.prompts.templates,
+            concepts=catalog.concepts,
             cache_url=cache_url(settings),
         )
 

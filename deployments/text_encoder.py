@@ -74,7 +74,7 @@ class TextEncoder:
         device = claim_device(own.place, own.num_gpus, encoder.setting("device"))
         if device.type == "cpu" and own.torch_threads:
             use_threads(own.torch_threads)
-        tower = await asyncio.to_thread(TextTower.load, encoder, device.type)
+        tower = await asyncio.to_thread(TextTower.load, encoder, device.type, catalog.concepts)
         self._stall_s = own.stall_s
         self._metrics = RayMetrics(gpu_class=own.gpu_class)
         self._pool = EncoderPool(tower, encoder, settings, self._metrics)

@@ -162,6 +162,7 @@ def answered(*matchers: str, by: str = "", over: str = PER) -> str:
 
 ENCODER, PLACEMENT, MODEL = 'encoder=~"$encoder"', 'placement=~"$placement"', 'model=~"$model"'
 BY_PLACE = "placement, gpu_class"
+ARM, BY_ARM = "template, arm", "{{template}} {{arm}}"
 EACH_PLACE = "namespace, release, model, placement, gpu_class"
 """By which all ingress replicas tell the same of a placement."""
 DEFAULTS = " The colours are the chart's default thresholds, whatever `monitoring.rules` says."
@@ -551,12 +552,13 @@ POOL = Dashboard(
                 ),
                 Panel(
                     "Tokens",
-                    "Tokens of text per second: used, and cut because they did not fit.",
+                    "Tokens of text per second: used, and cut because they did not fit; and the rows that they take.",
                     [
                         Query(
                             rate("tandem_prompt_tokens_total", 'kind=~"used|cut"', ENCODER, by="encoder, kind"),
                             "{{encoder}} {{kind}}",
-                        )
+                        ),
+                        Query(rate("tandem_prompt_chunks_total", ENCODER, by="encoder"), "{{encoder}} rows"),
                     ],
                     "cps",
                     width=6,
@@ -943,6 +945,39 @@ JOBS = Dashboard(
                     [Query(rate("tandem_webhooks_total", by="outcome"), "{{outcome}}")],
                     "reqps",
                     width=6,
+                ),
+            ],
+        ),
+        Row(
+            "Templates",
+            [
+                Panel(
+                    "Orders by template",
+                    "Per second, those that name a prompt of the settings (`prompts.templates`), by its arm.",
+                    [Query(rate("tandem_template_orders_total", by=ARM), BY_ARM)],
+                    "reqps",
+                ),
+                Panel(
+                    "Success by arm",
+                    "Share of the jobs that ended which succeeded. A client who sees that the picture comes out wrong "
+                    "cancels.",
+                    [
+                        Query(
+                            share(
+                                rate("tandem_template_jobs_total", 'state="succeeded"', by=ARM),
+                                rate("tandem_template_jobs_total", by=ARM),
+                            ),
+                            BY_ARM,
+                        )
+                    ],
+                    "percentunit",
+                    most=1,
+                ),
+                Panel(
+                    "Time by arm",
+                    "From submission to the terminal state, the median.",
+                    [Query(quantile(0.5, "tandem_template_job_seconds", by=ARM), BY_ARM)],
+                    "s",
                 ),
             ],
         ),

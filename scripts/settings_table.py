@@ -61,10 +61,13 @@ def page() -> str:
         for name, field in fields:
             if not field.description:
                 raise SystemExit(f"serve/settings.py: {name} has no description")
-            parts.append(
-                f"| `{name}` | {variable(name)} | {default(field)} | {' '.join(field.description.split())} |\n"
-            )
+            parts.append(f"| `{name}` | {variable(name)} | {default(field)} | {described(field.description)} |\n")
     return "".join(parts)
+
+
+def described(description: str) -> str:
+    """On one line, in one cell: a bar would begin the next one, in code too."""
+    return " ".join(description.split()).replace("|", r"\|")
 
 
 def variable(name: str) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 
 from serve.account import Account
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRequest, JobError, JobState, Schedule, StepEvent, Tier, Timings
+from serve.domain import ImageRequest, JobError, JobState, StepEvent, Tier, Timings
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.compose import compose
 from serve.errors import ClientError, LeaseLost, NotFinite, TandemError
@@ -175,19 +175,19 @@ class Attempt:
         plan = means.planner.plan(request.text)
         fetched = await self._beginning.obtain(lambda: means.embeddings.get_many(plan.units))
         # In a thread: a T5's context is megabytes, and this loop keeps the leases of every job in hand.
-        conditioning = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
+        schedule = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})
         text_s = account.composed(got.tier for got in fetched.values())
         if (slowest := account.timings.text_from) is not None:
             means.metrics.observe("tandem_text_wait_seconds", text_s, tier=slowest)
         image = await fetch_input(means.results, "image", request.image, self._beginning)
         mask = await fetch_input(means.results, "mask", request.mask, self._beginning)
-        rendered = await self._render(Work(self._run_id, request, Schedule.constant(conditioning), image, mask))
+        rendered = await self._render(Work(self._run_id, request, schedule, image, mask))
         self._pulse.enter(JobState.STORING)
         account.drawn(rendered.spent, fetched=image is not None)
         means.pace.decoded(request.pixels * request.num_images, rendered.spent.vae_s)
         encoded = await encode_images(claim, rendered, self._ending)
         account.compressed()
-        del rendered, image, mask, conditioning  # megabytes, and the store may be away for long
+        del rendered, image, mask, schedule  # megabytes, and the store may be away for long
         with means.spool.room(encoded.nbytes) as spooled:
             if spooled:
                 self._free(drawn=True)

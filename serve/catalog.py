@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from serve.encoders.concepts import ConceptFolder
 from serve.encoders.registry import Registry, register
 from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
@@ -15,10 +16,14 @@ from serve.settings import ModelSettings, Settings
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """`models` by name, those that are drawn first, in the order of the settings."""
+    """`models` by name, those that are drawn first, in the order of the settings.
+
+    Owns: what was read of the folder of concepts.
+    """
 
     models: dict[str, ModelFolder]
     registry: Registry
+    concepts: ConceptFolder
 
     @property
     def drawn(self) -> Mapping[str, ModelFolder]:
@@ -27,7 +32,12 @@ class Catalog:
 
     def planners(self) -> dict[str, Planner]:
         """One for each model, by its name. Loads the tokenizers."""
-        return {name: Planner(model, self.registry.sources(name)) for name, model in self.models.items()}
+        return {name: self.planner(name) for name in self.models}
+
+    def planner(self, name: str) -> Planner:
+        """Of the model of that name. Loads its tokenizers."""
+        model = self.models[name]
+        return Planner(model, self.registry.sources(name), self.concepts.of(model))
 
 
 def open_catalog(settings: Settings) -> Catalog:
@@ -44,7 +54,9 @@ def open_catalog(settings: Settings) -> Catalog:
                 f"{setting}.name: another model is called {model.name} too; give one of them a name", f"{setting}.name"
             )
         models[model.name] = model
-    return Catalog(models, register(list(models.values()), settings))
+    concepts = ConceptFolder(settings.concept_folder)
+    concepts.look()  # reads what is there now, before any request waits for it
+    return Catalog(models, register(list(models.values()), settings), concepts)
 
 
 def _wanted(settings: Settings) -> list[tuple[str, ModelSettings, bool]]:

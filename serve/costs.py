@@ -60,16 +60,11 @@ class Costs:
         able, passes = times.of(request)
         forwards, images = _forwards(request), request.num_images
         if not passes:
-            cost = alone = images * forwards * lanes_of(request) * request.pixels / 1e6 * FALLBACK_MS
+            cost = alone = images * forwards * request.lanes * request.pixels / 1e6 * FALLBACK_MS
         else:
             cost = len(passes) / sum(1 / cost_ms(request, each.share_ms, each.decode_ms) for each in passes)
             alone = min(forwards * each.alone_ms + images * each.decode_ms for each in passes)
         return Estimate(max(1, round(cost)), max(1, round(alone)), max(1, able), bool(able and passes))
-
-
-def lanes_of(request: ImageRequest) -> int:
-    """Batch entries of each of its images."""
-    return 2 if request.guided else 1
 
 
 def cost_ms(request: ImageRequest, share_ms: float, decode_ms: float) -> float:
@@ -123,7 +118,7 @@ class _Times:
 
     def of(self, request: ImageRequest) -> tuple[int, list[_Pass]]:
         """How many can hold the image, and the times at those that told of theirs: of the able, else of any."""
-        key = (request.width, request.height, lanes_of(request), request.num_images)
+        key = (request.width, request.height, request.lanes, request.num_images)
         found = self._kept.get(key)
         if found is None:
             able = [each for each in self._replicas if each.max_pixels >= request.pixels]

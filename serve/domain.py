@@ -6,7 +6,7 @@ import enum
 import hashlib
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,33 @@ class Tier(enum.StrEnum):
     ENCODED = "encoded"
 
 
+class Syntax(enum.StrEnum):
+    """What a prompt is written in. `plain` has no syntax: brackets are text."""
+
+    A1111 = "a1111"
+    COMPEL = "compel"
+    PLAIN = "plain"
+
+
+class Weighting(enum.StrEnum):
+    """What a weight does to the embedding of its tokens: `serve.encoders.weighting`."""
+
+    A1111 = "a1111"
+    COMPEL = "compel"
+    MULTIPLY = "multiply"
+
+
+class LongPrompt(enum.StrEnum):
+    """What becomes of a text that is longer than an encoder's row: `serve.prompts.chunks`."""
+
+    CHUNK = "chunk"
+    WINDOW = "window"
+    HEAD = "head"
+    TAIL = "tail"
+    HIERARCHICAL = "hierarchical"
+    ERROR = "error"
+
+
 class Task(enum.StrEnum):
     """What an image is made from: the text alone, an image too, or an image and a mask."""
 
@@ -75,6 +102,10 @@ class ImageRequest:
     share of the steps that an image to start from goes through; None without one. `use_t5` False leaves the T5 of
     SD 3 unread.
 
+    `prompt` and `negative_prompt` are as they are drawn: templates are filled in, random choices made. `composed` is
+    the number of noise predictions beside the negative one's (`AND`). `template` and `arm` say which configured prompt
+    this came from.
+
     `preview_every` asks for a preview after every so many steps, 0 for none. `step_cache` above 0 and `tiny_vae` trade
     exactness for time: the image is then labelled approximate.
 
@@ -96,6 +127,10 @@ class ImageRequest:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    prompt_syntax: Syntax = Syntax.A1111
+    prompt_weighting: Weighting = Weighting.A1111
+    long_prompt: LongPrompt = LongPrompt.CHUNK
+    composed: int = 1
     clip_skip: int | None = None
     use_t5: bool = True
     preview_every: int = 0
@@ -104,6 +139,8 @@ class ImageRequest:
     output_format: str = "png"
     output_compression: int | None = None
     bit_depth: int = 8
+    template: str | None = None
+    arm: str | None = None
     salt: str = ""
 
     @property
@@ -122,6 +159,11 @@ class ImageRequest:
         return Task.TXT2IMG if self.image is None else Task.IMG2IMG
 
     @property
+    def lanes(self) -> int:
+        """Entries of the denoiser's batch that one image takes."""
+        return self.composed + self.guided
+
+    @property
     def pixels(self) -> int:
         """Of one image: what decides which GPU class can hold the job."""
         return self.width * self.height
@@ -135,6 +177,10 @@ class ImageRequest:
             negative_prompt=self.negative_prompt if self.guided else None,
             width=self.width,
             height=self.height,
+            num_inference_steps=self.num_inference_steps,
+            syntax=self.prompt_syntax,
+            weighting=self.prompt_weighting,
+            long_prompt=self.long_prompt,
             clip_skip=self.clip_skip,
             use_t5=self.use_t5,
             salt=self.salt,
@@ -164,14 +210,22 @@ class TextRequest:
     negative_prompt: str | None = None
     width: int
     height: int
+    num_inference_steps: int = 1
+    syntax: Syntax = Syntax.A1111
+    weighting: Weighting = Weighting.A1111
+    long_prompt: LongPrompt = LongPrompt.CHUNK
     clip_skip: int | None = None
     use_t5: bool = True
     max_sequence_length: int | None = None
     salt: str = ""
 
 
-UNIT_SCHEME = "tandem.unit.2"
+UNIT_SCHEME = "tandem.unit.3"
 """Version of the recipe behind `EncodeUnit.key`. Another recipe needs another name: Redis outlives a release."""
+
+
+FIRST_CONCEPT_ID = 1 << 30
+"""Token ids from here on are no words of a vocabulary but learned vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,17 +242,24 @@ class EncodeUnit:
         projected:ID    `pooled` through the text projection ID, (projection width,)
 
     `salt` keeps tenants' entries apart: no timing tells one of them what another has written.
+
+    `concepts` are digests of learned vectors (textual inversion), in the order in which the row first reads them: the
+    token id FIRST_CONCEPT_ID + n is row n of their vectors one below the other. `hidden` are positions of the row that
+    no other token looks at (Compel's way to leave words out), in rising order.
     """
 
     encoder: str
     token_ids: tuple[int, ...]
     output: str = "hidden"
     salt: str = ""
+    concepts: tuple[str, ...] = ()
+    hidden: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
         """The cache key, 40 hex digits: equal keys mean equal embeddings, within the dtype's tolerance."""
-        head = "\0".join((UNIT_SCHEME, self.encoder, self.output, self.salt, ""))
+        concepts, hidden = ",".join(self.concepts), ",".join(map(str, self.hidden))
+        head = "\0".join((UNIT_SCHEME, self.encoder, self.output, self.salt, concepts, hidden, ""))
         ids = struct.pack(f"<{len(self.token_ids)}I", *self.token_ids)
         return hashlib.blake2b(head.encode() + ids, digest_size=20).hexdigest()
 
@@ -221,6 +282,29 @@ class Truncation:
     tokens: int
     limit: int
     text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCount:
+    """Tokens of the text of `field` for one encoder: `used` in its row or rows (`chunks`), of which `unknown` stand for
+    text outside its vocabulary, and `cut`."""
+
+    field: str
+    role: str
+    encoder: str
+    used: int
+    cut: int
+    unknown: int
+    chunks: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something that a client should know of a text of theirs. `code` is for programs, `message` for people."""
+
+    field: str
+    code: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +400,7 @@ class Job:
     claimed; `eta_s` the predicted seconds until it ends, None once it has. `cost_ms` is the predicted share of a
     replica's time. `attempt` counts the attempts at it. `approximate` names what kept the images from being exact:
     `step_cache`, `tiny_vae`. `webhook` is the address that hears of its end, and `webhook_state` how far that came.
+    `notes` say what was read otherwise than it was written.
     """
 
     id: str
@@ -334,7 +419,9 @@ class Job:
     cost_ms: int = 1
     webhook: str | None = None
     webhook_state: WebhookState | None = None
+    tokens: tuple[TokenCount, ...] = ()
     truncated: tuple[Truncation, ...] = ()
+    notes: tuple[Note, ...] = ()
     cache: CacheReport | None = None
     timings: Timings = field(default_factory=Timings)
     images: tuple[ImageRef, ...] = ()
@@ -399,17 +486,48 @@ class Conditioning:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """The conditioning of every step: (first step, conditioning) in rising order, the first from step 0.
+class TextEmbedding:
+    """One text as the denoiser reads it: float32 tensors on the CPU. `context` is (tokens, width), `pooled` (width,)
+    where the family has one."""
 
-    Steps are those that the client asked for. All phases are guided or none is.
+    context: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+Mix: TypeAlias = tuple[tuple[float, int], ...]
+"""Shares of texts, each named by its index: the sum of share times embedding. The shares need not add up to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The text from step `first` on. `positive` has a weight and a mix for each noise prediction, one unless the
+    prompt is a composition (`AND`); `negative` is None where there is no guidance."""
+
+    first: int
+    positive: tuple[tuple[float, Mix], ...]
+    negative: Mix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The text of every step: phases in rising order, the first from step 0, over `texts`, which have one shape.
+
+    Steps are those that the client asked for. All phases have as many positive mixes and all a negative one, or none.
     """
 
-    phases: tuple[tuple[int, Conditioning], ...]
+    texts: tuple[TextEmbedding, ...]
+    phases: tuple[Phase, ...]
+    time_ids: torch.Tensor | None = None
+    negative_time_ids: torch.Tensor | None = None
 
     @classmethod
     def constant(cls, conditioning: Conditioning) -> Schedule:
-        return cls(((0, conditioning),))
+        positive = TextEmbedding(conditioning.positive, conditioning.pooled)
+        ids = conditioning.time_ids, conditioning.negative_time_ids
+        if conditioning.negative is None:
+            return cls((positive,), (Phase(0, ((1.0, ((1.0, 0),)),)),), *ids)
+        negative = TextEmbedding(conditioning.negative, conditioning.negative_pooled)
+        return cls((positive, negative), (Phase(0, ((1.0, ((1.0, 0),)),), ((1.0, 1),)),), *ids)
 
-    def at(self, step: int) -> Conditioning:
-        return next(conditioning for first, conditioning in reversed(self.phases) if first <= step)
+    def at(self, step: int) -> Phase:
+        return next(phase for phase in reversed(self.phases) if phase.first <= step)

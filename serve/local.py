@@ -30,7 +30,7 @@ from serve.keys import KeyStore
 from serve.origins import Loaded, shown
 from serve.placements import GPU_CLASS_LABEL, HERE, plan_placements, setting_of
 from serve.results.store import open_store
-from serve.settings import JobSettings, Settings
+from serve.settings import ConceptSettings, JobSettings, Settings
 from serve.shares import fit
 from serve.telemetry import logs
 from serve.telemetry.metrics import InProcessMetrics
@@ -78,7 +78,8 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
             make_private(data_dir / "images")  # where open_store has them
     except OSError as error:
         raise OperatorError(f"data_dir: {error.filename}: {error.strerror}", "data_dir") from None
-    settings = settings.model_copy(update={"data_dir": data_dir})
+    concepts = ConceptSettings(folder=settings.concept_folder.absolute())
+    settings = settings.model_copy(update={"data_dir": data_dir, "concepts": concepts})
     catalog = open_catalog(settings)
     for placement in plan_placements(settings, catalog.drawn):
         claim_device(placement.settings.device, 0.0, setting_of(settings, placement.name, "device"))

@@ -13,9 +13,10 @@ from serve.models import Denoiser, ModelFolder
 from serve.models.presets import AUTO, auto, presets
 from serve.models.samplers import SAMPLERS, sampler_names
 from serve.placements import Fleet
-from serve.prompts.grammar import parse
+from serve.prompts.parse import parse
 from serve.results.encode import quality_of
-from serve.settings import LimitSettings
+from serve.settings import LimitSettings, TemplateSettings
+from serve.wording import NewPrompt, worded
 
 MAX_SEED = 2**32 - 1
 """Seeds fit into 32 bits, so that every client language can hold them."""
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewImage:
+class NewImage(NewPrompt):
     """An image order as a client writes it; None takes the model's or the server's default (a random seed).
 
     `image` and `mask` are files as text (`serve.images`), or name a picture that this server keeps. A size off the
@@ -33,8 +34,6 @@ class NewImage:
     is queued, not what is drawn.
     """
 
-    prompt: str
-    negative_prompt: str = ""
     model: str | None = None
     width: int | None = None
     height: int | None = None
@@ -77,16 +76,17 @@ def complete(
     fleet: Fleet,
     limits: LimitSettings,
     given: Mapping[str, Given] | None = None,
+    templates: Mapping[str, TemplateSettings] | None = None,
 ) -> ImageRequest:
-    """Every default filled in, every limit checked, the seed fixed. Raises InvalidRequest or ModelNotFound.
+    """Every default filled in, every limit checked, the seed fixed, the prompts in words. Raises InvalidRequest or
+    ModelNotFound.
 
     `models` are those that are drawn, the first is the default; `given` has `image` and `mask` where the order has
-    them. What the text encoders make of the order (`clip_skip`, `use_t5`) is the planner's to check.
+    them; `templates` are those that it may name. What the text encoders make of the order (`clip_skip`, `use_t5`,
+    `composed`) is the planner's to say.
     """
     model, denoiser = drawn(new.model, models)
     given = given or {}
-    check_prompts(new.prompt, new.negative_prompt, limits)
-    parse(new.negative_prompt, "negative_prompt")  # also where, without guidance, nobody will read it
     steps = _default(new.num_inference_steps, denoiser.default_num_inference_steps)
     guidance = _default(new.guidance_scale, denoiser.default_guidance_scale)
     within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
@@ -95,6 +95,8 @@ def complete(
     last = MAX_SEED + 1 - new.num_images  # image i has the seed seed + i
     seed = secrets.randbelow(last + 1) if new.seed is None else new.seed
     within("seed", seed, 0, last)
+    text = worded(new, templates or {}, limits, seed=seed, num_inference_steps=steps)
+    parse(text.negative_prompt or "", "negative_prompt", text.syntax)  # also where, without guidance, nobody reads it
     within("preview_every", new.preview_every, 0, steps)
     if new.scheduler is not None and new.scheduler not in sampler_names(denoiser.process):
         raise InvalidRequest(f"scheduler: {model.name} has {', '.join(sampler_names(denoiser.process))}", "scheduler")
@@ -104,8 +106,8 @@ def complete(
     width, height = size_of(new, model, denoiser, fleet, limits, given.get("image"))
     return ImageRequest(
         model=model.name,
-        prompt=new.prompt,
-        negative_prompt=new.negative_prompt,
+        prompt=text.prompt,
+        negative_prompt=text.negative_prompt or "",
         width=width,
         height=height,
         num_inference_steps=steps,
@@ -117,6 +119,9 @@ def complete(
         image=given["image"].key if new.image is not None else None,
         mask=given["mask"].key if new.mask is not None else None,
         strength=_strength(new, task, denoiser, steps),
+        prompt_syntax=text.syntax,
+        prompt_weighting=new.prompt_weighting,
+        long_prompt=new.long_prompt,
         clip_skip=new.clip_skip,
         use_t5=new.use_t5,
         preview_every=new.preview_every,
@@ -125,17 +130,10 @@ def complete(
         output_format=new.output_format,
         output_compression=quality_of(new.output_format, new.output_compression, new.bit_depth, max(width, height)),
         bit_depth=new.bit_depth,
+        template=text.template,
+        arm=text.arm,
         salt=new.salt,
     )
-
-
-def check_prompts(prompt: str, negative_prompt: str | None, limits: LimitSettings) -> None:
-    """Raises InvalidRequest for a prompt that is empty and for either one that is too long."""
-    if not prompt.strip():
-        raise InvalidRequest("prompt is empty", "prompt")
-    for field, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
-        if len(text.encode()) > limits.max_prompt_bytes:
-            raise InvalidRequest(f"{field} is longer than {limits.max_prompt_bytes} bytes", field)
 
 
 def within(field: str, value: float, least: float, most: float) -> None:

@@ -24,8 +24,8 @@ from serve.errors import OperatorError
 from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
 from serve.urls import shown_url, without_user
 
-TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements")
-"""Fields of the tree that hold a table or a list."""
+TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements", "prompts.templates")
+"""Fields of the tree that hold a table or a list, by their dotted names."""
 NO_SETTINGS = (f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}KEY")
 """The settings file, and a client's API key (serve/cli/answers.py)."""
 
@@ -182,7 +182,7 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
     try:
         return source()
     except SettingsError as error:
-        table = next((name for name in TABLES if f'"{name}"' in str(error)), "")
+        table = next((name for name in TABLES if f'"{name.split(".")[0]}"' in str(error)), "")
         raise OperatorError(f"environment {variable_of(table)}: its value is not JSON", table) from None
 
 
@@ -221,7 +221,7 @@ def _flatten(tree: Mapping[str, Any], prefix: Name = ()) -> Iterator[tuple[Name,
 
 def _spelled(name: str, value: Any) -> Any:
     """What a table or a list is on the command line: YAML, which JSON is a part of."""
-    if name.split(".")[0] in TABLES and isinstance(value, str):
+    if _table_of(name) and isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError):
             return yaml.safe_load(value)
     return value
@@ -233,9 +233,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def variable_of(name: str) -> str:
     """By the dotted name. A table has one, whose value is JSON: not every name in it can be spelled as a variable."""
-    table = name.split(".")[0]
-    name = table if table in TABLES else name
-    return ENV_PREFIX + name.replace(".", ENV_DELIMITER).upper()
+    return ENV_PREFIX + (_table_of(name) or name).replace(".", ENV_DELIMITER).upper()
+
+
+def _table_of(name: str) -> str | None:
+    """The table or list that a dotted name leads to or into."""
+    return next((table for table in TABLES if f"{name}.".startswith(f"{table}.")), None)
 
 
 def _operator_error(error: ValidationError, origins: Mapping[str, str]) -> OperatorError:

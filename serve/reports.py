@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve.costs import cost_ms, lanes_of
+from serve.costs import cost_ms
 from serve.domain import ImageRequest
 from serve.jobs.terms import StepCurve, WorkerReport
 from serve.placements import Placement
@@ -146,7 +146,7 @@ def report_of(name: str, placement: Placement, profile: Profile, vae_factor: int
 
 def cost_here(profile: Profile, vae_factor: int, pace: Pace, request: ImageRequest) -> float:
     """What `Costs` would say now if this replica were the only one and had just reported: what `Pace.began` wants."""
-    shape, lanes = (request.height // vae_factor, request.width // vae_factor), lanes_of(request)
+    shape, lanes = (request.height // vae_factor, request.width // vae_factor), request.lanes
     full = max(1, min(profile.lanes(shape) // lanes, profile.max_batch_size))
     share_ms = profile.step_ms(shape, full * lanes) / full
     return cost_ms(request, share_ms, pace.decode_ms_per_megapixel * request.pixels / 1e6)

@@ -45,7 +45,8 @@ async def retry(store: JobStore, results: ResultStore, job_id: str, *, weight: f
             replicas=estimate.replicas,
             webhook=old.webhook,
         )
-        return (await store.submit(new_id, request, truncated=old.truncated, terms=terms)).job
+        submitted = await store.submit(new_id, request, old.truncated, tokens=old.tokens, notes=old.notes, terms=terms)
+        return submitted.job
     except BaseException:
         # A submission whose answer was lost may have queued the job: without its pictures it fails, and nobody waits.
         with contextlib.suppress(TandemError):

@@ -27,7 +27,7 @@ from serve.placements import Fleet
 from serve.prompts.plan import Planner
 from serve.results.keys import content_type
 from serve.results.store import ResultStore
-from serve.settings import JobSettings, LimitSettings, WebhookSettings
+from serve.settings import JobSettings, LimitSettings, PromptSettings, WebhookSettings
 from serve.submission import ASK_AGAIN_S, Intake, Quote
 from serve.telemetry.metrics import Metrics, count_stage
 from serve.text import count_prompts
@@ -100,6 +100,7 @@ class ImageService:
         benchmark: Benchmark | None = None,
         rules: JobSettings = JobSettings(),
         webhooks: WebhookSettings = WebhookSettings(),
+        prompts: PromptSettings = PromptSettings(),
         embeddings: EmbeddingCache | None = None,
     ) -> None:
         """`models` are those that are drawn, by name; the first is the default. `benchmark` is None where the operator
@@ -116,7 +117,7 @@ class ImageService:
         self._benchmark = benchmark
         self._measuring = asyncio.Lock()
         self._inputs = Inputs(jobs, results, limits)
-        self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners)
+        self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners, prompts.templates)
         self._ahead: dict[str, asyncio.Task[None]] = {}
         self._embeddings = embeddings
         self._prepared: Lately[tuple[int, str]] = Lately(PREPARED_S, _PREPARED)
@@ -142,6 +143,9 @@ class ImageService:
         if accepted.plan is not None:
             job_id = accepted.submitted.job.id
             count_prompts(self._metrics, accepted.plan)
+            request = accepted.submitted.job.request
+            if request.template is not None:
+                self._metrics.inc("tandem_template_orders_total", template=request.template, arm=request.arm or "")
             if (admission_s := accepted.submitted.job.timings.admission_s) is not None:
                 count_stage(self._metrics, "admission", admission_s)
             if units := [unit for unit in accepted.plan.units if not self._is_prepared(unit)]:
@@ -221,7 +225,7 @@ class ImageService:
             raise NotOffered("this server does not offer its benchmark (http.benchmark)")
         folder, denoiser = drawn(model, self._models)
         within("num_inference_steps", steps, 1, MAX_MEASURED_STEPS)
-        size = NewImage(prompt="", width=width, height=height)
+        size = NewImage(width=width, height=height)
         width, height = size_of(size, folder, denoiser, self._fleet, self._limits)
         if self._measuring.locked():
             raise Busy("a benchmark is running", retry_after_s=10.0)

@@ -20,6 +20,8 @@ ENV_DELIMITER = "__"
 MIB = 1024 * 1024
 
 _PLACEMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TEMPLATE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_TEMPLATE_FORM = "the name of a template or an arm has up to 64 letters, digits, '_' and '-' alone"
 _FIRST_KEY_FORM = "tdm_ and 12 of a-z2-7, _ and 43 of A-Za-z0-9_-"
 _WEBHOOK_KEY_BYTES = range(24, 65)
 _WEBHOOK_SECRET_FORM = "whsec_ and 24 to 64 bytes in base64 (`echo whsec_$(openssl rand -base64 32)`)"
@@ -105,6 +107,39 @@ class LimitSettings(Room):
     """Largest file of an image or mask to start from. By default both fit into `http.max_body_bytes`."""
     max_image_pixels: int = Field(4096 * 4096, ge=4096)
     """Most pixels of an image or mask to start from; it is refused before it is decoded."""
+
+
+class ArmSettings(Room):
+    text: str
+    """The prompt, like a template's `text`."""
+    negative_prompt: str | None = None
+    """What the pictures must not show, where an order does not say it; by default the template's."""
+    share: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """How many of the template's orders it gets, beside the others' shares."""
+
+
+class TemplateSettings(Room):
+    text: str | None = None
+    """The prompt. `{subject}` stands for the order's variable of that name, `{prompt}` for its prompt, `{a|b}` for one
+    of them, by the order's seed. Not beside `arms`."""
+    negative_prompt: str | None = None
+    """What the pictures must not show, where an order does not say it; written like `text`."""
+    syntax: Literal["a1111", "compel"] = "a1111"
+    """What the texts are written in."""
+    arms: dict[str, ArmSettings] = {}
+    """Texts that are held against one another, by name: an order gets one of them by its seed, or names it. Metrics
+    count them apart."""
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if (self.text is None) is not bool(self.arms):
+            raise ValueError("a template has either a text or arms")
+        return self
+
+
+class PromptSettings(Room):
+    templates: dict[str, TemplateSettings] = {}
+    """Prompts that orders name in `template`: `{portrait: {text: "a portrait of {subject}, oil on canvas"}}`."""
 
 
 class JobSettings(Room):
@@ -372,6 +407,12 @@ class LogSettings(Room):
     """Least severe level that is logged."""
 
 
+class ConceptSettings(Room):
+    folder: Path | None = None
+    """Folder of learned concepts (textual inversion): `NAME.safetensors` is what prompts write as `<NAME>`. By default
+    `concepts` under `data_dir`; every node must see the same one."""
+
+
 class Settings(BaseSettings):
     """The whole tree."""
 
@@ -392,6 +433,7 @@ class Settings(BaseSettings):
     text_models: tuple[ModelSettings, ...] = ()
     """Further models whose text is encoded here, for diffusion that runs elsewhere; a list of groups like `model`."""
     limits: LimitSettings = LimitSettings()
+    prompts: PromptSettings = PromptSettings()
     jobs: JobSettings = JobSettings()
     keys: KeySettings = KeySettings()
     webhooks: WebhookSettings = WebhookSettings()
@@ -409,6 +451,7 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()
+    concepts: ConceptSettings = ConceptSettings()
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> Self:
@@ -441,6 +484,15 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _templates_fit(self) -> Self:
+        """Their names are labels of metrics, and clients write them."""
+        for name, template in self.prompts.templates.items():
+            for place in ((name,), *((name, "arms", arm) for arm in template.arms)):
+                if not _TEMPLATE.fullmatch(place[-1]):
+                    raise _misplaced(("prompts", "templates", *place), _TEMPLATE_FORM)
+        return self
+
+    @model_validator(mode="after")
     def _first_key_is_one(self) -> Self:
         first = self.keys.first
         if first is not None and not API_KEY.fullmatch(first.get_secret_value()):
@@ -466,6 +518,10 @@ class Settings(BaseSettings):
             except ValueError:
                 raise _misplaced(("tracing", "headers"), _HEADERS_FORM) from None
         return self
+
+    @property
+    def concept_folder(self) -> Path:
+        return self.data_dir / "concepts" if self.concepts.folder is None else self.concepts.folder.expanduser()
 
     def _check_class(self, name: Any, place: tuple[str, ...]) -> None:
         """What is no name at all is told by its own group."""

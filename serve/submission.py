@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import time
 import uuid
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 from serve.callers import Caller
 from serve.costs import Costs, Estimate
-from serve.domain import Arrival, ImageRequest, Truncation
+from serve.domain import Arrival, ImageRequest, Note, TokenCount, Truncation
 from serve.errors import (
     BackendUnavailable,
     Conflict,
@@ -30,8 +31,9 @@ from serve.models import ModelFolder
 from serve.once import Once, fingerprint_of
 from serve.orders import NewImage, complete, drawn
 from serve.placements import Fleet, Placement
+from serve.prompts.advice import notes_on
 from serve.prompts.plan import Planner, PromptPlan
-from serve.settings import JobSettings, LimitSettings, WebhookSettings
+from serve.settings import JobSettings, LimitSettings, TemplateSettings, WebhookSettings
 from serve.webhooks import check_webhook
 
 ASK_AGAIN_S = 1.0
@@ -55,7 +57,9 @@ class Quote:
     be answered with instead."""
 
     request: ImageRequest
+    tokens: tuple[TokenCount, ...]
     truncated: tuple[Truncation, ...]
+    notes: tuple[Note, ...]
     cost_ms: int
     known: bool
     position: int
@@ -71,6 +75,7 @@ class _Draft:
     request: ImageRequest
     pictures: Pictures
     plan: PromptPlan
+    notes: tuple[Note, ...]
     estimate: Estimate
     crew: Crew
 
@@ -90,6 +95,7 @@ class Intake:
     jobs: JobStore
     inputs: Inputs
     planners: Mapping[str, Planner]
+    templates: Mapping[str, TemplateSettings] = field(default_factory=dict)
     costs: Costs = field(default_factory=Costs)
     clearing: set[asyncio.Task[None]] = field(default_factory=set)
     refused_at: float = -math.inf
@@ -145,7 +151,9 @@ class Intake:
         work_ms = (backlog.cost_ms + backlog.held_ms) / workers + estimate.alone_ms
         return Quote(
             request=request,
-            truncated=tuple(draft.plan.truncated),
+            tokens=draft.plan.tokens,
+            truncated=draft.plan.truncated,
+            notes=draft.notes,
             cost_ms=estimate.cost_ms,
             known=estimate.known,
             position=backlog.depth + 1,
@@ -192,8 +200,15 @@ class Intake:
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
         pictures = Pictures(job_id, await self.inputs.read(new, caller.owner))
-        request = complete(new, self.models, self.fleet, self.limits, pictures.given)
+        request = complete(new, self.models, self.fleet, self.limits, pictures.given, self.templates)
         plan = self.planners[request.model].plan(request.text)
+        if plan.composed > 1 and not request.guided:
+            raise InvalidRequest(
+                f"prompt: AND adds up what {plan.composed} prompts each do to the guidance, and at a guidance scale of "
+                f"{request.cfg_scale:g} there is none; take more than 1",
+                "prompt",
+            )
+        request = dataclasses.replace(request, composed=plan.composed)
         crew = await self.jobs.crew(request.model)
         estimate = self.costs.estimate(request, crew)
         if estimate.known and estimate.alone_ms > 1000 * self.rules.timeout_s:
@@ -203,7 +218,8 @@ class Intake:
                 f"and a job must end within {self.rules.timeout_s:.0f} s (jobs.timeout_s)",
                 named,
             )
-        return _Draft(request=request, pictures=pictures, plan=plan, estimate=estimate, crew=crew)
+        notes = notes_on(request.text)
+        return _Draft(request=request, pictures=pictures, plan=plan, notes=notes, estimate=estimate, crew=crew)
 
     async def _logged(self, draft: _Draft, terms: Terms, once: Once | None) -> Submitted:
         """Goes through to its end whoever is cancelled, so that the pictures are kept for a job that was logged, and
@@ -211,7 +227,12 @@ class Intake:
         pictures = draft.pictures
         try:
             submitted = await self.jobs.submit(
-                pictures.job_id, draft.request, truncated=draft.plan.truncated, terms=terms
+                pictures.job_id,
+                draft.request,
+                truncated=draft.plan.truncated,
+                tokens=draft.plan.tokens,
+                notes=draft.notes,
+                terms=terms,
             )
         except BackendUnavailable:
             # The answer was lost, or the order: which, only the store can say when it is back.

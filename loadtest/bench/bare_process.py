@@ -31,7 +31,7 @@ from serve.diffusion.engine import Engine, Rendered, Work
 from serve.diffusion.profile import open_profile
 from serve.diffusion.runner import open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import ImageRequest, Schedule, StepEvent
+from serve.domain import ImageRequest, StepEvent
 from serve.errors import OperatorError
 from serve.origins import load_args
 from serve.placements import plan_placements
@@ -72,7 +72,7 @@ class _Here:
     def _submit(self, order: ImageRequest) -> Future[Rendered]:
         self._runs += 1
         text = self._texts[order.prompt, order.guided]
-        return self._engine.submit(Work(f"bare-{self._runs}", order, Schedule.constant(text)), _ignore)
+        return self._engine.submit(Work(f"bare-{self._runs}", order, text), _ignore)
 
     def _draw(self, order: ImageRequest) -> Drawn:
         sent_s = time.monotonic()
@@ -106,7 +106,7 @@ class _Here:
         for order in orders:
             shape = (order.height // self._factor, order.width // self._factor)
             cap = self._profile.lanes(shape)
-            step_s = self._profile.step_ms(shape, cap) / 1000 / cap * (2 if order.guided else 1)
+            step_s = self._profile.step_ms(shape, cap) / 1000 / cap * order.lanes
             weights.append(order.num_inference_steps * step_s + decode_s[order.width, order.height])
         return weights
 

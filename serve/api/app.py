@@ -7,7 +7,7 @@ from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from serve import __version__
-from serve.api import errors, health, jobs, native, text
+from serve.api import errors, health, jobs, native, prompts, text
 from serve.api.arrivals import Arrivals
 from serve.api.auth import Doorkeeper
 from serve.api.middleware import BodyLimit, RequestIds
@@ -55,6 +55,7 @@ def create_app(
     app.include_router(jobs.router)
     app.include_router(native.router)
     app.include_router(text.router)
+    app.include_router(prompts.router)
     app.include_router(health.router)
     app.add_api_route("/", _home, include_in_schema=False)
     return app

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
+from serve.api.fields import Schema
 from serve.api.ratelimits import UNITS
-from serve.api.schemas import CompleteOrder, JobOrder, JobView, Schema
+from serve.api.schemas import CompleteOrder, JobOrder, JobView
 from serve.callers import Caller, Limit, Scope
-from serve.domain import Job, Truncation
+from serve.domain import Job, Note, TokenCount, Truncation
 from serve.results.keys import split
 from serve.submission import Quote
 
@@ -45,8 +46,15 @@ class QuoteView(Schema):
     dry_run: Literal[True] = True
     request: CompleteOrder
     """The order with every default filled in. `image` and `mask` are null where the order holds the file itself."""
+    template: str | None
+    arm: str | None
+    """Which of the template's texts it would get with this seed."""
+    tokens: tuple[TokenCount, ...]
+    """Tokens of the text by field and encoder, and the rows (`chunks`) that they take."""
     truncated: tuple[Truncation, ...]
     """Text that does not fit into the model's prompt."""
+    notes: tuple[Note, ...]
+    """What of the text is read otherwise than it was written."""
     cost_ms: int
     """Predicted share of one replica's time."""
     cost_known: bool
@@ -69,7 +77,11 @@ class QuoteView(Schema):
         refusal = quote.refusal
         return cls(
             request=request.model_copy(update=named),
+            template=quote.request.template,
+            arm=quote.request.arm,
+            tokens=quote.tokens,
             truncated=quote.truncated,
+            notes=quote.notes,
             cost_ms=quote.cost_ms,
             cost_known=quote.known,
             position=quote.position,

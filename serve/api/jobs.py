@@ -161,7 +161,7 @@ async def cancel_job(job_id: JobId, service: Service, root: Root, caller: Genera
 
 
 def _new(order: JobOrder, caller: Caller) -> NewImage:
-    return NewImage(**order.model_dump(), salt=caller.salt)
+    return NewImage(**order.model_dump(by_alias=True), salt=caller.salt)
 
 
 async def _quoted(order: JobOrder, service: ImageService, caller: Caller) -> Response:

@@ -6,16 +6,26 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-from serve.api.schemas import Name, Schema
+from serve.api.fields import Name, Schema
 from serve.domain import Task
 from serve.models.denoiser import Guidance
 from serve.offers import StepTime
 
 
+class ConceptView(Schema):
+    """A learned concept (textual inversion), which a prompt uses as `<name>`."""
+
+    name: str
+    vectors: dict[str, int]
+    """How many vectors it has for each text encoder of the model, by role."""
+    fault: str | None
+    """Why the model can't use it; null where it can."""
+
+
 class ModelView(Schema):
     """A served model, what it can be asked for, and what an order to it gets by default. Sizes are pixels.
 
-    All but the first four are null or empty for a model whose text alone is served (`POST /v1/embeddings`).
+    All but the first five are null or empty for a model whose text alone is served (`POST /v1/embeddings`).
     """
 
     id: str
@@ -23,6 +33,8 @@ class ModelView(Schema):
     family: str
     images: bool
     """Whether jobs may name it."""
+    concepts: tuple[ConceptView, ...] = ()
+    """What its prompts may use as `<name>`."""
     tasks: tuple[Task, ...] = ()
     """`txt2img`: text alone; `img2img`: an image; `inpaint`: an image and a mask."""
     default_width: int | None = None

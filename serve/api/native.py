@@ -13,7 +13,7 @@ from serve.api import ratelimits
 from serve.api.auth import Administers, Generates, Uses
 from serve.api.errors import documented
 from serve.api.job_schemas import LimitsView
-from serve.api.model_schemas import BenchmarkOrder, BenchmarkReport, ModelList, ModelView
+from serve.api.model_schemas import BenchmarkOrder, BenchmarkReport, ConceptView, ModelList, ModelView
 from serve.api.parts import GUARDED, ImageName, JobId, Service, Text
 from serve.results.keys import CONTENT_TYPES
 
@@ -51,8 +51,17 @@ async def get_image(
 @router.get("/models")
 async def list_models(service: Service, texts: Text, caller: Uses) -> ModelList:
     """The models that this server draws with, then those whose text alone it encodes."""
-    drawn = {info.id: ModelView(images=True, **asdict(info)) for info in service.models()}
-    others = {name: ModelView(id=name, family=family, images=False) for name, family in texts.models().items()}
+    known = {
+        name: tuple(ConceptView(name=each.name, vectors=dict(each.vectors), fault=each.fault) for each in found)
+        for name, found in (await texts.concepts()).items()
+    }
+    drawn = {
+        info.id: ModelView(images=True, concepts=known.get(info.id, ()), **asdict(info)) for info in service.models()
+    }
+    others = {
+        name: ModelView(id=name, family=family, images=False, concepts=known[name])
+        for name, family in texts.models().items()
+    }
     return ModelList(data=tuple((others | drawn)[name] for name in {**drawn, **others}))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field
 
 from serve.api.errors import ErrorDetail
+from serve.api.fields import FiniteNumber, Name, Schema, Text
+from serve.api.prompt_schemas import PromptOrder
 from serve.domain import (
     CacheReport,
     ImageRequest,
@@ -17,43 +17,24 @@ from serve.domain import (
     JobError,
     JobEvent,
     JobState,
+    LongPrompt,
+    Note,
     Priority,
+    Syntax,
     Timings,
+    TokenCount,
     Truncation,
     WebhookState,
+    Weighting,
 )
 from serve.results.keys import reference
 
-# Control characters, and halves of surrogate pairs, which JSON can spell (\ud800) and no encoding can write.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
-
-def _printable(text: str) -> str:
-    if _UNPRINTABLE.search(text):
-        raise PydanticCustomError("control_character", "must not hold control characters or lone surrogates")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_printable)]
-Name = Annotated[Text, Field(max_length=256)]
-FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Schema(BaseModel):
-    """Descriptions are the docstrings, so that the API's page says what the code says."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class JobOrder(Schema):
+class JobOrder(PromptOrder):
     """What to draw. Everything but the prompt has a default; an unknown field is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"prompt": "a red circle"}]})
 
-    prompt: Text
-    """What the picture shows. A1111 weights: `(red:1.3)`, `(red)`, `[red]`."""
-    negative_prompt: Text = ""
-    """What it must not show."""
     model: Name | None = None
     """One of `GET /v1/models`; by default the first that draws."""
     width: int | None = None
@@ -110,7 +91,11 @@ class CompleteOrder(Schema):
     """An order with every default filled in. What it starts from is named as a reference."""
 
     prompt: str
+    """In words, with variables filled in and choices made."""
     negative_prompt: str
+    prompt_syntax: Syntax
+    prompt_weighting: Weighting
+    long_prompt: LongPrompt
     model: str
     width: int
     height: int
@@ -171,8 +156,17 @@ class JobView(Schema):
     """How many times the job was started: over 1 after a worker was lost."""
     request: CompleteOrder
     """The order with every default filled in; posting it again repeats the pictures."""
+    template: str | None
+    """Which of the server's prompts it was ordered with."""
+    arm: str | None
+    """Which of the template's texts it got; null where that has one alone."""
+    tokens: tuple[TokenCount, ...]
+    """Tokens of the text by field and encoder, and the rows (`chunks`) that they take. `unknown` ones, among those
+    used, stand for text that is in no vocabulary."""
     truncated: tuple[Truncation, ...]
     """Text that did not fit into the model's prompt and was left out."""
+    notes: tuple[Note, ...]
+    """What of the text was read otherwise than it was written, such as weights that don't add up to 1."""
     cache: CacheReport | None
     """Where the text's embeddings came from; null until that is known."""
     timings: Timings
@@ -201,8 +195,10 @@ class JobView(Schema):
             )
             for ref in job.images
         )
-        same = {name: getattr(job, name) for name in cls.model_fields if name not in ("images", "request")}
-        return cls(**same, images=images, request=CompleteOrder.of(job.request))
+        others = {"images", "request", "template", "arm"}
+        same = {name: getattr(job, name) for name in cls.model_fields if name not in others}
+        request = job.request
+        return cls(**same, images=images, request=CompleteOrder.of(request), template=request.template, arm=request.arm)
 
 
 class EventView(Schema):

@@ -37,9 +37,11 @@ async def create_embeddings(order: EmbeddingOrder, texts: Text, caller: Embeds) 
     """Encode a prompt as the model's own pipeline would. The answer is a safetensors file.
 
     Its tensors have the names of the stock diffusers pipelines' arguments and their batch dimension; its metadata tells
-    `model`, `family`, and as JSON `tokens`, `truncated` and `cache`.
+    `model`, `family`, and as JSON `tokens`, `truncated`, `notes` and `cache`.
     """
-    embedded = await texts.embed(NewText(**order.model_dump(exclude={"dtype", "output"}), salt=caller.salt))
+    embedded = await texts.embed(
+        NewText(**order.model_dump(exclude={"dtype", "output"}, by_alias=True), salt=caller.salt)
+    )
     cache = ", ".join(f"{tier}={units}" for tier, units in asdict(embedded.cache).items())
     headers = {"x-tandem-cache": cache}
     if order.output == "report":
@@ -71,5 +73,6 @@ def _metadata(embedded: Embedded) -> dict[str, str]:
         "family": embedded.family,
         "tokens": json.dumps([asdict(count) for count in embedded.tokens]),
         "truncated": json.dumps([asdict(cut) for cut in embedded.truncated]),
+        "notes": json.dumps([asdict(note) for note in embedded.notes]),
         "cache": json.dumps(asdict(embedded.cache)),
     }

@@ -7,25 +7,24 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-from serve.api.schemas import Name, Schema, Text
-from serve.domain import CacheReport, Tier, Truncation
+from serve.api.fields import Name, Schema
+from serve.api.prompt_schemas import PromptOrder, Written
+from serve.domain import CacheReport, Note, Tier, TokenCount, Truncation
 from serve.encoders.cache import RedisState
 from serve.encoders.census import ProcessReport, RedisCensus
-from serve.prompts.plan import TokenCount
 from serve.settings import Dtype
 from serve.text import CacheOverview, Embedded
 
 
-class EmbeddingOrder(Schema):
-    """What to encode. Everything but the prompt has a default; an unknown field is refused."""
+class TextOrder(PromptOrder):
+    """What is read of a text, whatever is wanted of it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"prompt": "a red circle"}]})
 
-    prompt: Text
-    """The text. A1111 weights: `(red:1.3)`, `(red)`, `[red]`."""
-    negative_prompt: Text | None = None
-    """The other side of the guidance. Without it the answer has no negative tensors; `""` is what the stock pipelines
-    take where guidance is on and no negative prompt was given."""
+    seed: int = 0
+    """Makes the random choices, and chooses the arm of a template."""
+    num_inference_steps: int | None = None
+    """Steps of the pictures, for a prompt that changes with them; by default what the model is made for."""
     model: Name | None = None
     """A model whose text this server encodes; by default the first."""
     width: int | None = None
@@ -38,6 +37,16 @@ class EmbeddingOrder(Schema):
     """False leaves out the T5 of a model that can do without it (SD 3): zeros stand in for it."""
     max_sequence_length: int | None = None
     """Tokens of a T5 row; by default the family's."""
+
+
+class EmbeddingOrder(TextOrder):
+    """What to encode. Everything but the prompt has a default; an unknown field is refused."""
+
+    negative_prompt: Written | None = None
+    """The other side of the guidance. Without it the answer has no negative tensors; `""` is what the stock pipelines
+    take where guidance is on and no negative prompt was given."""
+    step: int = 0
+    """Whose text to answer with, of a prompt that changes with the steps. One with `AND` has no one embedding."""
     dtype: Dtype = "float32"
     """Precision of the embeddings in the answer."""
     output: Literal["safetensors", "report"] = "safetensors"
@@ -51,11 +60,16 @@ class EmbeddingReport(Schema):
     family: str
     encoders: tuple[str, ...]
     """The text encoders of the model, as they are served."""
+    template: str | None
+    arm: str | None
+    """Which of the template's texts it is."""
     tokens: tuple[TokenCount, ...]
-    """Tokens of the text by field and encoder; `unknown` ones, among those used, stand for text that is in no
-    vocabulary."""
+    """Tokens of the text by field and encoder, and the rows (`chunks`) that they take; `unknown` ones, among those
+    used, stand for text that is in no vocabulary."""
     truncated: tuple[Truncation, ...]
     """Text that did not fit into an encoder's row and was left out."""
+    notes: tuple[Note, ...]
+    """What of the text was read otherwise than it was written."""
     cache: CacheReport
     """Where the embeddings came from."""
     tensors: dict[str, tuple[int, ...]]

@@ -11,7 +11,7 @@ import numpy as np
 from serve.bench.engine_load import Texts
 from serve.diffusion.run import Picture, Work
 from serve.diffusion.runner import Runner
-from serve.domain import ImageRequest, Schedule
+from serve.domain import ImageRequest
 from serve.models.samplers import sampler_names
 
 THRESHOLDS = (0.05, 0.1, 0.2)
@@ -40,7 +40,7 @@ def measure_savings(runner: Runner, orders: Sequence[ImageRequest], texts: Texts
     for sampler in (name for name in SAMPLERS if name in known):
         for steps in STEPS:
             works = [
-                Work(f"{sampler}-{steps}-{number}", order, Schedule.constant(texts[known_order]))
+                Work(f"{sampler}-{steps}-{number}", order, texts[known_order])
                 for number, known_order in enumerate(orders)
                 for order in [replace(known_order, scheduler=sampler, num_inference_steps=steps)]
             ]

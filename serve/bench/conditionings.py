@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from serve.domain import Conditioning, ImageRequest
+from serve.domain import ImageRequest, Schedule
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
@@ -15,10 +15,8 @@ from serve.prompts.plan import Planner
 from serve.settings import Settings
 
 
-def encode_orders(
-    model: ModelFolder, orders: Iterable[ImageRequest], data_dir: Path
-) -> dict[ImageRequest, Conditioning]:
-    """Each order's conditioning. The encoders are loaded for this and let go of."""
+def encode_orders(model: ModelFolder, orders: Iterable[ImageRequest], data_dir: Path) -> dict[ImageRequest, Schedule]:
+    """The text of each order's steps. The encoders are loaded for this and let go of."""
     registry = register([model], Settings(data_dir=data_dir))
     planner = Planner(model, registry.sources(model.name))
     plans = {order: planner.plan(order.text) for order in orders}
@@ -28,6 +26,5 @@ def encode_orders(
         tower = TextTower.load(encoder, "cpu")
         for unit in units:
             if unit.encoder == encoder.fingerprint:
-                extra = None if unit.output in tower.outputs else unit.output
-                embeddings[unit.key] = pack(tower.encode([Row(unit.token_ids, extra)])[0][unit.output])
+                embeddings[unit.key] = pack(tower.encode([Row.of(unit, tower.outputs)])[0][unit.output])
     return {order: compose(plan, embeddings) for order, plan in plans.items()}

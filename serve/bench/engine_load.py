@@ -14,7 +14,7 @@ from serve.bench.load import Latency, latency, open_loop
 from serve.bench.stats import Spread, poisson_arrivals
 from serve.bench.stock import StockPipeline
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import Conditioning, ImageRequest, Schedule, StepEvent
+from serve.domain import ImageRequest, Schedule, StepEvent
 
 USERS = 24
 LOAD = 0.95
@@ -22,7 +22,7 @@ LOAD = 0.95
 SHORT, LONG, LONG_JOBS = 4, 50, 8
 """Steps of the short job, steps of the long ones, how many of them."""
 
-Texts = Mapping[ImageRequest, Conditioning]
+Texts = Mapping[ImageRequest, Schedule]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Drawers:
         text = self._texts.get(order) or next(
             text for known, text in self._texts.items() if known.prompt == order.prompt and known.guided == order.guided
         )
-        return self._engine.submit(Work(f"bench-{self._runs}", order, Schedule.constant(text)), _ignore)
+        return self._engine.submit(Work(f"bench-{self._runs}", order, text), _ignore)
 
 
 async def measure_saturated(drawers: Drawers, orders: Sequence[ImageRequest], rounds: int) -> tuple[Saturated, float]:

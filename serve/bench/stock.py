@@ -13,7 +13,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from serve.domain import Conditioning, ImageRequest
+from serve.domain import Conditioning, ImageRequest, Schedule
+from serve.encoders.export import conditioning_at
 from serve.models import ModelFolder
 from serve.models.samplers import SAMPLERS
 
@@ -40,16 +41,17 @@ class StockPipeline:
         self._device, self._dtype = device, dtype
         self._thread = ThreadPoolExecutor(1, "stock")
 
-    async def send(self, order: ImageRequest, conditioning: Conditioning) -> Image.Image:
+    async def send(self, order: ImageRequest, schedule: Schedule) -> Image.Image:
         """Wait for the turn, then for the image."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.draw, order, conditioning)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.draw, order, schedule)
 
-    def draw(self, order: ImageRequest, conditioning: Conditioning) -> Image.Image:
+    def draw(self, order: ImageRequest, schedule: Schedule) -> Image.Image:
+        """The pipeline reads one text throughout: the first step's."""
         if order.scheduler is not None:
             sampler = SAMPLERS[order.scheduler]
             self._pipeline.scheduler = getattr(diffusers, sampler.cls).from_config(self._config, **sampler.options)
         image: Image.Image = self._pipeline(
-            **self._embeddings(conditioning),
+            **self._embeddings(conditioning_at(schedule, 0)),
             width=order.width,
             height=order.height,
             num_inference_steps=order.num_inference_steps,

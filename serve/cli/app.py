@@ -1,5 +1,5 @@
-"""`tandem`: serve, fetch the models, order a picture, watch the demo, look after jobs, keys and the cache, look at the
-settings.
+"""`tandem`: serve, fetch the models, order a picture, look at a prompt, watch the demo, look after jobs, keys and the
+cache, look at the settings.
 
 Every command ends in one of three ways: 0; 1 when a picture or a prompt failed; 2 with one line that
 says what to change.
@@ -23,13 +23,32 @@ from serve.cli.bench import bench
 from serve.cli.bench_cache import cache as bench_cache
 from serve.cli.bench_compare import compare
 from serve.cli.bench_engine import engine
+from serve.cli.bench_prompts import prompts as bench_prompts
 from serve.cli.bench_service import service
 from serve.cli.bench_soak import soak
 from serve.cli.client import Client, local_url
 from serve.cli.jobs import jobs
 from serve.cli.keys import keys
+from serve.cli.learn import learn
 from serve.cli.loadtest import loadtest
-from serve.cli.options import AsJson, Assignments, ConfigFile, DataDir, Key, Port, Url, client, load_settings
+from serve.cli.options import (
+    Arm,
+    AsJson,
+    Assignments,
+    ConfigFile,
+    DataDir,
+    Key,
+    LongPrompts,
+    Port,
+    Syntaxes,
+    Template,
+    Url,
+    Variables,
+    Weightings,
+    client,
+    load_settings,
+    variables,
+)
 from serve.cli.running import run
 from serve.domain import Priority
 from serve.errors import OperatorError, TandemError
@@ -50,10 +69,12 @@ app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 bench.command()(engine)
 bench.command("cache")(bench_cache)
+bench.command("prompts")(bench_prompts)
 bench.command()(soak)
 bench.command()(service)
 bench.command()(compare)
 app.add_typer(bench, name="bench")
+app.command()(learn)
 app.command()(loadtest)
 
 
@@ -100,12 +121,24 @@ def fetch(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows. A1111 weights work: (red:1.3).")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What the picture shows. A1111's syntax works: (red:1.3); a --template may need none.",
+            show_default=False,
+        ),
+    ] = None,
     number: Annotated[int, typer.Option("-n", "--number", help="How many pictures.")] = 1,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="A folder, or a file: .png, .jpg or .webp.", show_default="here")
     ] = Path(),
-    negative: Annotated[str, typer.Option(help="What the picture must not show.")] = "",
+    negative: Annotated[str | None, typer.Option(help="What the picture must not show.", show_default=False)] = None,
+    template: Template = None,
+    arm: Arm = None,
+    var: Variables = None,
+    syntax: Syntaxes = None,
+    weighting: Weightings = None,
+    long_prompt: LongPrompts = None,
     seed: Annotated[int | None, typer.Option(help="Fixes the picture; picture i uses seed + i.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
@@ -133,9 +166,17 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the job and the files as JSON.")] = False,
 ) -> None:
     """Order pictures from a running server and save them."""
+    if prompt is None and template is None:
+        raise OperatorError("generate: name a prompt, or a --template", "prompt")
     order = {
         "prompt": prompt,
         "negative_prompt": negative,
+        "template": template,
+        "arm": arm,
+        "variables": variables(var),
+        "prompt_syntax": syntax and syntax.value,
+        "prompt_weighting": weighting and weighting.value,
+        "long_prompt": long_prompt and long_prompt.value,
         "num_images": number,
         "seed": seed,
         "num_inference_steps": steps,
@@ -157,6 +198,51 @@ def generate(
     from serve.cli.generate import generate as story
 
     raise typer.Exit(run(story(client(url, key), order, out, as_json=as_json)))
+
+
+@app.command()
+def prompt(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="A prompt to look at, or several to compare.", show_default=False),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What the picture must not show.", show_default=False)] = None,
+    template: Template = None,
+    arm: Arm = None,
+    var: Variables = None,
+    syntax: Syntaxes = None,
+    weighting: Weightings = None,
+    long_prompt: LongPrompts = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the random choices; by default 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Layers of CLIP to leave out at its end.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of a served model.")] = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a prompt comes to: its tokens for each encoder, what is cut, the text of every step, what is cached, advice.
+    Several prompts are compared."""
+    if not prompts and template is None:
+        raise OperatorError("prompt: name a prompt, or a --template", "prompt")
+    order = {
+        "negative_prompt": negative,
+        "template": template,
+        "arm": arm,
+        "variables": variables(var),
+        "prompt_syntax": syntax and syntax.value,
+        "prompt_weighting": weighting and weighting.value,
+        "long_prompt": long_prompt and long_prompt.value,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "clip_skip": clip_skip,
+        "model": model,
+    }
+    from serve.cli.prompt import prompt as story
+
+    raise typer.Exit(run(story(client(url, key), prompts or [], order, as_json=as_json)))
 
 
 @app.command()

@@ -130,6 +130,16 @@ class Client:
             truncated=tuple(Truncation(**cut) for cut in answer["truncated"]),
         )
 
+    async def analyze(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a prompt comes to: the JSON of `POST /v1/prompts/analyze`."""
+        found: Mapping[str, Any] = (await self._post("/v1/prompts/analyze", order)).json()
+        return found
+
+    async def compare(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
+        """How near texts are to one another: the JSON of `POST /v1/prompts/similarity`."""
+        found: Mapping[str, Any] = (await self._post("/v1/prompts/similarity", order, timeout=_ENCODE_S)).json()
+        return found
+
     async def cache(self) -> Mapping[str, Any]:
         """The JSON of `GET /v1/cache`."""
         state: Mapping[str, Any] = (await self._call("GET", "/v1/cache")).json()

@@ -16,6 +16,7 @@ from serve.cli.client import Client
 from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
 from serve.domain import JobState
 from serve.errors import OperatorError
+from serve.telemetry.logs import escape
 
 _SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _REFERENCE = re.compile(r"[0-9a-f]{32}/([0-9]{1,4}|image|mask)")
@@ -33,7 +34,7 @@ async def generate(client: Client, order: Mapping[str, Any], out: Path, *, as_js
     _make_folder(out.parent if _is_file(out) else out)
     async with client:
         with job_bars(Console(stderr=True)) as bars:
-            job = await run_job(client, order, _short(order["prompt"]), bars)
+            job = await run_job(client, order, _short(order["prompt"] or order["template"] or ""), bars)
         files = []
         for index, path in enumerate(_paths(out, job)):
             _save(path, await client.image(job.id, index))
@@ -53,6 +54,8 @@ def _report(job: RemoteJob, files: list[Path]) -> None:
         console.print(f"{job.state}: {job.error or 'no picture'}", style="red")
     if approximate := job.raw.get("approximate"):
         console.print(f"approximate: {', '.join(approximate)}", style="yellow")
+    for note in job.raw.get("notes") or ():
+        console.print(f"{note['field']}: {escape(note['message'])}")
     for line in (*cut_lines(job), cache_line(job)):
         if line:
             console.print(line)

@@ -11,6 +11,7 @@ import typer
 from serve.cli.answers import KEY_VARIABLE
 from serve.cli.client import Client, local_url
 from serve.cli.running import run
+from serve.domain import LongPrompt, Syntax, Weighting
 from serve.errors import OperatorError
 from serve.origins import Loaded, load
 
@@ -29,6 +30,22 @@ Key = Annotated[
     str | None, typer.Option(envvar=KEY_VARIABLE, help="An API key, for a server that wants one.", show_default=False)
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder for images, Redis files and logs.")]
+Syntaxes = Annotated[
+    Syntax | None,
+    typer.Option("--syntax", help="What the prompts are written in; by default a1111.", show_default=False),
+]
+Weightings = Annotated[
+    Weighting | None, typer.Option("--weighting", help="What a weight does; by default a1111.", show_default=False)
+]
+LongPrompts = Annotated[
+    LongPrompt | None,
+    typer.Option("--long", help="What becomes of a text that is too long; by default chunk.", show_default=False),
+]
+Template = Annotated[str | None, typer.Option(help="A prompt of the server's; PROMPT is its {prompt}.")]
+Arm = Annotated[str | None, typer.Option(help="Which of the template's texts; by default the seed says.")]
+Variables = Annotated[
+    list[str] | None, typer.Option("--var", metavar="NAME=TEXT", help="What stands for {NAME}; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -41,6 +58,17 @@ def load_settings(file: Path | None, assignments: Sequence[str] | None, named: d
             raise OperatorError(f"--set {assignment}: write ROOM.FIELD=VALUE", "set")
         overrides[name.strip()] = value
     return load(file, overrides=overrides | {name: value for name, value in named.items() if value is not None})
+
+
+def variables(assignments: Sequence[str] | None) -> dict[str, str] | None:
+    """Those of a prompt; None without any."""
+    values: dict[str, str] = {}
+    for assignment in assignments or ():
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise OperatorError(f"--var {assignment}: write NAME=TEXT", "var")
+        values[name.strip()] = value
+    return values or None
 
 
 def client(url: str | None, key: str | None) -> Client:

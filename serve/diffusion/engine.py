@@ -80,12 +80,14 @@ class Engine:
     @property
     def slowest_step_s(self) -> float:
         """Of the steps that the runs in hand make, as far as the profile knows. May be read on any thread."""
-        lanes = Counter[LatentShape]()
+        lanes, widest, known = Counter[LatentShape](), Counter[LatentShape](), self._profile
         for run in list(self._runs.values()):
             for row in run.rows:
-                lanes[row.group.shape] += row.lanes
-        known = self._profile
-        return max((known.step_ms(each, min(lanes[each], known.lanes(each))) for each in lanes), default=0.0) / 1000
+                shape = row.group.shape
+                lanes[shape] += row.lanes
+                widest[shape] = max(widest[shape], row.lanes)
+        most = {shape: min(lanes[shape], max(known.lanes(shape), widest[shape])) for shape in lanes}
+        return max((known.step_ms(shape, each) for shape, each in most.items()), default=0.0) / 1000
 
     def submit(self, work: Work, on_step: OnStep, on_preview: OnPreview | None = None) -> Future[Rendered]:
         """Have the images join the next step; those that start from an image, once the VAE has encoded it.

@@ -43,15 +43,17 @@ class Forwards:
         return (time.monotonic() - started) * 1000
 
     def _forward(self, rows: Sequence[Row]) -> None:
-        """A forward that fails is tried again by halves: whose fault it is fails alone."""
+        """A forward that fails is tried again by halves: whose fault it is fails alone. A row of more lanes than a step
+        may have makes it in several passes."""
         started, reused = time.monotonic(), self._runner.reused_predictions
+        most = self._profile.lanes(rows[0].group.shape)
         try:
             with self._busy():
-                failed = self._runner.step(rows)
+                failed = self._runner.step(rows, most)
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001  whatever is wrong with the step, the loop goes on
-            self._apart(rows, error)
+            self._apart(rows, error, min(most, _lanes(rows)))
             return
         for row, reason in failed.items():
             self._fail(row.run_id, reason)
@@ -65,16 +67,22 @@ class Forwards:
         if more := self._runner.reused_predictions - reused:
             self._metrics.inc("tandem_engine_reused_predictions_total", more)
 
-    def _apart(self, rows: Sequence[Row], error: Exception) -> None:
-        if len(rows) == 1:
-            self._fail(rows[0].run_id, error)
-            return
+    def _apart(self, rows: Sequence[Row], error: Exception, lanes: int) -> None:
+        """No pass of what failed had more than `lanes`. Without memory for them there are fewer from now on; a row that
+        has none for one lane at a time fails."""
+        divisible = isinstance(error, OutOfMemory) and lanes > 1
         if isinstance(error, OutOfMemory):
             self._metrics.inc("tandem_engine_out_of_memory_total")
-            self._profile.limit(rows[0].group.shape, _lanes(rows))
-        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            if left := [row for row in half if self._run_of(row.run_id)]:
-                self._forward(left)
+        if divisible:
+            self._profile.limit(rows[0].group.shape, lanes)
+        if len(rows) > 1:
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                if left := [row for row in half if self._run_of(row.run_id)]:
+                    self._forward(left)
+        elif divisible:
+            self._forward(rows)
+        else:
+            self._fail(rows[0].run_id, error)
 
 
 def _lanes(rows: Sequence[Row]) -> int:

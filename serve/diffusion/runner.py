@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from PIL import Image
 
 from serve.devices import claim_device, device_errors, use_threads
 from serve.diffusion.families import open_family
-from serve.diffusion.families.base import Family
+from serve.diffusion.families.base import Family, Lane
 from serve.diffusion.families.speed import choose_dtype
 from serve.diffusion.preview import PreviewMap
 from serve.diffusion.run import Picture, Work
 from serve.diffusion.samplers import Track
 from serve.diffusion.scheduler import Group, Row
-from serve.diffusion.state import ImageState, Phases, Source, Start, start_from_image, start_from_noise
+from serve.diffusion.state import ImageState, Source, Start, start_from_image, start_from_noise
 from serve.diffusion.synthetic import synthetic_lanes
-from serve.domain import Schedule, Task
+from serve.diffusion.texts import Texts, check
+from serve.domain import Task
 from serve.errors import DeviceLost, GenerationFailed, NotFinite
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
@@ -56,19 +58,20 @@ class Runner:
         self.reused_predictions = 0
         """Predictions of earlier steps that stood for a forward pass (`step_cache`), so far. The loop thread's."""
         self._states: dict[Row, ImageState] = {}
-        self._texts: tuple[Schedule, Phases] | None = None
+        self._texts: WeakValueDictionary[str, Texts] = WeakValueDictionary()
         self._previews = PreviewMap(family.vae)
         self._beside = torch.cuda.Stream(family.device) if family.device.type == "cuda" else None
 
     def rows(self, work: Work) -> list[Row]:
-        """The request's images as rows of the step batch. Raises InvalidRequest for a sampler that can't serve it."""
-        request, text = work.request, work.schedule.phases[0][1]
+        """The request's images as rows of the step batch. Raises InvalidRequest for a sampler that can't serve it, and
+        what `check` finds wrong with the text."""
+        request = work.request
+        check(request, work.schedule)
         factor = self.family.vae.scale_factor
         shape = (request.height // factor, request.width // factor)
-        context = 0 if self.family.pads_context else len(text.positive)
-        steps = Track(self.family, request, shape).forwards
-        lanes = 1 if text.negative is None else 2
-        return [Row(work.run_id, index, steps, Group(shape, context), lanes) for index in range(request.num_images)]
+        context = 0 if self.family.pads_context else len(work.schedule.texts[0].context)
+        steps, group = Track(self.family, request, shape).forwards, Group(shape, context)
+        return [Row(work.run_id, index, steps, group, request.lanes) for index in range(request.num_images)]
 
     def encode(self, work: Work) -> Source | None:
         """What the images start from, None where that is the text alone. Raises OutOfMemory, DeviceLost,
@@ -93,11 +96,12 @@ class Runner:
                 start = source.starts[row.index]
                 self._adopt(start)
             track = Track(self.family, work.request, shape)
-            self._states[row] = ImageState.open(work.request, track, start, self._phases(work.schedule))
+            self._states[row] = ImageState.open(work.request, track, start, self._texts_of(work))
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
-        """One forward pass for every row; rows may be at different timesteps, samplers and guidance.
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
+        """One forward pass for every row; rows may be at different timesteps, samplers, texts and guidance. Of more
+        than `most` lanes, the denoiser takes so many at a time.
 
         Returns the rows that failed by themselves: their sampler's trouble, or latents that are not numbers any more;
         all of them where the device failed at that look. Raises OutOfMemory or GenerationFailed when the forward
@@ -108,7 +112,7 @@ class Runner:
         failed: dict[Row, Exception] = {}
         with device_errors("the denoiser"):
             reusable = self._reusable(states)
-            made = iter(self._predict([state for i, state in enumerate(states) if i not in reusable]))
+            made = iter(self._predict([state for i, state in enumerate(states) if i not in reusable], most))
             self.reused_predictions += len(reusable)
             for i, (row, state) in enumerate(zip(rows, states, strict=True)):
                 try:
@@ -167,11 +171,12 @@ class Runner:
             self._synchronize()
             return time.monotonic() - started
 
-    def _phases(self, schedule: Schedule) -> Phases:
-        """The schedule's texts on the device; a run's images come one after the other, and share them."""
-        if self._texts is None or self._texts[0] is not schedule:
-            self._texts = schedule, [(first, self.family.text(each)) for first, each in schedule.phases]
-        return self._texts[1]
+    def _texts_of(self, work: Work) -> Texts:
+        """Those that the run's images share; the last of these to end takes them along."""
+        texts = self._texts.get(work.run_id)
+        if texts is None or texts.schedule is not work.schedule:
+            texts = self._texts[work.run_id] = Texts(self.family, work.schedule)
+        return texts
 
     def _reusable(self, states: Sequence[ImageState]) -> dict[int, float]:
         """Which of the states need no forward pass, because their step cache serves: place in `states` -> drift."""
@@ -181,19 +186,26 @@ class Runner:
         known = zip(drifts, torch.stack(list(drifts.values())).tolist(), strict=True)
         return {i: drift for i, drift in known if states[i].reusable(drift)}
 
-    def _predict(self, states: Sequence[ImageState]) -> list[torch.Tensor]:
-        """The guided prediction for each state, (1, C, h, w): one forward pass, or one for each number of text tokens
-        where the family can't pad them. Guided images stand in the batch twice."""
-        lanes = [lane for state in states for lane in state.lanes()]
+    def _predict(self, states: Sequence[ImageState], most: int | None) -> list[torch.Tensor]:
+        """The guided prediction for each state, (1, C, h, w). Images stand in the batch once for each of their
+        texts."""
+        lanes = [state.lanes() for state in states]
+        outputs = iter(self._outputs([lane for each in lanes for lane in each], most))
+        return [state.guide([next(outputs) for _ in each]) for state, each in zip(states, lanes, strict=True)]
+
+    def _outputs(self, lanes: Sequence[Lane], most: int | None) -> list[torch.Tensor]:
+        """The denoiser's, (1, C, h, w) each: of one forward pass, or one for each number of text tokens where the
+        family can't pad them, and as many more as `most` asks for."""
         batches: dict[int, list[int]] = {}
         for i, lane in enumerate(lanes):
             batches.setdefault(0 if self.family.pads_context else len(lane.text.context), []).append(i)
         outputs: dict[int, torch.Tensor] = {}
-        for places in batches.values():
-            predicted = self.family.predict([lanes[i] for i in places])
-            outputs.update(zip(places, predicted.unsqueeze(1).unbind(), strict=True))
-        ordered = (outputs[i] for i in range(len(lanes)))
-        return [state.guide([next(ordered) for _ in range(state.sides)]) for state in states]
+        size = len(lanes) if most is None else most
+        for batch in batches.values():
+            for places in (batch[first : first + size] for first in range(0, len(batch), size)):
+                predicted = self.family.predict([lanes[i] for i in places])
+                outputs.update(zip(places, predicted.unsqueeze(1).unbind(), strict=True))
+        return [outputs[i] for i in range(len(lanes))]
 
     def _unsound(self, rows: Sequence[Row], states: Sequence[ImageState]) -> dict[Row, Exception]:
         """The rows whose latents are not numbers. They have moved: where that can't be told, none may be tried again,

@@ -9,18 +9,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from serve.diffusion.families.base import Family, Lane, Text
+from serve.diffusion.families.base import Family, Lane
 from serve.diffusion.samplers import Track
 from serve.diffusion.step_cache import StepCache
+from serve.diffusion.texts import Sides, Texts
 from serve.diffusion.vae import Moments
 from serve.domain import ImageRequest, Task
 from serve.models.denoiser import Denoiser
 
 INPAINTING_CHANNELS = 9
 """Of a U-Net that reads the mask and the masked image beside the latents."""
-
-Phases = Sequence[tuple[int, tuple[Text, Text | None]]]
-"""`Schedule.phases` on the device: first step, and the positive and negative text from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +99,22 @@ def full(request: ImageRequest) -> bool:
 class ImageState:
     """`latents` is (1, C, h, w). All that is mutable here is this image's alone; the texts are shared by a run.
 
-    `original`, kept for images that are previewed, is what the denoiser last took the finished latents to be.
+    `original`, kept for images that are previewed, is what the denoiser last took the finished latents to be. `_sides`
+    is what the last forward pass read, or the one that is being made.
     """
 
     request: ImageRequest
     track: Track
     start: Start
-    phases: Phases
+    texts: Texts
     latents: torch.Tensor
     cache: StepCache | None = None
     original: torch.Tensor | None = None
     _input: torch.Tensor | None = field(default=None, repr=False)
+    _sides: Sides | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, request: ImageRequest, track: Track, start: Start, phases: Phases) -> ImageState:
+    def open(cls, request: ImageRequest, track: Track, start: Start, texts: Texts) -> ImageState:
         """Pure noise, or the image with as much noise as the step has that is made first.
 
         An inpainted image starts from pure noise at strength 1, as in the stock pipelines.
@@ -125,12 +125,7 @@ class ImageState:
             a, b = track.mixture()
             latents = a * start.image + b * start.noise
         cache = StepCache(request.step_cache, track.forwards) if request.step_cache > 0 else None
-        return cls(request, track, start, phases, latents, cache)
-
-    @property
-    def sides(self) -> int:
-        """Lanes that one forward pass takes: two with classifier-free guidance."""
-        return 1 if self.phases[0][1][1] is None else 2
+        return cls(request, track, start, texts, latents, cache)
 
     @property
     def reused(self) -> bool:
@@ -144,24 +139,23 @@ class ImageState:
         return self._input
 
     def lanes(self) -> list[Lane]:
-        """The negative side first, where there is guidance."""
-        step = self.track.step
-        positive, negative = next(texts for first, texts in reversed(self.phases) if first <= step)
+        """Of the text of the step that is made next: the negative one first, where there is guidance."""
+        self._sides = self.texts.at(self.track.step)
         inputs, timestep, extra = self.model_input(), self.track.timestep, self.start.extra
-        sides = [positive] if negative is None else [negative, positive]
-        return [Lane(inputs, timestep, side, self.request.guidance_scale, extra) for side in sides]
+        return [Lane(inputs, timestep, text, self.request.guidance_scale, extra) for text in self._sides.texts]
 
     def guide(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One prediction of the outputs for `lanes`, (1, C, h, w) each: eps = eps_u + w (eps_c - eps_u)
-        (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598)."""
-        if len(outputs) == 1:
-            return outputs[0]
-        unconditional, conditional = outputs
-        return unconditional + self.request.cfg_scale * (conditional - unconditional)
+        """One prediction of the outputs for `lanes`, (1, C, h, w) each: see `Sides.guide`."""
+        assert self._sides is not None, "lanes come before their outputs"
+        return self._sides.guide(outputs, self.request.cfg_scale)
 
     def drift(self) -> torch.Tensor | None:
-        """See `StepCache.drift`; None without a cache."""
-        return None if self.cache is None else self.cache.drift(self.model_input())
+        """See `StepCache.drift`; None without a cache. Predictions for another text serve no more."""
+        if self.cache is None:
+            return None
+        if self._sides is not None and not self._sides.same(self.texts.schedule.at(self.track.step)):
+            self.cache.restart()
+        return self.cache.drift(self.model_input())
 
     def reusable(self, drift: float) -> bool:
         return self.cache is not None and self.cache.reusable(drift)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 WARM_UP = 2
-"""Forward passes at the start that are always made: the composition is decided there."""
+"""Forward passes that are always made, at the start, where the composition is decided, and from a new text on: a line
+needs two of them."""
 FURTHEST = 1.0
 """How far a prediction is extrapolated, in distances between the last two that were made."""
 
@@ -15,7 +16,8 @@ class StepCache:
 
     The relative L1 change of the denoiser's input is added up since the last forward pass that was made. While the sum
     stays below `threshold`, no other is made: the last two predictions are extended in a straight line, by the sum over
-    the change between those two. The first two and the last forward pass are always made.
+    the change between those two. The first two and the last forward pass are always made, and two wherever the text
+    changes: the rule sees the input alone.
 
     Owns: the image's last input and its last two predictions.
     """
@@ -30,6 +32,11 @@ class StepCache:
         self._prediction: torch.Tensor | None = None
         self._line: tuple[torch.Tensor, torch.Tensor] | None = None
         """From the prediction before the last to the last, and the change of the input between them."""
+
+    def restart(self) -> None:
+        """The predictions so far serve no more."""
+        self._made = 0
+        self._prediction = self._line = None
 
     def drift(self, model_input: torch.Tensor) -> torch.Tensor | None:
         """The change since the step before, 0-dim on the device; None where this forward pass must be made."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from serve.diffusion.families.base import Family, Lane
-from serve.domain import Conditioning
+from serve.domain import TextEmbedding
 from serve.models.denoiser_configs import TIME_IDS
 
 TOKENS: Mapping[str, int] = {"sd3": 333, "flux": 512, "pixart": 300, "auraflow": 256}
@@ -27,14 +27,9 @@ def synthetic_lanes(family: Family, shape: tuple[int, int], count: int) -> list[
 
     ids = TIME_IDS.get(name)
     pooled = _pooled_width(config, ids or 0)
-    text, _ = family.text(
-        Conditioning(
-            positive=normal(TOKENS.get(name, 77), family.model.context_width),
-            negative=None,
-            pooled=None if pooled is None else normal(pooled),
-            time_ids=None if ids is None else torch.full((ids,), 512.0),
-        )
-    )
+    context = normal(TOKENS.get(name, 77), family.model.context_width)
+    embedding = TextEmbedding(context, None if pooled is None else normal(pooled))
+    text = family.text(embedding, None if ids is None else torch.full((ids,), 512.0))
     latents = family.place(normal(1, denoiser.latent_channels, *shape))
     extra = denoiser.in_channels - denoiser.latent_channels
     beside = family.place(normal(1, extra, *shape)) if extra and name in ("sd", "sdxl") else None

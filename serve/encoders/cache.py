@@ -105,6 +105,15 @@ class EmbeddingCache:
             self._hits[got.tier] += 1
         return found
 
+    async def look(self, units: Sequence[EncodeUnit]) -> dict[str, Tier]:
+        """Where each unit could be had from now, by its key: this process's memory, Redis, or an encoder. Nothing is
+        loaded, and it counts as no use. A Redis that is away has nothing."""
+        found = {unit.key: Tier.MEMORY if unit.key in self._memory else Tier.ENCODED for unit in units}
+        asked = [unit.key for unit in units if found[unit.key] is Tier.ENCODED and self._shares(unit)]
+        if self._redis is not None and asked:
+            found |= dict.fromkeys(await self._redis.has(asked), Tier.REDIS)
+        return found
+
     def adopt(self, values: Mapping[EncodeUnit, bytes]) -> None:
         """Take by-products: embeddings that came out of a forward which somebody wanted for another unit.
 
@@ -175,7 +184,8 @@ class EmbeddingCache:
         claims = self._leases.claims() if self._leases else None
         parts: dict[Hashable, dict[str, EncodeUnit]] = {}
         for unit in units:
-            part = (unit.encoder, unit.token_ids, unit.salt) if self._by_row else unit.encoder
+            row = unit.encoder, unit.token_ids, unit.concepts, unit.hidden, unit.salt
+            part = row if self._by_row else unit.encoder
             parts.setdefault(part, {})[unit.key] = unit
         for wanted in parts.values():
             self._flights.launch(wanted, partial(self._load, wanted, look, claims))

@@ -8,12 +8,12 @@ that they are left out first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from safetensors.torch import save
 
-from serve.domain import Conditioning
+from serve.domain import Conditioning, Mix, Schedule, TextEmbedding
 from serve.errors import InvalidRequest
 from serve.settings import Dtype
 
@@ -22,6 +22,41 @@ _DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+def conditioning_at(schedule: Schedule, step: int) -> Conditioning:
+    """What the denoiser reads in one step of a schedule. Texts are mixed here, in float32 on the CPU.
+
+    Raises InvalidRequest for a composition: a pipeline takes one text.
+    """
+    phase = schedule.at(step)
+    if len(phase.positive) > 1:
+        raise InvalidRequest("prompt: AND is several texts at once, and embeddings are of one", "prompt")
+    ((_, mix),) = phase.positive
+    positive = _mixed(mix, schedule.texts)
+    negative = None if phase.negative is None else _mixed(phase.negative, schedule.texts)
+    return Conditioning(
+        positive=positive.context,
+        negative=None if negative is None else negative.context,
+        pooled=positive.pooled,
+        negative_pooled=None if negative is None else negative.pooled,
+        time_ids=schedule.time_ids,
+        negative_time_ids=schedule.negative_time_ids,
+    )
+
+
+def _mixed(mix: Mix, texts: Sequence[TextEmbedding]) -> TextEmbedding:
+    parts = [(share, texts[index]) for share, index in mix if share != 0]
+    if len(parts) == 1 and parts[0][0] == 1:
+        return parts[0][1]
+    like = texts[mix[0][1]]
+    context = torch.zeros_like(like.context)
+    pooled = None if like.pooled is None else torch.zeros_like(like.pooled)
+    for share, text in parts:
+        context.add_(text.context, alpha=share)
+        if pooled is not None and text.pooled is not None:
+            pooled.add_(text.pooled, alpha=share)
+    return TextEmbedding(context, pooled)
 
 
 def to_safetensors(conditioning: Conditioning, family: str, metadata: Mapping[str, str], dtype: Dtype) -> bytes:

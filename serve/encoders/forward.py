@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from serve.devices import check_dtype
+from serve.domain import FIRST_CONCEPT_ID, EncodeUnit
 from serve.encoders.quantize import BITS, quantize
 from serve.encoders.reads import Read, parse_output
 from serve.encoders.registry import Encoder
@@ -26,12 +28,38 @@ GRAPHS = 64
 """Compiled graphs of one layer's code that a process keeps: a few for each encoder that it has loaded."""
 
 
+class ConceptTable(Protocol):
+    """Learned vectors, by the digests that units name them with."""
+
+    def vectors(self, digests: Sequence[str]) -> torch.Tensor:
+        """(count, width), in float32 on the CPU: those of each digest, one below the other. Raises BackendUnavailable
+        for a digest that no file has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of token ids. `extra` is an output beside the standing ones: a clip skip that no model reads unasked."""
+    """What one row of a forward is made of: `token_ids`, `concepts` and `hidden` are an `EncodeUnit`'s. `extra` is an
+    output beside the standing ones: a clip skip that no model reads unasked."""
 
     token_ids: tuple[int, ...]
     extra: str | None = None
+    concepts: tuple[str, ...] = ()
+    hidden: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, unit: EncodeUnit, standing: Collection[str]) -> Row:
+        """The row that gives `unit` where `standing` outputs are given anyway."""
+        extra = None if unit.output in standing else unit.output
+        return cls(unit.token_ids, extra, unit.concepts, unit.hidden)
+
+    def unit(self, encoder: str, output: str, salt: str) -> EncodeUnit:
+        """The unit that an output of this row is."""
+        return EncodeUnit(encoder, self.token_ids, output, salt, self.concepts, self.hidden)
+
+    @property
+    def plain(self) -> Row:
+        """What is computed, whoever reads which output of it."""
+        return Row(self.token_ids, None, self.concepts, self.hidden)
 
 
 class TextTower:
@@ -44,7 +72,9 @@ class TextTower:
     Owns: the text model's weights, on its device or devices. Not thread-safe: one caller at a time.
     """
 
-    def __init__(self, encoder: Encoder, trunk: Trunk, device: torch.device) -> None:
+    def __init__(
+        self, encoder: Encoder, trunk: Trunk, device: torch.device, concepts: ConceptTable | None = None
+    ) -> None:
         self.name = encoder.name
         self.fingerprint = encoder.fingerprint
         self.outputs = encoder.outputs
@@ -54,14 +84,16 @@ class TextTower:
         self.rows = 0
         self._trunk = trunk
         self._device = device
+        self._concepts = concepts
         self._vocab_size = encoder.part.vocab_size
         self._pools = encoder.part.kind == "clip"
         for output in self.outputs:
             self._read(output)
 
     @classmethod
-    def load(cls, encoder: Encoder, device: str) -> TextTower:
-        """The encoder as its settings want it, on a device as torch names it. Raises OperatorError.
+    def load(cls, encoder: Encoder, device: str, concepts: ConceptTable | None = None) -> TextTower:
+        """The encoder as its settings want it, on a device as torch names it. Without `concepts` it knows none. Raises
+        OperatorError.
 
         It names the model's `source` and the tensor where the weights are not the encoder's, and the setting where
         this machine can't do what it says; quantized and compiled towers are tried before anybody asks them.
@@ -74,7 +106,7 @@ class TextTower:
             log.warning("only one device to spread a text encoder over", extra={"encoder": encoder.name})
         if wanted.quantization != "none":
             _quantize(encoder, trunk, torch.device("cpu") if len(places) > 1 else place)
-        tower = cls(encoder, trunk, place)
+        tower = cls(encoder, trunk, place, concepts)
         if len(places) > 1:
             spread(trunk.model, plan_map(trunk.model, places))
         else:
@@ -90,44 +122,77 @@ class TextTower:
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         """Per row, in order, the standing outputs and its extra one, by name: tensors on the CPU in the run dtype,
-        (tokens, width), pooled and projected ones (width,). Equal token ids are computed once.
+        (tokens, width), pooled and projected ones (width,). Equal rows are computed once.
 
-        Raises ValueError where rows differ in length, or name an output or a token that this encoder does not have.
+        Raises ValueError where rows differ in length, or name an output, a token or a position that this encoder does
+        not have, and what the table of concepts raises.
         """
         if not rows:
             return []
-        index = {ids: place for place, ids in enumerate(dict.fromkeys(row.token_ids for row in rows))}
+        plain = [row.plain for row in rows]
+        distinct = list(dict.fromkeys(plain))
         names = tuple(dict.fromkeys((*self.outputs, *(row.extra for row in rows if row.extra is not None))))
         reads = [self._read(name) for name in names]
-        ids = self._ids(list(index))
+        ids = self._ids(distinct)
+        vectors, hidden = self._vectors(distinct, ids), self._hidden(distinct, ids)
         self.forwards += 1
-        self.rows += len(index)
+        self.rows += len(distinct)
         with self._stance():
-            values = self._trunk.forward(ids.to(self._device), reads)
+            values = self._trunk.forward(ids.to(self._device), reads, vectors, hidden)
         table = {name: value.cpu().unbind() for name, value in zip(names, values, strict=True)}
+        places = {row: place for place, row in enumerate(distinct)}
         return [
             {
-                name: table[name][index[row.token_ids]]
+                name: table[name][places[own]]
                 for name in dict.fromkeys((*self.outputs, *([row.extra] if row.extra is not None else [])))
             }
-            for row in rows
+            for row, own in zip(rows, plain, strict=True)
         ]
 
     def _stance(self) -> AbstractContextManager[None]:
-        """What is not compiled by now (a T5 row of one token) runs as it is: no request waits for a compiler."""
+        """What is not compiled by now (a T5 row of one token, a batch with hidden words) runs as it is: no request
+        waits for a compiler."""
         return torch.compiler.set_stance("eager_on_recompile") if self._trunk.dynamic else nullcontext()
 
-    def _ids(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def _ids(self, rows: Sequence[Row]) -> torch.Tensor:
         """(rows, tokens). What is out of range is said here: on a GPU it would end the process."""
-        if len({len(row) for row in rows}) > 1:
+        if len({len(row.token_ids) for row in rows}) > 1:
             raise ValueError("the rows of one forward must have one length")
-        length, most = len(rows[0]), self._trunk.rows_up_to
+        length, most = len(rows[0].token_ids), self._trunk.rows_up_to
         if not length or (most is not None and length > most):
             raise ValueError(f"a row of {length} tokens does not fit this text encoder")
-        ids = torch.tensor(rows)
-        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+        ids = torch.tensor([row.token_ids for row in rows])
+        if int(ids.min()) < 0 or bool(((ids >= self._vocab_size) & (ids < FIRST_CONCEPT_ID)).any()):
             raise ValueError(f"token ids must be below {self._vocab_size}")
         return ids
+
+    def _vectors(self, rows: Sequence[Row], ids: torch.Tensor) -> torch.Tensor | None:
+        """Those of all rows' concepts, one below the other; None where no row has any. Each row counts its own from
+        FIRST_CONCEPT_ID on: `ids` are moved to where they are found here."""
+        tables: list[torch.Tensor] = []
+        before = 0
+        for row, own in zip(rows, ids, strict=True):
+            learned = own >= FIRST_CONCEPT_ID
+            table = torch.empty(0, self.width)
+            if row.concepts and self._concepts is not None:
+                table = self._concepts.vectors(row.concepts)
+            if table.shape[1] != self.width or int(own.max()) - FIRST_CONCEPT_ID >= len(table):
+                raise ValueError(f"{len(row.concepts)} concepts don't give a row the vectors that it reads")
+            own[learned] += before
+            before += len(table)
+            tables.append(table)
+        return torch.cat(tables) if before else None
+
+    def _hidden(self, rows: Sequence[Row], ids: torch.Tensor) -> torch.Tensor | None:
+        """(rows, tokens); None where nothing is hidden, so that the layers need no mask."""
+        if not any(row.hidden for row in rows):
+            return None
+        if not all(0 <= place < ids.shape[1] for row in rows for place in row.hidden):
+            raise ValueError("a row has no such position to hide")
+        hidden = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, own in zip(rows, hidden, strict=True):
+            own[list(row.hidden)] = True
+        return hidden.to(self._device)
 
     def _read(self, output: str) -> Read:
         read = parse_output(output, len(self._trunk.layers))

@@ -26,15 +26,14 @@ REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One row to compute. `extra` is an output beside the standing ones.
+    """One row to compute, for the tenant of `salt`.
 
     Tenants don't share a forward under way, as they share no cache entry: a shorter wait would tell one of them what
     another has just asked for.
     """
 
-    token_ids: tuple[int, ...]
+    row: Row
     salt: str
-    extra: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class EncoderPool:
         self._recent: dict[EncodeUnit, Forward] = {}
         self._queue: Coalescer[Ask, Encoded] = Coalescer(
             self.encode_batch,
-            length=lambda ask: len(ask.token_ids),
+            length=lambda ask: len(ask.row.token_ids),
             max_batch_size=encoder.settings.max_batch_size,
             max_batch_tokens=encoder.settings.max_batch_tokens,
             on_dropped=self._on_dropped,
@@ -147,7 +146,7 @@ class EncoderPool:
         rows = self._tower.rows
         try:
             with device_errors(f"text encoder {name}"):
-                outputs = self._tower.encode([Row(ask.token_ids, ask.extra) for ask in asks])
+                outputs = self._tower.encode([ask.row for ask in asks])
             values = [
                 {output: pack(tensor, self._values) for output, tensor in row.items() if tensor.isfinite().all()}
                 for row in outputs
@@ -214,14 +213,11 @@ class EncoderPool:
 
     def _asks(self, units: Sequence[EncodeUnit]) -> list[Ask]:
         """The row that gives each unit: units of the same text share one."""
-        standing = self._tower.outputs
-        return [Ask(unit.token_ids, unit.salt, None if unit.output in standing else unit.output) for unit in units]
+        return [Ask(Row.of(unit, self._tower.outputs), unit.salt) for unit in units]
 
     def _named(self, ask: Ask, encoded: Encoded) -> dict[EncodeUnit, bytes]:
-        return {
-            EncodeUnit(self._tower.fingerprint, ask.token_ids, output, ask.salt): value
-            for output, value in encoded.values.items()
-        }
+        encoder = self._tower.fingerprint
+        return {ask.row.unit(encoder, output, ask.salt): value for output, value in encoded.values.items()}
 
     def _on_dropped(self, _: Ask) -> None:
         self._metrics.inc("tandem_encoder_dropped_rows_total", encoder=self._encoder.name)
@@ -231,14 +227,14 @@ class EncoderPool:
 
     def _tell_slow(self, encoded: Sequence[EncodeUnit], began: float, took_s: float) -> None:
         """Sizes and times, never text: the log is not the place for what users write."""
-        rows = {unit.token_ids for unit in encoded}
+        rows = {Row.of(unit, (unit.output,)) for unit in encoded}
         forwards = [forward for unit in encoded if (forward := self._recent.get(unit))]
         last = max(forwards, key=lambda forward: forward.began, default=Forward(began, 0.0, 0))
         figures = {
             "encoder": self._encoder.name,
             "took_s": f"{took_s:.3f}",
             "rows": len(rows),
-            "tokens": sum(map(len, rows)),
+            "tokens": sum(len(row.token_ids) for row in rows),
             "wait_s": f"{max(0.0, last.began - began):.3f}",
             "forward_s": f"{last.took_s:.3f}",
             "batch_rows": last.rows,

@@ -111,6 +111,11 @@ class RedisTier:
         """What Redis holds of `keys`, in one round trip. Absent, corrupt and unreachable look the same: not there."""
         return await self._guarded(lambda: self._read(keys)) or {}
 
+    async def has(self, keys: Sequence[str]) -> frozenset[str]:
+        """Those of `keys` that Redis holds, in one round trip. It reads no value, and evicts none the later for it:
+        EXISTS touches nothing."""
+        return await self._guarded(lambda: self._exist(keys)) or frozenset()
+
     async def put(self, values: Mapping[str, bytes]) -> dict[str, bytes]:
         """Store what fits. The first writer of a key wins, and what it wrote is returned for the keys that others won.
 
@@ -149,6 +154,12 @@ class RedisTier:
 
     async def _read(self, keys: Sequence[str]) -> dict[str, bytes]:
         return self._unsealed(keys, await self._client.mget([self._name(key) for key in keys]))
+
+    async def _exist(self, keys: Sequence[str]) -> frozenset[str]:
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.exists(self._name(key))
+        return frozenset(key for key, held in zip(keys, await pipeline.execute(), strict=True) if held)
 
     def _unsealed(self, keys: Sequence[str], values: Sequence[object]) -> dict[str, bytes]:
         found: dict[str, bytes] = {}

@@ -60,9 +60,13 @@ class Connection:
     async def run(self, name: str, *args: str | bytes | int) -> Any:
         """Run a script: one round trip. What it ended is counted here, where each transition passes once."""
         ended, answer = await self.guarded(self._scripts[name](args=(*self._settings, *args)))
-        for state, age_ms, dead in ended:
+        for state, age_ms, dead, template, arm in ended:
             self._metrics.inc("tandem_jobs_total", state=state.decode(), dead="yes" if dead else "no")
             self._metrics.observe("tandem_job_seconds", age_ms / 1000)
+            if template:
+                named = {"template": template.decode(), "arm": arm.decode()}
+                self._metrics.inc("tandem_template_jobs_total", state=state.decode(), **named)
+                self._metrics.observe("tandem_template_job_seconds", age_ms / 1000, **named)
         return answer
 
     async def guarded(self, call: Awaitable[T]) -> T:

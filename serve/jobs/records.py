@@ -18,10 +18,12 @@ from serve.domain import (
     JobError,
     JobEvent,
     JobState,
+    Note,
     Priority,
     Task,
     Tier,
     Timings,
+    TokenCount,
     Truncation,
     WebhookState,
 )
@@ -30,6 +32,8 @@ from serve.jobs.terms import Crew
 
 REQUEST = TypeAdapter(ImageRequest)
 TRUNCATED = TypeAdapter(tuple[Truncation, ...])
+TOKENS = TypeAdapter(tuple[TokenCount, ...])
+NOTES = TypeAdapter(tuple[Note, ...])
 TIERS = TypeAdapter(dict[str, Tier])
 TIMINGS = TypeAdapter(Timings)
 IMAGES = TypeAdapter(tuple[ImageRef, ...])
@@ -140,7 +144,9 @@ def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None
         cost_ms=int(fields["cost"]),
         webhook=fields["webhook"].decode() if "webhook" in fields else None,
         webhook_state=WebhookState(fields["webhook_state"].decode()) if "webhook_state" in fields else None,
+        tokens=TOKENS.validate_json(fields["tokens"]) if "tokens" in fields else (),
         truncated=TRUNCATED.validate_json(fields["truncated"]),
+        notes=NOTES.validate_json(fields["notes"]) if "notes" in fields else (),
         cache=_cache(fields),
         timings=_timings(fields),
         images=IMAGES.validate_json(fields["images"]) if "images" in fields else (),

@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from serve.callers import Allowance, Limit
-from serve.domain import ImageRequest, Job, JobEvent, JobState, Tier, Truncation
+from serve.domain import ImageRequest, Job, JobEvent, JobState, Note, Tier, TokenCount, Truncation
 from serve.errors import Conflict, InvalidRequest, JobGone, QueueFull, RateLimited
 from serve.jobs import records
 from serve.jobs.admission import queue_full
@@ -35,9 +35,17 @@ class Submissions(Shared):
     """Every method may raise BackendUnavailable."""
 
     async def submit(
-        self, job_id: str, request: ImageRequest, truncated: Sequence[Truncation] = (), *, terms: Terms = Terms()
+        self,
+        job_id: str,
+        request: ImageRequest,
+        truncated: Sequence[Truncation] = (),
+        *,
+        tokens: Sequence[TokenCount] = (),
+        notes: Sequence[Note] = (),
+        terms: Terms = Terms(),
     ) -> Submitted:
-        """Log a job durably and queue it. The same call again is the same job.
+        """Log a job durably and queue it. The same call again is the same job. `truncated`, `tokens` and `notes` are
+        what there is to say of its text.
 
         With a `fingerprint` the order is known for a while under its name: its owner's key, or the id. The same order
         under that name is the same job, whatever id it comes with. Raises QueueFull and RateLimited; Conflict where the
@@ -59,6 +67,12 @@ class Submissions(Shared):
             "alone": terms.alone_ms,
             "token": uuid.uuid4().hex,
         }
+        if tokens:
+            fields["tokens"] = records.TOKENS.dump_json(tuple(tokens))
+        if notes:
+            fields["notes"] = records.NOTES.dump_json(tuple(notes))
+        if request.template is not None:
+            fields |= {"template": request.template, "arm": request.arm or ""}
         if terms.webhook is not None:
             fields["webhook"] = terms.webhook
         if terms.arrival is not None and terms.arrival.trace is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from serve.models import TextPart
 from serve.models.tensor_tables import Kind
 from serve.models.text_tokenizers import check_files
 from serve.models.weight_files import naming, refused
+
+_PART = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder writes for bytes that are no whole character."""
+_CLIP_WORD_END, _T5_SPACE = "</w>", "\N{LOWER ONE EIGHTH BLOCK}"
+_T5_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,42 @@ class PromptTokenizer:
     def tokenize(self, text: str) -> Tokens:
         encoding = self._rust.encode(text, add_special_tokens=False)
         return Tokens(tuple(encoding.ids), tuple(start for start, _ in encoding.offsets))
+
+    def span(self, row: Sequence[int]) -> tuple[int, int]:
+        """Where the text of a row begins and where it ends, between the special tokens."""
+        first, last = len(self.before), len(row)
+        while last > first and row[last - 1] == self.pad:
+            last -= 1
+        if self.after and last > first and row[last - 1] == self.eos:
+            last -= 1
+        return first, last
+
+    def spelled(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """What each of these ids stands for, spaces included. Of a character that became several tokens, all but the
+        last one are empty."""
+        spelled, open_from = [], 0
+        for at, token in enumerate(ids):
+            piece = self._piece(token)
+            if piece is None:  # bytes: a character may end with this one
+                text = self._rust.decode(list(ids[open_from : at + 1]), skip_special_tokens=False)
+                piece = "" if text.endswith(_PART) else text.strip() + self._word_end(token)
+                open_from = open_from if text.endswith(_PART) else at + 1
+            else:
+                open_from = at + 1
+            spelled.append(piece)
+        return tuple(spelled)
+
+    def _piece(self, token: int) -> str | None:
+        """None where it is a part of a character."""
+        written: str = self._rust.id_to_token(token) or ""
+        if self.kind == "clip":
+            text = self._rust.decode([token], skip_special_tokens=False).strip()
+            return None if _PART in text else text + self._word_end(token)
+        return None if _T5_BYTE.fullmatch(written) else written.replace(_T5_SPACE, " ")
+
+    def _word_end(self, token: int) -> str:
+        """A CLIP says with a word's last token that it is one."""
+        return " " if (self._rust.id_to_token(token) or "").endswith(_CLIP_WORD_END) else ""
 
     def row(self, ids: tuple[int, ...], length: int) -> tuple[int, ...]:
         """`length` ids in all. `ids` must fit."""

@@ -22,7 +22,7 @@ JSON_CHUNK = "tandem"
 _TEXT = "parameters"
 COMPRESS_LEVEL = 3
 """zlib's: half of the time of its default (6), for files of 1 % less to 18 % more (docs/performance.md)."""
-_NOT_KEPT = ("salt", "num_images", "preview_every", "image", "mask")
+_NOT_KEPT = ("salt", "num_images", "preview_every", "image", "mask", "composed", "template", "arm")
 """Fields of a request that say nothing of the picture, or that are nobody else's: a reference to what the job started
 from opens that to whoever is shown the picture."""
 

@@ -25,6 +25,7 @@ _ENCODE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 
 _COSINE = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 _ENCODER = ("encoder",)
 _REPLICA = ("placement", "gpu_class")
+_ARM = ("template", "arm")
 
 
 class Kind(enum.StrEnum):
@@ -98,6 +99,9 @@ DECLARATIONS: tuple[Declaration, ...] = (
         ("encoder", "kind"),
     ),
     Declaration(
+        "tandem_prompt_chunks_total", Kind.COUNTER, "Rows of an encoder that prompts took, one or more each.", _ENCODER
+    ),
+    Declaration(
         "tandem_embedding_similarity",
         Kind.HISTOGRAM,
         "Cosine between an embedding as it is kept (int8) and as it was computed.",
@@ -126,6 +130,25 @@ DECLARATIONS: tuple[Declaration, ...] = (
         ("state", "dead"),
     ),
     Declaration("tandem_job_seconds", Kind.HISTOGRAM, "Time from submission to the terminal state.", buckets=_LONG_S),
+    Declaration(
+        "tandem_template_orders_total",
+        Kind.COUNTER,
+        "Orders that were accepted with a template of the settings, by its arm; `arm` is empty where it has none.",
+        _ARM,
+    ),
+    Declaration(
+        "tandem_template_jobs_total",
+        Kind.COUNTER,
+        "Jobs with a template of the settings that reached a terminal state.",
+        (*_ARM, "state"),
+    ),
+    Declaration(
+        "tandem_template_job_seconds",
+        Kind.HISTOGRAM,
+        "Time from submission to the terminal state of a job with a template of the settings.",
+        _ARM,
+        _LONG_S,
+    ),
     Declaration(
         "tandem_stage_seconds",
         Kind.HISTOGRAM,

@@ -37,6 +37,11 @@ SELDOM = {
     "ray_tandem_engine_previews_total",
     "ray_tandem_engine_reused_predictions_total",
     "ray_tandem_webhooks_total",
+    # where the settings have templates
+    "ray_tandem_template_orders_total",
+    "ray_tandem_template_jobs_total",
+    "ray_tandem_template_job_seconds_bucket",
+    "ray_tandem_template_job_seconds_count",
     # on GPUs
     "ray_tandem_device_memory_bytes",
     "ray_tandem_device_utilization_ratio",
@@ -63,7 +68,12 @@ def names(server: Server) -> set[str]:
 @pytest.fixture
 def busy(server: Server, http: httpx.Client) -> Server:
     """A server that has drawn, and cut a prompt, and has told of both."""
-    job = finished(http, submit(http, "a red circle on a blue background " * 30, num_images=2, negative_prompt="green"))
+    job = finished(
+        http,
+        submit(
+            http, "a red circle on a blue background " * 30, num_images=2, negative_prompt="green", long_prompt="head"
+        ),
+    )
     assert job["state"] == "succeeded"
     missing = {*OURS, *RAYS} - SELDOM
     deadline = time.monotonic() + EXPORTED_S

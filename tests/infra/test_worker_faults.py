@@ -55,10 +55,10 @@ class Failing(Runner):
         super().__init__(runner.family)
         self.errors = step, decode
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         if self.errors[0] is not None:
             raise self.errors[0]
-        return super().step(rows)
+        return super().step(rows, most)
 
     def decode(self, latents: Latents, tiled: bool = False) -> object:
         if self.errors[1] is not None:

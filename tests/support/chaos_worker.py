@@ -94,8 +94,8 @@ class MortalRunner(Runner):
         super().begin(row, work, source)
         self._deaths.at("begin", work.run_id.partition(":")[0])
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
-        failed = super().step(rows)
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
+        failed = super().step(rows, most)
         for row in rows:
             self._deaths.at("step", row.run_id.partition(":")[0])
         return failed

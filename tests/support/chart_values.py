@@ -19,7 +19,8 @@ GIVEN = {
 """What a render that can't look into the cluster needs, to be the same each time."""
 TABLES = {
     "commonLabels", "commonAnnotations", "labels", "annotations", "nodeSelector", "affinity", "placements",
-    "gpu_classes", "encoders", "podSecurityContext", "containerSecurityContext", "seccompProfile", "capabilities",
+    "gpu_classes", "encoders", "templates", "arms", "podSecurityContext", "containerSecurityContext", "seccompProfile",
+    "capabilities",
 }  # fmt: skip
 """Groups whose names are the operator's own, or Kubernetes'."""
 FULL = over(

@@ -75,13 +75,13 @@ class GatedRunner(Runner):
         self.free = free
         self.gate, self.reached = Event(), Event()
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         if self.free:
             self.free -= 1
         else:
             self.reached.set()
             assert self.gate.wait(60)
-        return super().step(rows)
+        return super().step(rows, most)
 
 
 class House:

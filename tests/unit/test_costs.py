@@ -75,6 +75,16 @@ def test_without_guidance_a_step_holds_as_many_images_and_half_the_lanes() -> No
     assert estimate(a_request(10, guidance=1.0), FLAT).cost_ms == 100  # 4 images, not 8
 
 
+def test_a_composition_costs_its_lanes() -> None:
+    """Two prompts and the negative one are three lanes: of eight, two images share a step."""
+    linear = a_report(a_curve({1: 10.0, 8: 80.0}))
+    assert estimate(a_request(10, composed=2), linear).cost_ms == 300
+    assert estimate(a_request(10, composed=2), FLAT).cost_ms == 200
+    many = estimate(a_request(10, composed=15), linear)
+    assert (many.cost_ms, many.alone_ms) == (1600, 1600), "more lanes than a step has are made in parts"
+    assert estimate(a_request(10, composed=2)).cost_ms == round(10 * 3 * 0.016384 * FALLBACK_MS)
+
+
 def test_what_is_larger_shares_a_step_with_fewer() -> None:
     linear = a_report(a_curve({1: 10.0, 8: 80.0}))
     assert estimate(a_request(10, side=256), linear).cost_ms == 800

@@ -16,14 +16,14 @@ import torch
 from serve.diffusion.families.load import load_part, load_scheduler, loading
 from serve.diffusion.families.speed import remember_signatures
 from serve.diffusion.vae import Vae, open_vae
-from serve.domain import Conditioning
+from serve.domain import TextEmbedding
 from serve.models import ModelFolder
 from serve.settings import DiffusionSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Text:
-    """One side (positive or negative) of a conditioning, on the device and in the dtype of the denoiser.
+    """What one lane reads beside its latents, on the device and in the dtype of the denoiser.
 
     `context` is (tokens, width), `pooled` (width,), `time_ids` (5,) or (6,), where the family has them.
     """
@@ -35,7 +35,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One entry of the denoiser's batch: an image with one side of its text. A guided image takes two lanes.
+    """One entry of the denoiser's batch: an image with one of the texts that its prediction is made of. A guided image
+    takes two lanes, a composition more.
 
     `latents` is (1, latent channels, height, width), scaled as the sampler wants its model input; `timestep` is 0-dim,
     on the CPU, as the sampler lists it. `guidance_scale` is read by families that embed it. `extra` is
@@ -103,19 +104,10 @@ class Family(ABC):
         """What the stock pipeline's constructor sets in an old sampler's configuration."""
         return {}
 
-    def text(self, conditioning: Conditioning) -> tuple[Text, Text | None]:
-        """The positive and, where there is guidance, the negative side, on the device."""
-
-        def side(*tensors: torch.Tensor | None) -> Text:
-            context, pooled, time_ids = (None if each is None else self.place(each) for each in tensors)
-            assert context is not None
-            return Text(context, pooled, time_ids)
-
-        positive = side(conditioning.positive, conditioning.pooled, conditioning.time_ids)
-        if conditioning.negative is None:
-            return positive, None
-        ids = conditioning.time_ids if conditioning.negative_time_ids is None else conditioning.negative_time_ids
-        return positive, side(conditioning.negative, conditioning.negative_pooled, ids)
+    def text(self, text: TextEmbedding, time_ids: torch.Tensor | None = None) -> Text:
+        """The text on the device."""
+        pooled, ids = (None if each is None else self.place(each) for each in (text.pooled, time_ids))
+        return Text(self.place(text.context), pooled, ids)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, self.dtype)

@@ -44,8 +44,8 @@ local AFTER_INTERACTIVE = 2 ^ 50
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- The jobs that this script ended, as {state, milliseconds since submission, 1 for a dead letter}: first half of every
--- script's answer.
+-- The jobs that this script ended, as {state, milliseconds since submission, 1 for a dead letter, template, arm}: first
+-- half of every script's answer. What was ordered without a template has '' for the two.
 local ended = {}
 
 local function job_key(id) return 'tandem:job:' .. id end
@@ -164,7 +164,8 @@ local function finish(id, state, dead, ...)
     redis.call('PUBLISH', WEBHOOKS, '')
   end
   redis.call('PUBLISH', ENDED, id)
-  ended[#ended + 1] = {state, now - created, dead and 1 or 0}
+  local template, arm = get(id, 'template', 'arm')
+  ended[#ended + 1] = {state, now - created, dead and 1 or 0, template or '', arm or ''}
 end
 
 -- Nothing is left to be said of an id whose record somebody deleted. What it counted for is counted anew.

@@ -160,6 +160,7 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         benchmark=benchmark,
         rules=tree.jobs,
         webhooks=tree.webhooks,
+        prompts=tree.prompts,
     )
     encoders = Pools({each.fingerprint: EncoderPool(tower(each), each, tree, metrics) for each in registry.encoders})
     encode = no_encoder if away else encoders.encode
@@ -170,6 +171,7 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
         embeddings=embeddings,
         metrics=metrics,
         limits=tree.limits,
+        templates=tree.prompts.templates,
         cache_url=tree.cache.redis_url.get_secret_value() if tree.cache.redis_url else None,
     )
     keys = KeyStore(tree.jobs, metrics) if tree.keys.required else None

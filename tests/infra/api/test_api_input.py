@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
         ({"prompt": " \n\t"}, 422, "prompt"),
         ({"prompt": "x" * 8193}, 422, "prompt"),
         ({"prompt": "a\x00b"}, 422, "prompt"),
-        ({"prompt": "a [b|c]"}, 422, "prompt"),
+        ({"prompt": "a <lora:b:1>"}, 422, "prompt"),
         ({"negative_prompt": "x" * 8193}, 422, "negative_prompt"),
         ({"num_inference_steps": 0}, 422, "num_inference_steps"),
         ({"num_inference_steps": 1000}, 422, "num_inference_steps"),

@@ -32,7 +32,7 @@ async def test_a_job_is_created_with_every_default_filled_in(stand: Any) -> None
 
 
 async def test_a_job_says_what_was_cut_from_its_prompt(stand: Any) -> None:
-    job = await stand.create(prompt="a red circle, " * 40)
+    job = await stand.create(prompt="a red circle, " * 40, long_prompt="head")
     assert job["truncated"][0]["field"] == "prompt"
     assert job["truncated"][0]["tokens"] > job["truncated"][0]["limit"]
 

@@ -28,6 +28,8 @@ ROUTES = [
     ("GET", "/v1/models", EITHER),
     ("GET", "/v1/limits", EITHER),
     ("POST", "/v1/embeddings", EMBED),
+    ("POST", "/v1/prompts/analyze", EMBED),
+    ("POST", "/v1/prompts/similarity", EMBED),
     ("GET", "/v1/cache", ADMIN),
     ("DELETE", "/v1/cache", ADMIN),
     ("POST", "/v1/benchmark", ADMIN),

@@ -39,6 +39,8 @@ async def test_the_schema_describes_every_route(stand: Any) -> None:
         "GET /v1/limits",
         "POST /v1/benchmark",
         "POST /v1/embeddings",
+        "POST /v1/prompts/analyze",
+        "POST /v1/prompts/similarity",
         "GET /v1/cache",
         "DELETE /v1/cache",
         "GET /healthz",

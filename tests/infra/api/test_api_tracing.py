@@ -17,7 +17,7 @@ from support.house import House
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row
 from serve.domain import JobState
-from serve.errors import OutOfMemory
+from serve.errors import GenerationFailed
 from serve.settings import TracingSettings
 from serve.stages import stages
 from serve.telemetry.tracing import Tracing, open_tracing
@@ -50,11 +50,11 @@ class Stumbling(Runner):
         super().__init__(runner.family)
         self.stumbled = False
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         if not self.stumbled:
             self.stumbled = True
-            raise OutOfMemory("no memory for a step")
-        return super().step(rows)
+            raise GenerationFailed("a step went wrong")
+        return super().step(rows, most)
 
 
 def traced(url: str, **settings: Any) -> TracingSettings:

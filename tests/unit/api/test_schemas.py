@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from serve.api.analysis_schemas import AnalysisOrder
 from serve.api.job_schemas import webhook_body
 from serve.api.model_schemas import ModelView
 from serve.api.schemas import EventView, JobOrder, JobView, PreviewView
@@ -37,11 +38,26 @@ def fields_of(new: Any, but: Collection[str]) -> dict[str, Any]:
     return {each.name: each.default for each in dataclasses.fields(new) if each.name not in (*but, "prompt")}
 
 
+OF_PROMPTS = {
+    "prompt": [{"text": "a\tb", "weight": 0.5}, {"text": "c", "weight": 1.0}],
+    "schedule": [{"from": 1, "to": 0.5, "prompt": "d", "ramp": True}],
+    "prompt_syntax": "compel",
+    "prompt_weighting": "multiply",
+    "long_prompt": "hierarchical",
+    "variables": {"e": "f"},
+    "template": "g",
+    "arm": "h",
+}
+
+
 def test_an_order_has_the_fields_and_defaults_of_the_service() -> None:
     # The salt is no client's to choose: it comes from the header that an authenticating proxy sets.
     assert defaults(JobOrder) == fields_of(NewImage, but={"salt"})
-    assert defaults(EmbeddingOrder, but={"dtype", "output"}) == fields_of(NewText, but={"salt"})
-    assert set(ModelView.model_fields) - {"object", "images"} == {each.name for each in dataclasses.fields(ModelInfo)}
+    of_texts = defaults(EmbeddingOrder, but={"dtype", "output"}) | defaults(AnalysisOrder)
+    assert of_texts == fields_of(NewText, but={"salt"})
+    assert set(ModelView.model_fields) - {"object", "images", "concepts"} == {
+        each.name for each in dataclasses.fields(ModelInfo)
+    }
 
 
 def test_a_full_order_is_taken_as_it_stands() -> None:
@@ -52,20 +68,22 @@ def test_a_full_order_is_taken_as_it_stands() -> None:
     order |= {"image": "data:image/png;base64,AAAA", "mask": f"{'0' * 32}/mask", "strength": 1, "preview_every": 5}
     order |= {"output_format": "webp", "output_compression": 80, "bit_depth": 8}
     order |= {"priority": "batch", "webhook": "https://example.com/told?of=this"}
-    assert parse(json.dumps(order)).model_dump() == order
+    order |= OF_PROMPTS
+    assert parse(json.dumps(order)).model_dump(by_alias=True) == order
 
 
 def test_a_full_text_order_is_taken_as_it_stands() -> None:
     order = {"prompt": "a\tb\n(c:1.2) 🐈", "negative_prompt": "", "model": "shapes", "width": 64, "height": 2048}
     order |= {"clip_skip": 1, "use_t5": False, "max_sequence_length": 77, "dtype": "bfloat16", "output": "report"}
-    assert parse_text(json.dumps(order)).model_dump() == order
+    order |= OF_PROMPTS | {"seed": 3, "num_inference_steps": 20, "step": 5}
+    assert parse_text(json.dumps(order)).model_dump(by_alias=True) == order
     assert parse_text('{"prompt": "a"}').negative_prompt is None
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", "null"),
+        ("prompt", "1"),
         ("prompt", r'"a\u0000b"'),
         ("negative_prompt", "1"),
         ("negative_prompt", r'"\udfff"'),
@@ -81,7 +99,9 @@ def test_a_full_text_order_is_taken_as_it_stands() -> None:
         ("dtype", "null"),
         ("output", '"json"'),
         ("salt", '"0123456789abcdef"'),
-        ("seed", "7"),
+        ("seed", "1.5"),
+        ("step", "null"),
+        ("guidance_scale", "7"),
     ],
 )
 def test_each_wrong_field_of_a_text_order_is_refused_by_name(field: str, value: str) -> None:
@@ -94,9 +114,9 @@ def test_each_wrong_field_of_a_text_order_is_refused_by_name(field: str, value: 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", "null"),
         ("prompt", "1"),
-        ("prompt", '["a"]'),
+        ("prompt", '{"text": "a"}'),
+        ("prompt", "[]"),
         ("prompt", r'"a\u0000b"'),
         ("prompt", r'"a\ud800b"'),
         ("prompt", r'"a\u001bb"'),
@@ -104,7 +124,15 @@ def test_each_wrong_field_of_a_text_order_is_refused_by_name(field: str, value: 
         ("prompt", r'"a\u009bb"'),
         ("negative_prompt", r'"\u0000"'),
         ("negative_prompt", r'"\udfff"'),
-        ("negative_prompt", "null"),
+        ("negative_prompt", "true"),
+        ("schedule", '"10-20"'),
+        ("prompt_syntax", '"markdown"'),
+        ("prompt_syntax", "1"),
+        ("prompt_weighting", "null"),
+        ("long_prompt", '"cut"'),
+        ("variables", "[]"),
+        ("template", "1"),
+        ("arm", json.dumps("x" * 257)),
         ("model", "true"),
         ("model", r'"\u0007"'),
         ("model", json.dumps("x" * 257)),
@@ -156,6 +184,45 @@ def test_each_wrong_type_is_refused_by_name(field: str, value: str) -> None:
     assert [error["loc"] for error in caught.value.errors()] == [(field,)]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "place"),
+    [
+        ("prompt", '["a"]', (0,)),
+        ("prompt", '[{"text": "a"}, {"weight": 1}]', (1, "text")),
+        ("prompt", '[{"text": "a", "weight": NaN}]', (0, "weight")),
+        ("prompt", '[{"text": "a", "weight": true}]', (0, "weight")),
+        ("prompt", '[{"text": "a", "wieght": 1}]', (0, "wieght")),
+        ("prompt", r'[{"text": "a\u0000"}]', (0, "text")),
+        ("negative_prompt", '[{"text": 1}]', (0, "text")),
+        ("schedule", '[{"to": 5, "prompt": "a"}]', (0, "from")),
+        ("schedule", '[{"from": true, "prompt": "a"}]', (0, "from")),
+        ("schedule", '[{"from": 1, "to": NaN, "prompt": "a"}]', (0, "to")),
+        ("schedule", '[{"from": 1, "to": -1, "prompt": "a"}]', (0, "to")),
+        ("schedule", '[{"from": 1, "to": 1e400, "prompt": "a"}]', (0, "to")),
+        ("schedule", '[{"from": 1}]', (0, "prompt")),
+        ("schedule", '[{"from": 1, "prompt": [{"text": 2}]}]', (0, "prompt", 0, "text")),
+        ("schedule", '[{"from": 1, "prompt": "a", "ramp": 1}]', (0, "ramp")),
+        ("variables", '{"a": 1}', ("a",)),
+        ("variables", r'{"a": "\ud800"}', ("a",)),
+    ],
+)
+def test_a_wrong_piece_is_refused_by_its_place(field: str, value: str, place: tuple[Any, ...]) -> None:
+    prompt = "" if field == "prompt" else '"prompt": "a", '
+    with pytest.raises(ValidationError) as caught:
+        parse(f'{{{prompt}"{field}": {value}}}')
+    assert [error["loc"] for error in caught.value.errors()] == [(field, *place)]
+
+
+def test_a_step_and_a_share_stay_what_they_were_written_as() -> None:
+    order = parse('{"prompt": "a", "schedule": [{"from": 1, "to": 1.0, "prompt": "b"}, {"from": 0.5, "prompt": "c"}]}')
+    entries = order.model_dump(by_alias=True)["schedule"]
+    assert [(entry["from"], type(entry["from"]), entry["to"]) for entry in entries] == [
+        (1, int, 1.0),
+        (0.5, float, None),
+    ]
+    assert type(entries[0]["to"]) is float
+
+
 @given(st.text(st.characters()))
 def test_any_text_is_taken_unchanged_or_refused(text: str) -> None:
     refused = any(unicodedata.category(each) in ("Cc", "Cs") and each not in "\t\n\r" for each in text)
@@ -200,8 +267,9 @@ def test_a_finished_job_names_its_images_under_the_mount_and_hides_their_keys() 
 def test_the_request_of_a_job_is_an_order_that_repeats_it() -> None:
     salted = dataclasses.replace(job().request, clip_skip=1, salt="0123456789abcdef")
     view = json.loads(JobView.of(job(request=salted), "").model_dump_json())
-    again = parse(json.dumps(view["request"])).model_dump(exclude={"aspect_ratio", "round_size", "priority", "webhook"})
-    assert again | {"salt": salted.salt} == dataclasses.asdict(salted)
+    beside = {"aspect_ratio", "round_size", "priority", "webhook", "schedule", "variables"}
+    again = parse(json.dumps(view["request"])).model_dump(exclude=beside)
+    assert again | {"composed": 1, "salt": salted.salt} == dataclasses.asdict(salted)
 
 
 def test_what_a_job_started_from_is_a_reference_in_its_request() -> None:
@@ -248,4 +316,4 @@ def test_a_webhook_tells_the_job_as_the_api_does() -> None:
     assert (told["type"], told["timestamp"]) == ("job.succeeded", "2023-11-14T22:13:20.500000Z")
     assert told["data"] == json.loads(JobView.of(ended, "https://images.example").model_dump_json())
     assert told["data"]["images"][0]["url"].startswith("https://images.example/v1/images/")
-    assert "token" not in json.dumps(told)
+    assert "token=x" not in json.dumps(told)

@@ -40,7 +40,7 @@ class Script:
     the job's places in the queue, one for each time that somebody looks, before it starts.
 
     A text is refused if it is "bad", and `busy` texts are answered 503 before the first is encoded. `most_at_once` is
-    how many were on their way together.
+    how many were on their way together. `found` is what there is to say of prompts, to both who ask.
     """
 
     url: str = ""
@@ -68,6 +68,9 @@ class Script:
     most_at_once: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
     cleared: int = 0
+    analyses: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
 
     def job(self) -> dict[str, Any]:
         ended = self.seen > STEPS
@@ -187,6 +190,14 @@ class Script:
         cache = {"memory": int(known), "redis": 0, "encoded": int(not known)}
         return JSONResponse({"model": "shapes", "family": "sd", "cache": cache, "truncated": cut})
 
+    async def analyze(self, request: Request) -> Response:
+        self.analyses.append(await request.json())
+        return self.refusal or JSONResponse(self.found)
+
+    async def compare(self, request: Request) -> Response:
+        self.comparisons.append(await request.json())
+        return self.refusal or JSONResponse(self.found)
+
     async def cache_state(self, request: Request) -> Response:
         if self._unknown(request):
             return error(401, "this server wants an API key", None)
@@ -223,6 +234,8 @@ def script() -> Iterator[Script]:
             Route("/v1/jobs/{id}/events", script.events),
             Route("/v1/images/{id}/{index}", script.image),
             Route("/v1/embeddings", script.embed, methods=["POST"]),
+            Route("/v1/prompts/analyze", script.analyze, methods=["POST"]),
+            Route("/v1/prompts/similarity", script.compare, methods=["POST"]),
             Route("/v1/cache", script.cache_state),
             Route("/v1/cache", script.clear, methods=["DELETE"]),
             Route("/readyz", script.ready),

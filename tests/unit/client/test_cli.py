@@ -162,7 +162,7 @@ def test_a_key_is_named_by_option_or_environment_and_its_refusal_is_one_line(
     assert tandem(monkeypatch, "config", "show", "--json") == 0, "no setting, and no mistake"
     assert script.key not in capsys.readouterr().out
     assert tandem(monkeypatch, *order, "--priority", "batch") == 0
-    assert script.orders[-1] == {"prompt": "x", "negative_prompt": "", "num_images": 1, "priority": "batch"}
+    assert script.orders[-1] == {"prompt": "x", "num_images": 1, "priority": "batch"}
     error = {"message": "more than 60 orders a minute", "type": "x", "param": None, "code": "rate_limited"}
     script.refusal = JSONResponse({"error": error}, 429, {"Retry-After": "12"})
     capsys.readouterr()
@@ -179,7 +179,9 @@ def test_a_file_that_can_t_be_written_is_named(
     assert not script.orders, "nothing is drawn that can't be kept"
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["up", "--port", "x"], ["nonsense"], ["generate", "x", "--nope"]])
+@pytest.mark.parametrize(
+    "arguments", [["generate", "--seed", "x"], ["up", "--port", "x"], ["nonsense"], ["generate", "x", "--nope"]]
+)
 def test_wrong_usage_is_explained_without_a_trace(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

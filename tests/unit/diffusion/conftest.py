@@ -1,6 +1,7 @@
 """The shipped model's parts, loaded once for the room's tests."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import ImageRequest, Schedule
+from serve.domain import ImageRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
@@ -58,9 +59,10 @@ def work(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callab
         } | parameters
         request = ImageRequest(prompt=prompt, **values)  # type: ignore[arg-type]
         plan = planner.plan(request.text)
-        outputs = tower.encode([Row(unit.token_ids) for unit in plan.units])
+        outputs = tower.encode([Row.of(unit, tower.outputs) for unit in plan.units])
         embeddings = {unit.key: pack(row[unit.output]) for unit, row in zip(plan.units, outputs, strict=True)}
-        return Work(run_id, request, Schedule.constant(compose(plan, embeddings)), image, mask)
+        request = replace(request, composed=plan.composed)
+        return Work(run_id, request, compose(plan, embeddings), image, mask)
 
     return make
 

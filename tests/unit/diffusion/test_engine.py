@@ -14,6 +14,7 @@ from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row, StepScheduler
 from serve.domain import Conditioning, Schedule, StepEvent
+from serve.encoders.export import conditioning_at
 from serve.errors import DeviceLost, GenerationFailed, NotFinite, OutOfMemory
 from serve.telemetry.metrics import InProcessMetrics
 
@@ -38,11 +39,11 @@ class WatchedRunner(Runner):
         self.under_way = Event()
         self.gate = Event()
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         self.steps.append(list(rows))
         self.under_way.set()
         assert self.gate.wait(60)
-        return super().step(rows)
+        return super().step(rows, most)
 
 
 def test_a_4_step_job_behind_eight_50_step_jobs_finishes_first(runner: Runner, work: MakeWork) -> None:
@@ -110,6 +111,24 @@ def test_the_slowest_known_step_is_that_of_what_is_in_hand(runner: Runner, work:
     engine.stop()
 
 
+def test_a_row_of_more_lanes_than_a_step_has_takes_the_longer(runner: Runner, work: MakeWork) -> None:
+    watched, profile = WatchedRunner(runner), Profile(2)
+    profile.learn((16, 16), 4, 300.0)
+    engine = Engine(watched, StepScheduler(profile), profile, InProcessMetrics())
+    job = work("wide", num_inference_steps=1)
+    (phase,) = job.schedule.phases
+    wide = replace(phase, positive=phase.positive * 7)
+    future = engine.submit(
+        replace(job, request=replace(job.request, composed=7), schedule=replace(job.schedule, phases=(wide,))),
+        ignore,
+    )
+    assert watched.under_way.wait(60)
+    assert engine.slowest_step_s == pytest.approx(0.6)
+    watched.gate.set()
+    future.result(60)
+    engine.stop()
+
+
 def test_steps_are_told_in_order(engine: Engine, work: MakeWork) -> None:
     told: list[StepEvent] = []
     rendered = engine.submit(work("told", num_inference_steps=5, num_images=2), told.append).result(60)
@@ -154,7 +173,7 @@ def test_a_run_that_is_here_is_not_begun_again(engine: Engine, work: MakeWork) -
 
 def test_not_a_number_fails_its_job_drawn(engine: Engine, work: MakeWork) -> None:
     good = work("good")
-    text = good.schedule.at(0)
+    text = conditioning_at(good.schedule, 0)
     nan = Schedule.constant(Conditioning(torch.full_like(text.positive, torch.nan), text.negative))
     bad, fine = engine.submit(replace(good, run_id="bad", schedule=nan), ignore), engine.submit(good, ignore)
     with pytest.raises(NotFinite, match="not-a-number"):
@@ -166,13 +185,13 @@ def test_not_a_number_fails_its_job_drawn(engine: Engine, work: MakeWork) -> Non
 class Poisoned(WatchedRunner):
     """Any step with a row of the run `wrong` in it fails as a whole."""
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         if any(row.run_id == "wrong" for row in rows):
             self.steps.append(list(rows))
             self.under_way.set()
             assert self.gate.wait(60)
             raise RuntimeError("no such kernel")
-        return super().step(rows)
+        return super().step(rows, most)
 
 
 def test_a_job_that_breaks_the_step_leaves_its_neighbours_unharmed(runner: Runner, work: MakeWork) -> None:
@@ -190,16 +209,27 @@ def test_a_job_that_breaks_the_step_leaves_its_neighbours_unharmed(runner: Runne
 
 
 class SmallDevice(WatchedRunner):
-    """A device that has memory for so many lanes."""
+    """A device that has memory for so many lanes in one pass. `tried` are those of each step, and whether it was made;
+    `wide` is a shape of which it has not even memory for one."""
 
-    most = 3
+    holds = 3
+    wide = (24, 24)
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
-        if sum(row.lanes for row in rows) > self.most:
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner)
+        self.tried: list[tuple[int, bool]] = []
+
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
+        assert most is not None
+        lanes = min(most, sum(row.lanes for row in rows))
+        fits = lanes <= self.holds and rows[0].group.shape != self.wide
+        self.tried.append((lanes, fits))
+        if not fits:
             self.steps.append(list(rows))
+            self.under_way.set()
             assert self.gate.wait(60)
             raise OutOfMemory("the denoiser: the device ran out of memory")
-        return super().step(rows)
+        return super().step(rows, most)
 
 
 def test_out_of_memory_halves_the_batch_and_is_remembered(runner: Runner, work: MakeWork) -> None:
@@ -212,31 +242,58 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(runner: Runner, work: 
     for job, future in zip(jobs, futures, strict=True):
         assert difference(future.result(60).images[0], drawn(runner, job)[0]) <= 1
     engine.stop()
-    too_large = [number for number, rows in enumerate(small.steps) if sum(row.lanes for row in rows) > small.most]
+    too_large = [lanes for lanes, fits in small.tried if not fits]
     assert too_large
     assert len(too_large) <= 4, "the loop went on asking for more than there is"
-    assert profile.lanes((16, 16)) <= small.most
+    assert profile.lanes((16, 16)) <= small.holds
     assert profile.lanes((8, 8)) == 16
     assert metrics.value("tandem_engine_out_of_memory_total") == len(too_large)
 
 
+@pytest.mark.parametrize(("prompts", "holds"), [(1, 1), (4, 1), (4, 2), (4, 3)])
+def test_an_image_of_more_lanes_than_fit_makes_its_steps_in_parts_drawn(
+    runner: Runner, work: MakeWork, prompts: int, holds: int
+) -> None:
+    """A guided one, a composition of four prompts; and from the second step on nobody asks for more than there is."""
+    small, profile = SmallDevice(runner), Profile(4)
+    small.holds = holds
+    small.gate.set()
+    plain = work("plain", num_inference_steps=4)
+    (phase,) = plain.schedule.phases
+    composed = replace(phase, positive=tuple((1 / prompts, mix) for _, mix in phase.positive * prompts))
+    job = replace(
+        plain,
+        request=replace(plain.request, composed=prompts),
+        schedule=replace(plain.schedule, phases=(composed,)),
+    )
+    engine = Engine(small, StepScheduler(profile), profile, InProcessMetrics())
+    image = engine.submit(job, ignore).result(60).images[0]
+    engine.stop()
+    assert difference(image, drawn(runner, plain)[0]) <= 1
+    assert [fits for _, fits in small.tried].count(True) == 4
+    failed = [lanes for lanes, fits in small.tried if not fits]
+    assert failed == sorted(set(failed), reverse=True) != []
+    assert all(fits for _, fits in small.tried[len(failed) :])
+    assert profile.lanes((16, 16)) <= holds
+
+
 def test_an_image_that_never_fits_fails_drawn(runner: Runner, work: MakeWork) -> None:
     small = SmallDevice(runner)
-    small.most = 1
     small.gate.set()
     engine = open_engine(small)
-    guided = engine.submit(work("guided"), ignore)
-    plain = engine.submit(work("plain", guidance_scale=1.0), ignore)
+    wide = engine.submit(work("wide", width=192, height=192), ignore)
+    fine = engine.submit(work("fine", num_inference_steps=2), ignore)
     with pytest.raises(OutOfMemory):
-        guided.result(60)
-    assert len(plain.result(60).images) == 1
+        wide.result(60)
+    assert [lanes for lanes, fits in small.tried if not fits] == [2, 1]
+    assert len(fine.result(60).images) == 1
     engine.stop()
 
 
 class LostDevice(Runner):
     """A runner whose device fails at a step, as a real one does: for good."""
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         raise DeviceLost("the device failed")
 
 

@@ -32,13 +32,13 @@ class TimedRunner(Runner):
         self.gate = Event()
         self.failing = 0
 
-    def step(self, rows: Sequence[Row]) -> dict[Row, Exception]:
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
         assert self.gate.wait(60)
         if self.failing and len(rows) > 1:
             self.failing -= 1
             raise OutOfMemory("no memory for a step")
         started = time.monotonic()
-        failed = super().step(rows)
+        failed = super().step(rows, most)
         self.steps.append(([row.run_id for row in rows], time.monotonic() - started))
         return failed
 

@@ -20,7 +20,7 @@ from support.image_models import auraflow_model, flux_model, pixart_model, sd3_m
 from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family, Lane, Text
 from serve.diffusion.families.flux import image_ids, pack, unpack
-from serve.domain import Conditioning
+from serve.domain import Conditioning, Schedule
 from serve.errors import OperatorError
 from serve.models.folder import check_folder
 from serve.settings import DiffusionSettings
@@ -105,7 +105,7 @@ def draw(
     channels = family.model.denoiser.latent_channels
     latents = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(7))
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    sides = [side for side in family.text(text) if side is not None]
+    sides = [family.text(each) for each in Schedule.constant(text).texts]
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
         out = family.predict([Lane(scaled, t, side, guidance) for side in sides])

@@ -26,7 +26,7 @@ from support.text_models import OPENCLIP_PROJECTION, fill
 from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family, Lane, Text
 from serve.diffusion.families.unet import guidance_embedding
-from serve.domain import Conditioning
+from serve.domain import TextEmbedding
 from serve.errors import OperatorError
 from serve.models import check_folder
 from serve.settings import DiffusionSettings
@@ -193,25 +193,15 @@ def test_convolutions_are_channels_last_unless_the_operator_says_no(
     assert weight.is_contiguous() is not expected
 
 
-def test_a_conditioning_becomes_text_on_the_device(folder: Callable[[str], Path]) -> None:
-    """The refiner's negative side has time ids of its own; SDXL's sides share them."""
+def test_a_text_comes_to_the_device_in_the_dtype_of_the_denoiser(folder: Callable[[str], Path]) -> None:
     family = opened(folder("refiner"), dtype=torch.bfloat16)
-    positive, negative = torch.randn(ROW, 48), torch.randn(ROW, 48)
-    pooled, other = torch.randn(28), torch.randn(28)
-    ids, other_ids = torch.arange(5.0), torch.arange(5.0) + 1
-    ours, theirs = family.text(Conditioning(positive, negative, pooled, other, ids, other_ids))
-    assert theirs is not None
-    assert torch.equal(ours.context, positive.bfloat16())
-    assert ours.pooled is not None
-    assert ours.pooled.dtype == torch.bfloat16
-    for text, expected in ((ours, ids), (theirs, other_ids)):
-        assert text.time_ids is not None
-        assert torch.equal(text.time_ids, expected.bfloat16())
-    shared = family.text(Conditioning(positive, negative, pooled, other, ids))[1]
-    assert shared is not None
-    assert shared.time_ids is not None
-    assert torch.equal(shared.time_ids, ids.bfloat16())
-    assert family.text(Conditioning(positive, None, pooled, None, ids))[1] is None
+    context, pooled, ids = torch.randn(ROW, 48), torch.randn(28), torch.arange(5.0)
+    text = family.text(TextEmbedding(context, pooled), ids)
+    for found, expected in ((text.context, context), (text.pooled, pooled), (text.time_ids, ids)):
+        assert found is not None
+        assert torch.equal(found, expected.bfloat16())
+    alone = family.text(TextEmbedding(context))
+    assert (alone.pooled, alone.time_ids) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import Conditioning, ImageRequest, Schedule, Task
+from serve.domain import ImageRequest, Mix, Phase, Schedule, Task, TextEmbedding
 from serve.models import ModelFolder, check_folder
 from serve.models.samplers import sampler_names
 from serve.settings import DiffusionSettings
@@ -76,6 +76,7 @@ sd_jobs = st.fixed_dictionaries(
         "prompt": st.sampled_from(["a red circle on a blue background", "a pink heart on black", LONG]),
         "negative_prompt": st.sampled_from(["", "yellow", LONG]),
         "then": st.sampled_from([None, "a white square", LONG]),
+        "how": st.sampled_from(["switch", "ramp", "and"]),
         "guidance_scale": st.sampled_from([0.0, 1.0, 2.5, 7.0]),
         "scheduler": st.sampled_from([None, *sampler_names("diffusion")]),
         "num_images": st.integers(1, 2),
@@ -85,15 +86,41 @@ sd_jobs = st.fixed_dictionaries(
 )
 
 
-def scheduled(work: MakeWork, job: Work, then: str | None) -> Work:
-    """The job with another prompt from its second step on, and its own again for the last."""
+def scheduled(work: MakeWork, job: Work, then: str | None, how: str) -> Work:
+    """The job with another prompt: from its second step on, with its own again for the last; mixed with its own, more
+    of it at each step; or composed with its own, where there is guidance. Texts of unlike lengths are not mixed."""
     if then is None:
         return job
-    text = job.request.text
-    other = work("", then, negative_prompt=text.negative_prompt or "", guidance_scale=job.request.guidance_scale)
-    first, second = job.schedule.at(0), other.schedule.at(0)
-    last = max(2, job.request.num_inference_steps - 1)
-    return replace(job, schedule=Schedule(((0, first), (1, second), (last, first))))
+    request, text = job.request, job.request.text
+    other = work("", then, negative_prompt=text.negative_prompt or "", guidance_scale=request.guidance_scale)
+    texts = job.schedule.texts + other.schedule.texts
+    ours, theirs = job.schedule.at(0), shifted(other.schedule.at(0), len(job.schedule.texts))
+    ((_, mine),), ((_, added),) = ours.positive, theirs.positive
+    if how == "and" and request.guided:
+        composed = replace(ours, positive=((0.9, mine), (0.4, added)))
+        return replace(job, request=replace(request, composed=2), schedule=Schedule(texts, (composed,)))
+    steps = request.num_inference_steps
+    if how == "ramp" and len({len(each.context) for each in texts}) == 1:
+        shares = [step / steps for step in range(steps)]
+        mixes = [scaled(mine, 1 - share) + scaled(added, share) for share in shares]
+        ramp = (replace(ours, first=step, positive=((1.0, mix),)) for step, mix in enumerate(mixes))
+        return replace(job, schedule=Schedule(texts, tuple(ramp)))
+    phases = ours, replace(theirs, first=1), replace(ours, first=max(2, steps - 1))
+    return replace(job, schedule=Schedule(texts, phases))
+
+
+def shifted(phase: Phase, by: int) -> Phase:
+    """The phase over texts that come after so many others."""
+
+    def mix(mix: Mix) -> Mix:
+        return tuple((share, index + by) for share, index in mix)
+
+    negative = None if phase.negative is None else mix(phase.negative)
+    return Phase(phase.first, tuple((weight, mix(each)) for weight, each in phase.positive), negative)
+
+
+def scaled(mix: Mix, by: float) -> Mix:
+    return tuple((share * by, index) for share, index in mix)
 
 
 @slow(max_examples=10)
@@ -102,10 +129,10 @@ def test_the_shipped_model(runner: Runner, work: MakeWork, mix: list[dict[str, A
     jobs, leaving = [], set()
     for number, order in enumerate(mix):
         values = dict(order)
-        then, name = values.pop("then"), f"job{number}"
+        then, how, name = values.pop("then"), values.pop("how"), f"job{number}"
         if values.pop("cancelled"):
             leaving.add(name)
-        jobs.append(scheduled(work, work(name, **inputs(values), **values), then))
+        jobs.append(scheduled(work, work(name, **inputs(values), **values), then, how))
     check(runner, jobs, leaving, max_batch_size)
 
 
@@ -120,6 +147,7 @@ small_jobs = st.fixed_dictionaries(
         "height": st.sampled_from([32, 64]),
         "tokens": st.sampled_from([9, 16]),
         "negative_tokens": st.sampled_from([9, 16]),
+        "composed": st.integers(1, 3),
     }
 )
 
@@ -137,7 +165,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def made_up_work(model: ModelFolder, name: str, order: dict[str, Any]) -> Work:
-    """A job whose text is made up."""
+    """A job whose text is made up: one prompt or several, each mixed with one and the same from the second step on."""
     assert model.denoiser is not None
     values = dict(order)
     samplers = [None, *sampler_names(model.denoiser.process)]
@@ -161,18 +189,23 @@ def made_up_work(model: ModelFolder, name: str, order: dict[str, Any]) -> Work:
 
     has_negative = guided > 1
     ids = torch.tensor([values["height"], values["width"], 0.0, 0.0, values["height"], values["width"]])
-    conditioning = Conditioning(
-        positive=normal(tokens, width),
-        negative=normal(negative_tokens, width) if has_negative else None,
-        pooled=normal(pooled) if pooled else None,
-        negative_pooled=normal(pooled) if pooled and has_negative else None,
-        time_ids=ids if model.family == "sdxl" else None,
-        negative_time_ids=ids if model.family == "sdxl" and has_negative else None,
+    composed = values["composed"] = values["composed"] if has_negative else 1
+    texts = tuple(
+        TextEmbedding(normal(each, width), normal(pooled) if pooled else None)
+        for each in (tokens,) * (composed + 1) + (negative_tokens,) * has_negative
+    )
+    negative: Mix | None = ((1.0, composed + 1),) if has_negative else None
+    parts = [(0.8 / (n + 1), ((1.0, n),)) for n in range(composed)]
+    mixed = [(weight, ((0.3, n), (0.7, composed))) for n, (weight, _) in enumerate(parts)]
+    schedule = Schedule(
+        texts,
+        (Phase(0, tuple(parts), negative), Phase(1, tuple(mixed), negative)),
+        ids if model.family == "sdxl" else None,
     )
     started = inputs(values)
     kept = {key: None if each is None else f"{name}/{key}.png" for key, each in started.items()}
     request = ImageRequest(model=model.name, prompt="", **values, **kept)
-    return Work(name, request, Schedule.constant(conditioning), started.get("image"), started.get("mask"))
+    return Work(name, request, schedule, started.get("image"), started.get("mask"))
 
 
 @slow(max_examples=8)

@@ -15,6 +15,7 @@ from serve.diffusion import vae
 from serve.diffusion.run import Work
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.domain import Conditioning, Schedule
+from serve.encoders.export import conditioning_at
 from serve.errors import DeviceLost, GenerationFailed, OperatorError
 from serve.models import ModelFolder, check_folder
 from serve.settings import DiffusionSettings
@@ -24,7 +25,7 @@ MakeWork = Callable[..., Work]
 
 def test_not_a_number_fails_its_row_alone(runner: Runner, work: MakeWork) -> None:
     good = work("good", num_inference_steps=4)
-    text = good.schedule.at(0)
+    text = conditioning_at(good.schedule, 0)
     poison = Schedule.constant(Conditioning(torch.full_like(text.positive, torch.nan), text.negative))
     rows = []
     for each in (good, replace(good, run_id="bad", schedule=poison)):
@@ -37,24 +38,6 @@ def test_not_a_number_fails_its_row_alone(runner: Runner, work: MakeWork) -> Non
     for _ in range(3):
         assert not runner.step(rows[:1])
     assert difference(runner.decode(runner.release(rows[0])), drawn(runner, good)[0]) <= 1
-
-
-def test_texts_change_at_their_step(runner: Runner, work: MakeWork) -> None:
-    """Phases that say the same are one; a phase that comes after the last step changes nothing; others do."""
-    circle, star = work("circle", "a red circle on blue").schedule.at(0), work("star", "a green star").schedule.at(0)
-    job = work("scheduled", num_inference_steps=6, scheduler="heun")
-    phases = {
-        "circle": ((0, circle),),
-        "same": ((0, circle), (3, circle)),
-        "late": ((0, circle), (6, star)),
-        "first": ((0, circle), (1, star)),
-        "star": ((0, star),),
-    }
-    images = {name: drawn(runner, replace(job, schedule=Schedule(each)))[0] for name, each in phases.items()}
-    assert difference(images["circle"], images["same"]) == 0
-    assert difference(images["circle"], images["late"]) == 0
-    assert difference(images["circle"], images["first"]) > 10
-    assert difference(images["star"], images["first"]) > 10
 
 
 def test_an_image_to_start_from_must_be_there(runner: Runner, work: MakeWork) -> None:

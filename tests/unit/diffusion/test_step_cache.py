@@ -1,6 +1,7 @@
 """Reused predictions: which they may be, what they cost in the batch, and that the image says so."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from serve.diffusion.families.base import Lane
 from serve.diffusion.run import Work
 from serve.diffusion.runner import Runner
 from serve.diffusion.step_cache import StepCache
+from serve.domain import Phase, Schedule, TextEmbedding
+from serve.encoders.export import conditioning_at
 
 MakeWork = Callable[..., Work]
 
@@ -80,6 +83,64 @@ def test_a_line_is_followed_to_its_next_point_and_no_further() -> None:
     cache.made(101 * ones, 6 * ones)
     assert torch.allclose(cache.reuse(102 * ones, 1 / 200), 6.5 * ones)
     assert torch.allclose(cache.reuse(103 * ones, 1.0), 7 * ones)
+
+
+def test_a_new_start_is_made_twice_whatever_was_before() -> None:
+    cache = StepCache(threshold=10.0, forwards=100)
+    ones = torch.ones(1, 4, 8, 8)
+    for value in (1.0, 2.0, 3.0):
+        cache.made(ones, value * ones)
+    assert cache.drift(ones) is not None
+    cache.restart()
+    made = [100.0, 101.0]
+    for value in made:
+        assert cache.drift(ones) is None
+        cache.made(ones * value, value * ones)
+    assert cache.drift(102 * ones) is not None
+    assert torch.allclose(cache.reuse(102 * ones, 1 / 200), 101.5 * ones), "the line is the new text's alone"
+
+
+def switching(work: MakeWork, name: str, every: int, **parameters: object) -> Work:
+    """A job whose text is another after every so many steps."""
+    parameters |= {"num_inference_steps": 24, "width": 64, "height": 64}
+    job, other = work(name, **parameters), work(name, "a green star on black", **parameters)
+    ours, theirs = (conditioning_at(each.schedule, 0) for each in (job, other))
+    assert ours.negative is not None
+    texts = tuple(TextEmbedding(context) for context in (ours.positive, theirs.positive, ours.negative))
+    phases = tuple(
+        Phase(first, ((1.0, ((1.0, number % 2),)),), ((1.0, 2),)) for number, first in enumerate(range(0, 24, every))
+    )
+    return replace(job, schedule=Schedule(texts, phases))
+
+
+def test_no_prediction_serves_another_text(runner: Runner, work: MakeWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is new at every step, or at every other, leaves nothing to reuse."""
+    passes = Passes(runner, monkeypatch)
+    for every in (1, 2):
+        jobs = [switching(work, f"{every} {value}", every, step_cache=value) for value in (0.0, 1.0)]
+        (exact, cached), labels = drawn(runner, jobs)
+        assert labels == [(), ()]
+        assert np.abs(exact - cached).max() <= 1
+    assert passes.lanes == [4] * 48
+
+
+def test_a_switch_is_made_and_the_step_after_it(
+    runner: Runner, work: MakeWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threshold leaves out all that may be: the first two of each text remain, and the last."""
+    passes = Passes(runner, monkeypatch)
+    made: list[int] = []
+    job = switching(work, "switch", 8, step_cache=1e9)
+    row = runner.rows(job)[0]
+    runner.begin(row, job, None)
+
+    for step in range(24):
+        before = len(passes.lanes)
+        assert not runner.step([row])
+        made += [step] * (len(passes.lanes) - before)
+    assert made == [0, 1, 8, 9, 16, 17, 23]
+    assert runner.approximate(row) == ("step_cache",)
+    runner.drop([row])
 
 
 def test_reused_predictions_take_no_lanes(runner: Runner, work: MakeWork, monkeypatch: pytest.MonkeyPatch) -> None:

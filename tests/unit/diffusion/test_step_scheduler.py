@@ -11,7 +11,7 @@ from serve.diffusion.scheduler import Group, Row, StepPlan, StepScheduler
 
 GROUPS = [Group((16, 16)), Group((16, 24)), Group((16, 16), context=77), Group((16, 16), adapters=("a", "b"))]
 Order = tuple[int, int, Group, int]
-orders = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from(GROUPS), st.integers(1, 2))
+orders = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from(GROUPS), st.integers(1, 5))
 
 
 @dataclass

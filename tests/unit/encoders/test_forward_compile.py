@@ -45,6 +45,11 @@ def test_it_equals_the_eager_one_and_no_request_compiles(
                     assert found.keys() == expected.keys()
                     for name, tensor in expected.items():
                         assert torch.allclose(found[name], tensor, atol=1e-5, rtol=0), (name, count, length)
+        masked = [replace(row, hidden=(2, 3)) for row in random_rows(encoder, 2)]
+        ours = thread.submit(compiled.encode, masked).result()
+        for found, expected in zip(ours, eager.encode(masked), strict=True):
+            for name, tensor in expected.items():
+                assert torch.allclose(found[name], tensor, atol=1e-5, rtol=0), name
     assert graphs() == built
 
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from serve.domain import Conditioning, EncodeUnit, TextRequest
+from serve.domain import Conditioning, EncodeUnit, LongPrompt, TextRequest, Weighting
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
+from serve.encoders.export import conditioning_at
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Registry, register
 from serve.models.folder import SHIPPED, ModelFolder, check_folder
 from serve.prompts.families import UNPADDED
-from serve.prompts.plan import Planner
+from serve.prompts.plan import Planner, PromptPlan
 from serve.settings import Settings
 
 FOLDERS: Mapping[str, Callable[[Path], Path]] = {
@@ -74,7 +76,8 @@ TEXTS = {
     "odd": ("!!! Großes 緑の星 \U0001f600 <|endoftext|> red </s> circle!", " "),
     "cut": ("a tiny purple star, " * 120, "low quality " * 50),
 }
-REQUEST = TextRequest(model="m", prompt="", width=96, height=64)
+REQUEST = TextRequest(model="m", prompt="", width=96, height=64, long_prompt=LongPrompt.HEAD)
+"""The stock pipelines read the head of a long text."""
 ATOL = 1e-5
 
 
@@ -94,7 +97,7 @@ class House:
         for encoder, length in {(unit.encoder, len(unit.token_ids)) for unit in wanted}:
             tower = self.towers[encoder]
             batch = [unit for unit in wanted if (unit.encoder, len(unit.token_ids)) == (encoder, length)]
-            rows = [Row(unit.token_ids, None if unit.output in tower.outputs else unit.output) for unit in batch]
+            rows = [Row.of(unit, tower.outputs) for unit in batch]
             for unit, found in zip(batch, tower.encode(rows), strict=True):
                 packed[unit.key] = pack(found[unit.output])
         return packed
@@ -105,7 +108,12 @@ class House:
         shared = {(unit.encoder, len(unit.token_ids)) for unit in plan.units}
         strangers = [unit for unit in beside if (unit.encoder, len(unit.token_ids)) in shared]
         assert not beside or strangers or self.models[name].family in UNPADDED
-        return compose(plan, self.encode((*strangers, *plan.units)))
+        return composed(plan, self.encode((*strangers, *plan.units)))
+
+
+def composed(plan: PromptPlan, embeddings: Mapping[str, bytes]) -> Conditioning:
+    """What the first step reads, and here every other."""
+    return conditioning_at(compose(plan, embeddings), 0)
 
 
 @pytest.fixture(scope="module")
@@ -367,19 +375,34 @@ def test_any_mix_batched_together_equals_each_alone(house: House, requests: list
         alone: dict[str, bytes] = {}
         for unit in plan.units:
             alone |= house.encode([unit])
-        assert_equal(compose(plan, together), compose(plan, alone))
+        assert_equal(composed(plan, together), composed(plan, alone))
 
 
+@pytest.mark.parametrize("rule", Weighting)
 @pytest.mark.parametrize("name", FOLDERS)
-def test_weights_are_arithmetic_on_the_same_units(house: House, name: str) -> None:
+def test_weights_are_arithmetic_on_the_same_units(house: House, name: str, rule: Weighting) -> None:
     """Another weight needs no forward, weight 1 changes no bit, and vectors stay as they are."""
-    request = replace(REQUEST, prompt="a red circle", negative_prompt="a star")
+    request = replace(REQUEST, prompt="a red circle", negative_prompt="a star", weighting=rule)
     plan = house.planners[name].plan(request)
-    embeddings = house.encode(plan.units)
-    plain = compose(plan, embeddings)
-    of_one = compose(house.planners[name].plan(replace(request, prompt="a (red:1) ([circle])")), embeddings)
-    assert_equal(of_one, plain)
-    assert torch.equal(of_one.positive, plain.positive)
-    weighted = compose(house.planners[name].plan(replace(request, prompt="a (red:1.5) circle")), embeddings)
-    assert not torch.allclose(weighted.positive, plain.positive, atol=1e-3)
-    assert_equal(replace(weighted, positive=plain.positive), plain)
+    plain = composed(plan, house.encode(plan.units))
+    of_one = house.planners[name].plan(replace(request, prompt="a (red:1) ([circle])"))
+    assert of_one.units == plan.units
+    assert_same(composed(of_one, house.encode(of_one.units)), plain)
+    half = house.planners[name].plan(replace(request, prompt="a (red:0.5) circle"))
+    embeddings = house.encode(half.units)
+    assert len(half.units) > len(plan.units) if rule is Weighting.COMPEL else half.units == plan.units
+    found = [composed(half, embeddings)]
+    for weight in (0.0, 1.5, 2.0):
+        other = house.planners[name].plan(replace(request, prompt=f"a (red:{weight}) circle"))
+        assert other.units == half.units
+        found.append(composed(other, embeddings))
+    for weighted in found:
+        assert not torch.allclose(weighted.positive, plain.positive, atol=1e-3)
+        assert_equal(replace(weighted, positive=plain.positive), plain)
+    assert not any(torch.allclose(one.positive, other.positive, atol=1e-3) for one, other in pairwise(found))
+
+
+def assert_same(got: Conditioning, expected: Conditioning) -> None:
+    """To the bit."""
+    assert_equal(got, expected)
+    assert torch.equal(got.positive, expected.positive)

@@ -439,7 +439,7 @@ def test_what_torch_says_stays_in_the_log(tower: TextTower, encoder: Encoder, te
 
 def test_plain_encode_batch(tower: TextTower, encoder: Encoder, text: Text) -> None:
     pool, _ = make(tower, encoder)
-    asks = [Ask(text(prompt)[0].token_ids, "") for prompt in ("one", "two", "one")]
+    asks = [Ask(Row(text(prompt)[0].token_ids), "") for prompt in ("one", "two", "one")]
     encoded = pool.encode_batch(asks)
     assert encoded[0].values == encoded[2].values
     assert encoded[0].values.keys() == set(encoder.outputs)

@@ -13,6 +13,7 @@ from support.text_models import (
 )
 
 from serve.models.folder import SHIPPED, ModelFolder, check_folder
+from serve.prompts.concepts import Concepts
 from serve.prompts.plan import Planner, Source
 from serve.prompts.tokenizers import PromptTokenizer
 
@@ -30,7 +31,7 @@ FOLDERS: Mapping[str, Callable[[Path], Path]] = {
 }
 
 
-def planner_of(model: ModelFolder) -> Planner:
+def planner_of(model: ModelFolder, concepts: Concepts | None = None) -> Planner:
     """Every encoder is its own: `fingerprint` is the role."""
     return Planner(
         model,
@@ -43,6 +44,7 @@ def planner_of(model: ModelFolder) -> Planner:
             )
             for part in model.text
         },
+        concepts,
     )
 
 
@@ -66,6 +68,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFolder
     """A small model of each family, and the two that differ in what is zeros."""
     root = tmp_path_factory.mktemp("models")
     return {name: check_folder(make(root / name), name, text_only=True) for name, make in FOLDERS.items()}
+
+
+@pytest.fixture(scope="session")
+def t5(models: Mapping[str, ModelFolder]) -> PromptTokenizer:
+    return PromptTokenizer(models["flux"].text[1])
+
+
+@pytest.fixture(scope="session")
+def planner_with(models: Mapping[str, ModelFolder]) -> Callable[[str, Concepts], Planner]:
+    """A model's planner, with concepts."""
+    return lambda name, concepts: planner_of(models[name], concepts)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.domain import ImageRequest, Sign, TextRequest
+from serve.domain import ImageRequest, LongPrompt, Phase, Sign, TextRequest
 from serve.errors import InvalidRequest
 from serve.models.folder import ModelFolder
-from serve.prompts.plan import Planner, PromptPlan
+from serve.prompts.plan import Planner, PromptPlan, UnitRead
 from serve.prompts.tokenizers import PromptTokenizer
 
 REQUEST = TextRequest(model="m", prompt="a red circle", negative_prompt="", width=128, height=64)
@@ -20,18 +20,25 @@ def request(prompt: str, negative: str | None = "", **rest: object) -> TextReque
 
 
 def outputs(plan: PromptPlan, negative: bool = False) -> list[tuple[str, str]]:
-    side = plan.negative if negative else plan.positive
-    return [(read.role, read.unit.output) for read in side.reads]
+    return [(read.role, read.unit.output) for read in reads(plan, negative)]
+
+
+def reads(plan: PromptPlan, negative: bool = False) -> tuple[UnitRead, ...]:
+    """Of the one text of a side."""
+    (text,) = plan.of("negative_prompt" if negative else "prompt")
+    return text.reads
 
 
 def test_plain_prompt_is_one_row_a_side(planner: Planner, tokenizer: PromptTokenizer) -> None:
     plan = planner.plan(request("a red circle", "blurry"))
-    assert plan.units == tuple(read.unit for side in (plan.positive, plan.negative) for read in side.reads)
+    assert plan.units == tuple(read.unit for read in (*reads(plan), *reads(plan, negative=True)))
     assert [unit.token_ids for unit in plan.units] == [
         tokenizer.row(tokenizer.tokenize(text).ids, 77) for text in ("a red circle", "blurry")
     ]
-    assert [read.weights for read in plan.positive.reads] == [None]
+    assert [read.weights for read in reads(plan)] == [None]
     assert plan.truncated == ()
+    assert plan.phases == (Phase(0, ((1.0, ((1.0, 0),)),), ((1.0, 1),)),)
+    assert (plan.composed, plan.guided) == (1, True)
 
 
 FIRST, SECOND, THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
@@ -68,21 +75,26 @@ def test_each_family_reads_its_outputs(planners: Mapping[str, Planner], family: 
 
 def test_outputs_of_one_row_share_its_ids(planners: Mapping[str, Planner]) -> None:
     """So that one forward gives them all."""
-    reads = planners["sd3"].plan(request("a (red:1.2) circle", None)).positive.reads
-    assert all(len({read.unit.token_ids for read in reads if read.role == role}) == 1 for role in (FIRST, SECOND))
+    for prompt in ("a (red:1.2) circle", "a (red:1.2) circle BREAK on blue"):
+        plan = planners["sd3"].plan(request(prompt, None))
+        for role in (FIRST, SECOND):
+            by_output: dict[str, list[tuple[int, ...]]] = {}
+            for read in reads(plan):
+                if read.role == role:
+                    by_output.setdefault(read.unit.output, []).append(read.unit.token_ids)
+            context, vector = by_output.values()
+            assert vector == context[:1]
 
 
 def test_an_empty_negative_prompt_of_sdxl_is_zeros(planners: Mapping[str, Planner]) -> None:
     for empty in ("", "()"):
         plan = planners["sdxl"].plan(request("red", empty))
-        assert plan.negative.zero
+        assert [text.zero for text in plan.texts] == [False, True]
         assert plan.units == planners["sdxl"].plan(request("red", None)).units
-    assert not planners["sdxl"].plan(request("red", " ")).negative.zero
-    assert not planners["sdxl"].plan(request("", "blue")).positive.zero
+    for prompt, negative in (("red", " "), ("", "blue")):
+        assert not any(text.zero for text in planners["sdxl"].plan(request(prompt, negative)).texts)
     for name in ("sd", "sdxl-encoded-empty", "sdxl_refiner", "sd3", "flux", "pixart"):
-        negative = planners[name].plan(request("red", "")).negative
-        assert not negative.zero
-        assert negative.reads
+        assert reads(planners[name].plan(request("red", "")), negative=True)
 
 
 def test_t5_left_out_is_zeros(planners: Mapping[str, Planner]) -> None:
@@ -90,7 +102,7 @@ def test_t5_left_out_is_zeros(planners: Mapping[str, Planner]) -> None:
     lacking = planners["sd3-without-t5"].plan(request("red", "blue"))
     assert asked.zero_rows == lacking.zero_rows == 256
     assert asked.units == lacking.units
-    assert {read.role for read in asked.positive.reads} == {FIRST, SECOND}
+    assert {read.role for read in asked.reads} == {FIRST, SECOND}
     shorter = planners["sd3-without-t5"].plan(request("red", max_sequence_length=100))
     assert shorter.zero_rows == 100
 
@@ -99,7 +111,7 @@ def test_t5_left_out_is_zeros(planners: Mapping[str, Planner]) -> None:
 def test_length_of_a_t5_row(planners: Mapping[str, Planner], family: str, role: str, default: int) -> None:
     for length, expected in ((None, default), (512, 512), (77, 77), (1, 1)):
         plan = planners[family].plan(request("red", max_sequence_length=length))
-        assert [len(read.unit.token_ids) for read in plan.positive.reads if read.role == role] == [expected]
+        assert [len(read.unit.token_ids) for read in reads(plan) if read.role == role] == [expected]
     for length in (0, -1, 513):
         with pytest.raises(InvalidRequest, match="max_sequence_length: must be between 1 and 512") as raised:
             planners[family].plan(request("red", max_sequence_length=length))
@@ -109,10 +121,10 @@ def test_length_of_a_t5_row(planners: Mapping[str, Planner], family: str, role: 
 def test_a_context_of_auraflow_is_filled_up_with_zeros(planners: Mapping[str, Planner]) -> None:
     for length, expected in ((None, 256), (40, 40)):
         plan = planners["auraflow"].plan(request("Red circle", max_sequence_length=length))
-        (read,) = plan.positive.reads
+        (read,) = reads(plan)
         assert len(read.unit.token_ids) < 20
         assert plan.context_tokens == expected
-    assert read.unit != planners["auraflow"].plan(request("red circle")).positive.reads[0].unit, "capitals are read"
+    assert read.unit != reads(planners["auraflow"].plan(request("red circle")))[0].unit, "capitals are read"
     assert planners["pixart"].plan(request("red")).context_tokens == 0
 
 
@@ -126,14 +138,14 @@ def test_a_row_of_pixart_ends_with_its_text(planners: Mapping[str, Planner], nam
         ("", None, 1),
         ("red " * 400, None, most),
     ):
-        plan = planner.plan(request(prompt, max_sequence_length=length))
-        (read,) = plan.positive.reads
+        plan = planner.plan(request(prompt, max_sequence_length=length, long_prompt=LongPrompt.HEAD))
+        (read,) = reads(plan)
         assert len(read.unit.token_ids) == expected
         assert read.unit.token_ids[-1] == 1, "the end of text"
         assert bool(plan.truncated) == (expected < len(prompt.split()) + 1)
     assert planner.plan(request(" a RED\nCircle ")).units == planner.plan(request("a red\ncircle")).units
-    weighted = planner.plan(request("RED (Circle:1.5)")).positive.reads[0]
-    assert weighted.unit == planner.plan(request("red circle")).positive.reads[0].unit
+    (weighted,) = reads(planner.plan(request("RED (Circle:1.5)")))
+    assert weighted.unit == reads(planner.plan(request("red circle")))[0].unit
     assert weighted.weights == (1.0, 1.5, 1.0)
     with pytest.raises(InvalidRequest, match=f"max_sequence_length: must be between 1 and {most}"):
         planner.plan(request("red", max_sequence_length=most + 1))
@@ -193,14 +205,14 @@ def test_weights_change_no_unit(planners: Mapping[str, Planner], family: str) ->
     assert plain.units == weighted.units
     assert [unit.key for unit in plain.units] == [unit.key for unit in weighted.units]
     assert of_one == plain
-    for read in weighted.positive.reads:
+    for read in reads(weighted):
         is_vector = read.unit.output.startswith(("pooled", "projected"))
         assert (read.weights is None) == is_vector
         assert is_vector or len(read.weights) == len(read.unit.token_ids)
 
 
 def test_weights_lie_on_their_tokens(planner: Planner, tokenizer: PromptTokenizer) -> None:
-    (read,) = planner.plan(request("a (red:1.5) circle")).positive.reads
+    (read,) = reads(planner.plan(request("a (red:1.5) circle")))
     before, inside = len(tokenizer.tokenize("a ").ids), len(tokenizer.tokenize("red").ids)
     expected = [1.0] * (1 + before) + [1.5] * inside
     assert list(read.weights) == expected + [1.0] * (77 - len(expected))
@@ -221,9 +233,9 @@ def image_request(guidance: float) -> ImageRequest:
 
 def test_no_guidance_encodes_no_negative(planner: Planner) -> None:
     plan = planner.plan(image_request(1.0).text)
-    assert plan.negative is None
-    assert plan.units == tuple(read.unit for read in plan.positive.reads)
-    with pytest.raises(InvalidRequest):
+    assert not plan.guided
+    assert plan.units == tuple(read.unit for read in reads(plan))
+    with pytest.raises(InvalidRequest, match="negative_prompt: AND is for the prompt alone"):
         planner.plan(image_request(5.0).text)
 
 
@@ -257,31 +269,32 @@ def test_the_salt_is_in_every_unit(planners: Mapping[str, Planner], family: str)
 
 def test_truncation_tells_the_text_that_was_cut(planner: Planner, tokenizer: PromptTokenizer) -> None:
     head = "red " * (75 // len(tokenizer.tokenize("red").ids))
-    plan = planner.plan(request(head + "Blue (STAR:1.2), moon", "green"))
+    plan = planner.plan(request(head + "Blue (STAR:1.2), moon", "green", long_prompt=LongPrompt.HEAD))
     (cut,) = plan.truncated
     assert (cut.field, cut.limit) == ("prompt", 75)
     assert cut.text == "Blue STAR, moon"
     assert cut.tokens == 75 + len(tokenizer.tokenize("Blue STAR, moon").ids)
-    (read,) = plan.positive.reads
+    (read,) = reads(plan)
     assert len(read.unit.token_ids) == 77
 
 
 def test_truncation_inside_a_weighted_span_and_a_word(planner: Planner, tokenizer: PromptTokenizer) -> None:
     text = "x" * 3 + "y" * 200
-    plan = planner.plan(request(f"({text}:1.3)", "n"))
+    plan = planner.plan(request(f"({text}:1.3)", "n", long_prompt=LongPrompt.HEAD))
     (cut,) = plan.truncated
     start = tokenizer.tokenize(text).starts[75]
     assert cut.text == text[start:]
-    assert plan.positive.reads[0].weights[1:76] == (1.3,) * 75
+    assert reads(plan)[0].weights[1:76] == (1.3,) * 75
 
 
 def test_both_sides_are_told(planner: Planner) -> None:
-    plan = planner.plan(request("red " * 100, "blue " * 100))
+    plan = planner.plan(request("red " * 100, "blue " * 100, long_prompt=LongPrompt.HEAD))
     assert [cut.field for cut in plan.truncated] == ["prompt", "negative_prompt"]
 
 
 def test_every_encoder_tells_its_own_cut(planners: Mapping[str, Planner], models: Mapping[str, ModelFolder]) -> None:
-    plan = planners["sd3"].plan(request("red " * 70 + "blue " * 40, "n", max_sequence_length=100))
+    text = "red " * 70 + "blue " * 40
+    plan = planners["sd3"].plan(request(text, "n", max_sequence_length=100, long_prompt=LongPrompt.HEAD))
     names = {part.role: part.name for part in models["sd3"].text}
     assert [(cut.encoder, cut.field, cut.tokens, cut.limit, cut.text) for cut in plan.truncated] == [
         (names[FIRST], "prompt", 110, 75, ("blue " * 35).strip()),
@@ -302,8 +315,8 @@ def test_tokens_are_counted_per_encoder(planners: Mapping[str, Planner]) -> None
 
 def test_seventy_five_tokens_are_not_truncated(planner: Planner, tokenizer: PromptTokenizer) -> None:
     assert len(tokenizer.tokenize(",").ids) == 1
-    assert planner.plan(request(", " * 75)).truncated == ()
-    (cut,) = planner.plan(request(", " * 76)).truncated
+    assert planner.plan(request(", " * 75, long_prompt=LongPrompt.HEAD)).truncated == ()
+    (cut,) = planner.plan(request(", " * 76, long_prompt=LongPrompt.HEAD)).truncated
     assert (cut.tokens, cut.text) == (76, ",")
 
 
@@ -311,7 +324,7 @@ def test_seventy_five_tokens_are_not_truncated(planner: Planner, tokenizer: Prom
 def test_errors_name_the_side(planners: Mapping[str, Planner], family: str) -> None:
     for field in ("prompt", "negative_prompt"):
         with pytest.raises(InvalidRequest) as raised:
-            planners[family].plan(replace(REQUEST, **{field: "b AND c"}))
+            planners[family].plan(replace(REQUEST, **{field: "[b:c:60]"}))
         assert raised.value.param == field
 
 
@@ -322,11 +335,11 @@ def test_rows_and_reports_always_fit(planner: Planner, tokenizer: PromptTokenize
         return tokenizer.tokenize(text).ids
 
     prompt = " ".join(words)
-    plan = planner.plan(request(prompt))
-    (read,) = plan.positive.reads
+    plan = planner.plan(request(prompt, long_prompt=LongPrompt.HEAD))
+    (read,) = reads(plan)
     assert len(read.unit.token_ids) == len(read.weights or read.unit.token_ids) == 77
     assert read.unit.token_ids[0] == tokenizer.before[0]
-    assert plan == planner.plan(request(prompt))
+    assert plan == planner.plan(request(prompt, long_prompt=LongPrompt.HEAD))
     for cut in plan.truncated:
         assert cut.tokens > cut.limit == 75
         assert cut.text
