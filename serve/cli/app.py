@@ -26,6 +26,7 @@ from serve.cli.bench_engine import engine
 from serve.cli.bench_prompts import prompts as bench_prompts
 from serve.cli.bench_service import service
 from serve.cli.bench_soak import soak
+from serve.cli.cache import cache
 from serve.cli.client import Client, local_url
 from serve.cli.jobs import jobs
 from serve.cli.keys import keys
@@ -47,7 +48,7 @@ from serve.cli.options import (
     Weightings,
     client,
     load_settings,
-    variables,
+    wording,
 )
 from serve.cli.running import run
 from serve.domain import Priority
@@ -63,7 +64,6 @@ app = typer.Typer(
 )
 config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(config, name="config")
-cache = typer.Typer(help="Look after the server's embeddings.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
@@ -168,15 +168,8 @@ def generate(
     """Order pictures from a running server and save them."""
     if prompt is None and template is None:
         raise OperatorError("generate: name a prompt, or a --template", "prompt")
-    order = {
+    order = wording(negative, template, arm, var, syntax, weighting, long_prompt) | {
         "prompt": prompt,
-        "negative_prompt": negative,
-        "template": template,
-        "arm": arm,
-        "variables": variables(var),
-        "prompt_syntax": syntax and syntax.value,
-        "prompt_weighting": weighting and weighting.value,
-        "long_prompt": long_prompt and long_prompt.value,
         "num_images": number,
         "seed": seed,
         "num_inference_steps": steps,
@@ -226,14 +219,7 @@ def prompt(
     Several prompts are compared."""
     if not prompts and template is None:
         raise OperatorError("prompt: name a prompt, or a --template", "prompt")
-    order = {
-        "negative_prompt": negative,
-        "template": template,
-        "arm": arm,
-        "variables": variables(var),
-        "prompt_syntax": syntax and syntax.value,
-        "prompt_weighting": weighting and weighting.value,
-        "long_prompt": long_prompt and long_prompt.value,
+    order = wording(negative, template, arm, var, syntax, weighting, long_prompt) | {
         "seed": seed,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -280,56 +266,6 @@ def demo(
 
     server = Client(local_url(loaded.settings.http), key)
     raise typer.Exit(run(story(server, loaded.settings, out, keep=sys.stdin.isatty() if keep is None else keep)))
-
-
-@cache.command("stats")
-def cache_stats(
-    url: Url = None,
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """What is kept where, and how often it was of use."""
-    from serve.cli.cache import stats as story
-
-    run(story(client(url, key), as_json=as_json))
-
-
-@cache.command("clear")
-def cache_clear(
-    url: Url = None,
-    key: Key = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-) -> None:
-    """Remove every embedding. Nothing fails by it; texts are encoded again."""
-    server = client(url, key)
-    if not yes and not sys.stdin.isatty():
-        raise OperatorError("cache clear: nobody can be asked here; say --yes", "yes")
-    if not yes and not typer.confirm(f"Remove every embedding that {server.url} keeps?"):
-        raise typer.Exit(1)
-    from serve.cli.cache import clear as story
-
-    run(story(server))
-
-
-@cache.command("warm")
-def cache_warm(
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="A prompt a line, or JSON lines with the fields of POST /v1/embeddings; - is standard input.",
-        ),
-    ],
-    model: Annotated[str | None, typer.Option(help="Model for the lines that name none.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Prompts on their way at once.")] = 8,
-    url: Url = None,
-    key: Key = None,
-) -> None:
-    """Have the prompts of a file encoded now, so that no job waits for them later."""
-    from serve.cli.warm import read_lines, warm
-
-    lines = read_lines(file, model)
-    raise typer.Exit(run(warm(client(url, key), lines, concurrency=concurrency)))
 
 
 @config.command("show")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serve.cli.cache import size
+from serve.cli.cache_screen import size
 from serve.cli.screen import COLORS, ordinal, span
 from serve.domain import ImageRequest, Job, JobEvent, JobState, Timings
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from serve.cli.answers import KEY_VARIABLE
 from serve.cli.client import Client, local_url
@@ -60,6 +61,27 @@ def load_settings(file: Path | None, assignments: Sequence[str] | None, named: d
     return load(file, overrides=overrides | {name: value for name, value in named.items() if value is not None})
 
 
+def settings_tree(assignments: Sequence[str]) -> dict[str, Any]:
+    """ROOM.FIELD=VALUE as groups; a value is YAML. Whether there is such a setting is checked when they are opened.
+    Raises OperatorError naming the option."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        *rooms, leaf = name.strip().split(".")
+        if not equals or not leaf:
+            raise OperatorError(f"--set {assignment}: write ROOM.FIELD=VALUE", "set")
+        node = tree
+        for room in rooms:
+            node = node.setdefault(room, {})
+            if not isinstance(node, dict):
+                raise OperatorError(f"--set {assignment}: {room} has a value already", "set")
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            node[leaf] = value
+    return tree
+
+
 def variables(assignments: Sequence[str] | None) -> dict[str, str] | None:
     """Those of a prompt; None without any."""
     values: dict[str, str] = {}
@@ -69,6 +91,27 @@ def variables(assignments: Sequence[str] | None) -> dict[str, str] | None:
             raise OperatorError(f"--var {assignment}: write NAME=TEXT", "var")
         values[name.strip()] = value
     return values or None
+
+
+def wording(
+    negative: str | None,
+    template: str | None,
+    arm: str | None,
+    var: Sequence[str] | None,
+    syntax: Syntax | None,
+    weighting: Weighting | None,
+    long_prompt: LongPrompt | None,
+) -> dict[str, Any]:
+    """The fields of an order that say what its prompt is, beside the prompt."""
+    return {
+        "negative_prompt": negative,
+        "template": template,
+        "arm": arm,
+        "variables": variables(var),
+        "prompt_syntax": syntax,
+        "prompt_weighting": weighting,
+        "long_prompt": long_prompt,
+    }
 
 
 def client(url: str | None, key: str | None) -> Client:

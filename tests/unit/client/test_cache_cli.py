@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse
 
-from serve.cli.cache import count, size
+from serve.cli.cache_screen import count, size
 
 Tandem = Callable[..., int]
 
