@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from serve.account import Account
+from serve.aside import read_aside
 from serve.diffusion.engine import Engine, Rendered, Work
 from serve.domain import ImageRequest, JobError, JobState, StepEvent, Tier, Timings
 from serve.encoders.cache import EmbeddingCache
@@ -172,7 +173,8 @@ class Attempt:
         if before is not None:
             account.found()
             return partial(self._succeed, before, {})
-        plan = means.planner.plan(request.text)
+        text = request.text
+        plan = await read_aside(text.characters, lambda: means.planner.plan(text))
         fetched = await self._beginning.obtain(lambda: means.embeddings.get_many(plan.units))
         # In a thread: a T5's context is megabytes, and this loop keeps the leases of every job in hand.
         schedule = await asyncio.to_thread(compose, plan, {key: got.value for key, got in fetched.items()})

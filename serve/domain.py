@@ -219,6 +219,10 @@ class TextRequest:
     max_sequence_length: int | None = None
     salt: str = ""
 
+    @property
+    def characters(self) -> int:
+        return len(self.prompt) + len(self.negative_prompt or "")
+
 
 UNIT_SCHEME = "tandem.unit.3"
 """Version of the recipe behind `EncodeUnit.key`. Another recipe needs another name: Redis outlives a release."""

@@ -93,7 +93,7 @@ class ModelSettings(Room):
 
 
 class LimitSettings(Room):
-    max_prompt_bytes: int = Field(8192, ge=1)
+    max_prompt_bytes: int = Field(8192, ge=1, le=16_384)
     """Longest prompt or negative prompt, in UTF-8 bytes."""
     max_num_inference_steps: int = Field(150, ge=1)
     """Most denoising steps of one request."""
@@ -308,7 +308,7 @@ class DiffusionSettings(Room):
     XL and bfloat16 for the others, as far as the card (its class's `dtypes`) has them."""
     max_batch_size: int = Field(8, ge=1)
     """Most images that step together in one forward pass; the profile taken at start may set fewer."""
-    max_rows: int = Field(32, ge=1)
+    max_rows: int = Field(16, ge=1)
     """Most images in hand: beyond a full batch they take turns, so that a short job need not wait for long ones."""
     max_pixels: int | None = Field(None, ge=64)
     """Largest image (width x height) that is drawn here; by default what the GPU class's memory holds."""

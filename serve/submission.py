@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve.aside import read_aside
 from serve.callers import Caller
 from serve.costs import Costs, Estimate
 from serve.domain import Arrival, ImageRequest, Note, TokenCount, Truncation
@@ -200,8 +201,12 @@ class Intake:
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
         pictures = Pictures(job_id, await self.inputs.read(new, caller.owner))
-        request = complete(new, self.models, self.fleet, self.limits, pictures.given, self.templates)
-        plan = self.planners[request.model].plan(request.text)
+        request = await read_aside(
+            new.characters,
+            lambda: complete(new, self.models, self.fleet, self.limits, pictures.given, self.templates),
+        )
+        text = request.text
+        plan, notes = await read_aside(text.characters, lambda: (self.planners[text.model].plan(text), notes_on(text)))
         if plan.composed > 1 and not request.guided:
             raise InvalidRequest(
                 f"prompt: AND adds up what {plan.composed} prompts each do to the guidance, and at a guidance scale of "
@@ -218,7 +223,6 @@ class Intake:
                 f"and a job must end within {self.rules.timeout_s:.0f} s (jobs.timeout_s)",
                 named,
             )
-        notes = notes_on(request.text)
         return _Draft(request=request, pictures=pictures, plan=plan, notes=notes, estimate=estimate, crew=crew)
 
     async def _logged(self, draft: _Draft, terms: Terms, once: Once | None) -> Submitted:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.analysis import Analysis, analysis
+from serve.aside import read_aside
 from serve.domain import CacheReport, Conditioning, Note, TextRequest, Tier, TokenCount, Truncation
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.census import ProcessReport, RedisCensus, clear_all, read_census
@@ -137,9 +138,11 @@ class TextService:
     async def embed(self, order: NewText) -> Embedded:
         """Raises InvalidRequest, ModelNotFound, BackendUnavailable, GenerationFailed."""
         model = self._model(order.model)
-        request, text = self._complete(order, model)
+        request, text = await read_aside(order.characters, lambda: self._complete(order, model))
         within("step", order.step, 0, request.num_inference_steps - 1)
-        plan = self._planners[model.name].plan(request)
+        plan, notes = await read_aside(
+            request.characters, lambda: (self._planners[model.name].plan(request), notes_on(request))
+        )
         if plan.composed > 1:
             raise InvalidRequest("prompt: AND is several texts at once, and embeddings are of one", "prompt")
         count_prompts(self._metrics, plan)
@@ -158,7 +161,7 @@ class TextService:
             arm=text.arm,
             tokens=plan.tokens,
             truncated=plan.truncated,
-            notes=notes_on(request),
+            notes=notes,
             cache=report(tiers),
         )
 
@@ -166,12 +169,15 @@ class TextService:
         """What the order's prompts come to. Nothing is encoded, and it counts as no use of anything. Raises
         InvalidRequest, ModelNotFound."""
         model = self._model(order.model)
-        request, text = self._complete(order, model)
+        request, text = await read_aside(order.characters, lambda: self._complete(order, model))
         planner = self._planners[model.name]
-        plan = planner.plan(request)
+        plan = await read_aside(request.characters, lambda: planner.plan(request))
         tiers = await self._embeddings.look(plan.units)
         guided = _guided(order, model)
-        return analysis(request, planner, plan, tiers, guided=guided, template=text.template, arm=text.arm)
+        return await read_aside(
+            request.characters,
+            lambda: analysis(request, planner, plan, tiers, guided=guided, template=text.template, arm=text.arm),
+        )
 
     async def similarity(
         self, texts: Sequence[str], model: str | None, encoder: str | None, salt: str = ""
@@ -181,7 +187,9 @@ class TextService:
         folder = self._model(model)
         for at, text in enumerate(texts):
             check_length(f"prompts.{at}", text, self._limits)
-        wanted = similarity(texts, self._planners[folder.name], encoder, salt)
+        wanted = await read_aside(
+            sum(map(len, texts)), lambda: similarity(texts, self._planners[folder.name], encoder, salt)
+        )
         fetched = await self._embeddings.get_many([unit for each in wanted for unit in each.units])
         values = {key: got.value for key, got in fetched.items()}
         found = await asyncio.to_thread(lambda: tuple(compared(each, values) for each in wanted))

@@ -43,6 +43,11 @@ class NewPrompt:
     template: str | None = None
     arm: str | None = None
 
+    @property
+    def characters(self) -> int:
+        """Of all that was written, about."""
+        return sum(len(str(each)) for each in (self.prompt, self.negative_prompt, self.schedule, self.variables))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worded:

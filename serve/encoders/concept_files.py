@@ -23,8 +23,9 @@ from serve.models import ModelFolder, TextPart
 from serve.models.weight_files import PICKLED
 from serve.prompts.concepts import ConceptFault, ConceptRef
 from serve.prompts.families import T5_OPTIONAL
+from serve.prompts.places import CONCEPT
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAME = re.compile(CONCEPT)
 SUFFIX = ".safetensors"
 MAX_VECTORS = 75
 """Of one concept for one encoder: as many as a CLIP's row has room for, so that no concept is ever cut."""

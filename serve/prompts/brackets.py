@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 from serve.prompts.ast import When
-from serve.prompts.places import MOMENT, NUMBER, Source, moment, rises, weight
+from serve.prompts.places import CONCEPT, MOMENT, NUMBER, Source, moment, rises, weight
 
 MAX_NESTING = 100
 """Brackets that may be open at once."""
@@ -24,7 +24,7 @@ _LEX = re.compile(
     | (?P<weight>:\s*(?P<number>{NUMBER})\s*\))
     | (?P<bracket>[()\[\]])
     | (?P<divider>[:|])
-    | <(?P<concept>[A-Za-z0-9_-]{{1,64}})>
+    | <(?P<concept>{CONCEPT})>
     | (?P<network><)(?=\w+:)
     | (?P<text>[^\\()\[\]:|<]+|<)
     """,

@@ -21,12 +21,12 @@ from serve.prompts.ast import Blend, Concept, Conjunction, Prompt, Words
 from serve.prompts.building import WordsBuilder, power
 from serve.prompts.calls import Call, arguments, made
 from serve.prompts.compel_words import CompelReader, Group, Leaf, leaves
-from serve.prompts.places import MAX_PARTS, Source, in_range
+from serve.prompts.places import CONCEPT, MAX_PARTS, Source, in_range
 
 _COMMA = re.compile(r",\S")
 _REFUSED = re.compile(r"\.(?P<swap>swap)\s*\(|\b(?P<lora>withLora|useLora)\s*\(|<(?P<network>\w+):[^>]")
 _UNQUOTED = re.compile(r'\\([()"{}])')
-_CONCEPT = re.compile(r"<(?P<name>[A-Za-z0-9_-]{1,64})>")
+_CONCEPT = re.compile(rf"<(?P<name>{CONCEPT})>")
 _CALL = re.compile(r"\s*\)\s*(?P<dot>\.)(?P<name>blend|and|add)\s*\((?P<arguments>[^()]*)(?P<end>\))?\s*")
 
 

@@ -15,9 +15,10 @@ from serve.prompts.building import trimmed
 from serve.prompts.calls import MAX_CALLS, Call, find_call, made
 from serve.prompts.compel_syntax import read_compel
 from serve.prompts.grammar import read_words
-from serve.prompts.places import MAX_PARTS, NUMBER, Source, checked, weight
+from serve.prompts.places import CONCEPT, MAX_PARTS, NUMBER, Source, checked, weight
 
-_AND = re.compile(r"\bAND\b")
+_AND = re.compile(rf"\\[\\<]|<{CONCEPT}>|(?P<and>\bAND\b)")
+"""A concept may be called so."""
 _AFTER_CALL = re.compile(rf"\s*(?::\s*(?P<weight>{NUMBER})\s*)?(?:(?P<more>\bAND\b)|\Z)")
 _NUMBER = re.compile(NUMBER)
 
@@ -70,7 +71,7 @@ def _parts(source: Source, calls: int) -> Iterator[Part]:
             yield Part(_called(call, source, calls), share)
             begin = after.end()
             continue
-        found = _AND.search(source.text, begin)
+        found = next((match for match in _AND.finditer(source.text, begin) if match["and"]), None)
         more = found is not None
         if found is not None:
             _check_outermost(source, found.start(), calls)

@@ -21,6 +21,8 @@ _LAST_STEP = 1e6
 
 NUMBER = r"[+-]?(?:[.0-9]+(?:[eE][+-]?[0-9]+)?|(?i:nan|inf|infinity))"
 """What is taken for a number; `weight` refuses those that are none, or not finite."""
+CONCEPT = "[A-Za-z0-9_-]{1,64}"
+"""The name of one."""
 MOMENT = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 

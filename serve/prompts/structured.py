@@ -27,12 +27,13 @@ _END = When(1.0, share=True)
 
 
 def blended(pieces: Pieces, field: str = "prompt", syntax: Syntax = Syntax.A1111) -> Prompt:
-    """A normalized blend of the pieces; the prompt itself where there is just one. Raises InvalidRequest."""
+    """A normalized blend of the pieces; the prompt itself where one of weight 1 is alone. Raises InvalidRequest."""
     _count(pieces, field)
     parts = tuple(_piece(piece, f"{field}.{at}", syntax) for at, piece in enumerate(pieces))
     if not can_be_normalized([part.weight for part in parts]):
         raise InvalidRequest(f"{field}: the weights add up to nothing", field)
-    return _shallow(parts[0].prompt if len(parts) == 1 else Blend(parts), field)
+    alone = len(parts) == 1 and parts[0].weight == 1.0
+    return _shallow(parts[0].prompt if alone else Blend(parts), field)
 
 
 def scheduled(

@@ -103,7 +103,18 @@ def texts() -> st.SearchStrategy[str]:
 def words_trees() -> st.SearchStrategy[Words]:
     """Any words, in normal form or not."""
     plain = texts().map(Text) | st.sampled_from(
-        [Concept("c"), Concept("A-1_x"), Break(), Text("AND"), Text("BREAK"), Text(" "), Text('"')]
+        [
+            Concept("c"),
+            Concept("A-1_x"),
+            Concept("AND"),
+            Concept("x-AND"),
+            Concept("BREAK"),
+            Break(),
+            Text("AND"),
+            Text("BREAK"),
+            Text(" "),
+            Text('"'),
+        ]
     )
     return st.recursive(st.lists(plain, max_size=3).map(tuple), lambda inner: _nested(plain, inner), max_leaves=8)
 

@@ -8,6 +8,7 @@ import pytest
 
 from serve.errors import OperatorError
 from serve.origins import load
+from serve.prompts.places import MAX_CHARACTERS
 from serve.settings import ArmSettings, TemplateSettings
 
 PORTRAIT = {"text": "a portrait of {subject}"}
@@ -60,3 +61,9 @@ def test_the_environment_s_table_must_be_json() -> None:
         load(None, {"TANDEM_PROMPTS__TEMPLATES": "{portrait"})
     with pytest.raises(OperatorError, match="TANDEM_PROMPTS__TEMPLATES__A__TEXT: no such setting"):
         load(None, {"TANDEM_PROMPTS__TEMPLATES__A__TEXT": "b"})
+
+
+def test_no_prompt_may_be_longer_than_what_is_read() -> None:
+    assert load(None, {}, overrides={"limits.max_prompt_bytes": MAX_CHARACTERS}).settings.limits.max_prompt_bytes
+    with pytest.raises(OperatorError, match="max_prompt_bytes"):
+        load(None, {}, overrides={"limits.max_prompt_bytes": MAX_CHARACTERS + 1})

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,38 @@ async def test_the_command_asks_the_server(texts: Any) -> None:
         assert "matrix" in await tandem("a circle", "a ring", "--json", *url)
         assert "no concept is named <cat>" in await tandem("a <cat>", *url, code=2)
         assert texts.metrics.value("tandem_jobs_total") == 0
+
+
+class Held:
+    """Concepts that are told of when they may be."""
+
+    def __init__(self) -> None:
+        self.asked, self.free = threading.Event(), threading.Event()
+
+    def find(self, name: str) -> None:
+        self.asked.set()
+        assert self.free.wait(30)
+
+    def names(self) -> frozenset[str]:
+        return frozenset()
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs?dry_run=true", "/v1/embeddings", "/v1/prompts/analyze"])
+async def test_nobody_waits_while_a_long_prompt_is_read(texts: Any, path: str) -> None:
+    texts.planner.concepts = held = Held()
+    long = asyncio.create_task(texts.client.post(path, json={"prompt": "a <heart>, " + "a red circle, " * 100}))
+    assert await asyncio.to_thread(held.asked.wait, 30)
+    assert (await texts.client.post("/v1/prompts/analyze", json={"prompt": "a red circle"})).status_code == 200
+    assert not long.done()
+    held.free.set()
+    answer = await long
+    assert answer.status_code == 422
+    assert "heart" in answer.json()["error"]["message"]
+
+
+async def test_one_piece_alone_is_read_whole_and_says_so(texts: Any) -> None:
+    told = await analyzed(texts, [{"text": "a red circle", "weight": 2}])
+    (note,) = told["notes"]
+    assert (note["code"], note["field"]) == ("normalized", "prompt")
+    assert "2 of a blend add up to 2; they are read as 1" in note["message"]
+    assert not (await analyzed(texts, [{"text": "a red circle"}]))["notes"]

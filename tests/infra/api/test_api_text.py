@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import struct
 import sys
 from collections.abc import AsyncIterator
@@ -16,10 +15,10 @@ import numpy as np
 import pytest
 import redis
 import torch
-import uvicorn
 from diffusers import StableDiffusionPipeline
 from pydantic import SecretStr
 from safetensors.torch import load
+from support.listening import listening
 from support.text_models import (
     CLIP_L,
     CLIP_L_PROJECTION,
@@ -464,17 +463,6 @@ async def test_the_cache_is_counted_in_redis_and_in_every_process_and_cleared_in
         assert (await texts.client.delete("/v1/cache")).json() == {"removed": 0}
 
 
-@contextlib.asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        await serving
-
-
 async def tandem(*arguments: str, code: int = 0, stdin: bytes = b"") -> tuple[str, str]:
     """Standard output and error of the command, as a person with 80 columns sees them."""
     process = await asyncio.create_subprocess_exec(
@@ -507,7 +495,8 @@ async def test_warming_stats_and_clearing_from_the_command_line(texts: Any, redi
         {"prompt": "a red circle, " * 40, "long_prompt": "head"},
     ]
     lines.write_text("\n".join(map(json.dumps, orders)))
-    async with counted(texts, redis_url), listening(texts.app) as url:
+    async with counted(texts, redis_url), listening(texts.app) as port:
+        url = f"http://127.0.0.1:{port}"
         told, _ = await tandem("cache", "warm", str(file), "--url", url, "--model", "shapes", "--concurrency", "1")
         assert (number("prompts", told), number("units encoded", told)) == ("3", "2")
         assert (number("units from cache", told), number("failed", told)) == ("1", "0")

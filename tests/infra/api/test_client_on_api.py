@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
+from support.listening import listening
 
 from serve.cli.client import Client
 from serve.domain import JobState
@@ -20,14 +19,8 @@ pytestmark = pytest.mark.anyio
 @contextlib.asynccontextmanager
 async def connected(app: Any) -> AsyncIterator[Client]:
     """A client of the application, which listens on loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        async with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", poll_s=0.05) as client:
-            yield client
-        server.should_exit = True
-        await serving
+    async with listening(app) as port, Client(f"http://127.0.0.1:{port}", poll_s=0.05) as client:
+        yield client
 
 
 async def test_from_order_to_picture(stand: Any) -> None:

@@ -205,3 +205,14 @@ def test_calls_are_at_most_four_deep_and_places_are_those_of_the_whole_text() ->
 def test_a_call_has_at_most_64_prompts() -> None:
     with pytest.raises(InvalidRequest, match="more than 64 prompts"):
         parse("({}).blend()".format(", ".join(['"a"'] * 65)))
+
+
+@pytest.mark.parametrize("name", ["AND", "a-AND", "AND-b", "BREAK"])
+def test_a_concept_may_have_the_name_of_a_word_that_means_something(name: str) -> None:
+    assert parse(f"<{name}>") == (Concept(name),)
+    assert parse(rf"\\<{name}>") == (Text("\\"), Concept(name))
+    assert parse(f"a AND <{name}>") == Composition((Part(A), Part((Concept(name),))))
+
+
+def test_an_escaped_bracket_is_no_concept_around_the_word() -> None:
+    assert parse(r"\<AND>") == Composition((Part(text("<")), Part(text(">"))))

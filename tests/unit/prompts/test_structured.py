@@ -25,7 +25,8 @@ def test_pieces_are_a_blend_that_is_normalized() -> None:
 
 
 def test_one_piece_is_the_prompt_itself() -> None:
-    assert blended([{"text": "a", "weight": 0.3}]) == text("a")
+    assert blended([{"text": "a"}]) == text("a")
+    assert sums(blended([{"text": "a", "weight": 0.3}])) == (0.3,)  # read whole, and told
 
 
 def test_pieces_are_read_in_the_requests_syntax() -> None:
