@@ -75,7 +75,7 @@ class Run:
         """`tell` hears what comes next, `show` how the load goes."""
         self._plan, self._tell, self._show = plan, tell, show
         self._orders = Orders.of(plan.seed)
-        self.report = Report(machine=this_machine(), plan=plan, settings=_overload_settings(plan))
+        self.report = Report(machine=this_machine(), plan=plan, settings=_settings(plan, overload=True))
 
     async def capacities(self) -> None:
         plan = self._plan
@@ -141,7 +141,7 @@ class Run:
     async def _up(self, name: str, threads: int, what: str, *, overload: bool = False) -> AsyncIterator[Serving]:
         self._tell(f"{what}: starting")
         plan, options = self._plan, list[str]()
-        settings = (_overload_settings(plan) if overload else _settings()) if name == TANDEM else {}
+        settings = _settings(plan, overload=overload) if name == TANDEM else {}
         if overload and name != TANDEM:
             options = ["--max-waiting", str(max_waiting(plan, self.report.capacity(name)))]
         budget = Budget(cores=plan.cores, torch_threads=threads)
@@ -178,9 +178,9 @@ def max_waiting(plan: Plan, capacity: float) -> int:
     return max(1, round(plan.queued_s * capacity))
 
 
-def _settings() -> dict[str, Any]:
-    return {"http": {"max_streams": STREAMS, "max_connections": STREAMS}}
-
-
-def _overload_settings(plan: Plan) -> dict[str, Any]:
-    return _settings() | {"jobs": {"max_queued_s": plan.queued_s}}
+def _settings(plan: Plan, *, overload: bool) -> dict[str, Any]:
+    """Tandem's, in groups: the caller's over the bench's own."""
+    own: dict[str, dict[str, Any]] = {"http": {"max_streams": STREAMS, "max_connections": STREAMS}}
+    if overload:
+        own["jobs"] = {"max_queued_s": plan.queued_s}
+    return {**own, **plan.settings, **{room: {**own[room], **plan.settings.get(room, {})} for room in own}}

@@ -30,9 +30,9 @@ _GUESS = 4.5
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`threads` are offered to each server. `orders` is how many a saturated load has, `seconds` the length of an open
-    loop without its first `LEAD_S`, `stage_s` of each stage of the overload without its first `SETTLE_S`. `load` is of
-    Tandem's capacity. `queued_s` is Tandem's `jobs.max_queued_s` under overload: what it accepts must be drawn within
-    `deadline_s`. `everyone` sends the overload to the baselines too."""
+    loop without its first `LEAD_S`. `load` is of Tandem's capacity. `queued_s` is Tandem's `jobs.max_queued_s` under
+    overload: what it accepts must be drawn within `deadline_s`. `everyone` sends the overload to the baselines too.
+    `settings` are Tandem's, in groups."""
 
     servers: tuple[str, ...] = NAMES
     threads: tuple[int, ...] = (1, 2)
@@ -42,13 +42,18 @@ class Plan:
     capacity_rounds: int = 3
     orders: int = 84
     seconds: float = 15.0
-    stage_s: float = 6.0
     load: float = 0.8
     factors: tuple[float, ...] = FACTORS
     deadline_s: float = 10.0
     queued_s: float = 3.5
     everyone: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def stage_s(self) -> float:
+        """The length of each stage of the overload without its first `SETTLE_S`."""
+        return max(6.0, 0.4 * self.seconds)
 
     @property
     def paced(self) -> bool:

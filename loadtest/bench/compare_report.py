@@ -21,7 +21,7 @@ from loadtest.bench.compare_work import Window
 from loadtest.processes import ROLES
 from loadtest.servers import TANDEM
 from serve.bench.bars import Bar
-from serve.bench.report import plain_table, spread_text
+from serve.bench.report import flat, plain_table, spread_text
 from serve.bench.stats import Spread
 
 _GB = 1e9
@@ -164,7 +164,9 @@ def _seconds(value: float) -> str:
 
 
 def _overload(report: Report) -> Table:
-    jobs = ", ".join(f"jobs.{name} {value:g}" for name, value in report.settings["jobs"].items())
+    # The limits on streams are the bench's, and no news.
+    told = {**report.plan.settings, "jobs": report.settings["jobs"]}
+    given = ", ".join(f"{name} {value}" for name, value in flat(told))
     columns = (
         "server",
         "load",
@@ -182,7 +184,7 @@ def _overload(report: Report) -> Table:
         f"Stages of {SETTLE_S:g} + {report.plan.stage_s:g} s without a pause between; the former don't count. Goodput: "
         f"work a second of pictures within {report.plan.deadline_s:g} s, in images of the mix; pictures/s counts them. "
         "P50, P99: refusals from the intended send time; own: from when they were really sent. Median (and range) of "
-        f"rounds. Tandem with {jobs}; a baseline's line holds what it draws in {report.plan.queued_s:g} s."
+        f"rounds. Tandem with {given}; a baseline's line holds what it draws in {report.plan.queued_s:g} s."
     )
     for name in report.plan.servers:
         for factor in report.plan.factors:

@@ -18,7 +18,7 @@ from loadtest.bench.service_redis import DIALECTS, SERVERS, RedisCosts
 from loadtest.bench.service_start import Memory
 from loadtest.processes import DIFFUSION, ROLES
 from serve.bench.bars import Bar
-from serve.bench.report import machine_line, plain_table, spread_text
+from serve.bench.report import flat, machine_line, plain_table, spread_text
 from serve.bench.stats import Spread
 
 RATIO = 0.95
@@ -37,7 +37,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def headline(report: Report) -> str:
     what = f"shapes, cores {','.join(map(str, report.cores))}, seed {report.seed}"
-    given = [f"{name}={value}" for name, value in (*_flat(report.settings), *report.environ.items())]
+    given = [f"{name}={value}" for name, value in (*flat(report.settings), *report.environ.items())]
     return machine_line(report.machine, "cpu", ", ".join([what, *given]), report.other_work)
 
 
@@ -280,14 +280,6 @@ def _against(report: Report, earlier: Mapping[str, Any]) -> Table:
 
 def _name(one: Overhead) -> str:
     return f"{one.steps} steps" if one.text == "cached" else f"{one.steps} steps, {one.text} text"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _precise(spread: Spread) -> str:

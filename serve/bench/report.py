@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -215,6 +215,15 @@ def _load_cells(one: Latency) -> tuple[str, ...]:
 
 def percentile_cells(of: Percentiles, digits: int = 1) -> tuple[str, ...]:
     return (str(of.count), *(_ms(value, digits) for value in (of.p50, of.p95, of.p99, of.worst)))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their whole names: room.field."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def plain_table(title: str, *columns: str) -> Table:

@@ -13,6 +13,7 @@ from rich.console import Console
 from serve.cli.bench import check_writable, named, show, write
 from serve.cli.extras import loadtest as part
 from serve.cli.extras import want
+from serve.cli.options import Assignments, settings_tree
 from serve.cli.running import run
 from serve.errors import OperatorError
 
@@ -66,6 +67,7 @@ def compare(
         typer.Option(min=0.1, help="Tandem's jobs.max_queued_s under overload.", show_default="0.35 of the deadline"),
     ] = None,
     everyone: Annotated[bool, typer.Option("--all", help="Send the overload to every server.")] = False,
+    assignments: Assignments = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes orders and arrivals.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="About four minutes: two servers, one round.")] = False,
     check: Annotated[
@@ -83,7 +85,8 @@ def compare(
         check_writable(json_file)
     record = check and part("bench.compare_ratios:read_record")(check)
     given = {"rounds": rounds, "seconds": seconds, "load": load, "deadline_s": deadline, "queued_s": queued}
-    plan = _plan(servers, only, threads, quick, {"everyone": everyone, "seed": seed} | given)
+    asked = {"everyone": everyone, "seed": seed, "settings": settings_tree(assignments or ())}
+    plan = _plan(servers, only, threads, quick, asked | given)
     for package in ("celery", "litserve"):
         if package in plan.servers:
             want(package)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from serve.cli.bench import check_writable, named, show, write
 from serve.cli.extras import loadtest as part
 from serve.cli.extras import want
-from serve.cli.options import Assignments
+from serve.cli.options import Assignments, settings_tree
 from serve.cli.running import run
 from serve.errors import OperatorError
 from serve.settings import ENV_PREFIX
@@ -77,27 +76,6 @@ def service(
         write(json.dumps(as_json(report), indent=2) + "\n", json_file)
     show(headline(report), tables(report, earlier))
     raise typer.Exit(1 if _any_failed(report) else 0)
-
-
-def settings_tree(assignments: Sequence[str]) -> dict[str, Any]:
-    """ROOM.FIELD=VALUE as groups; a value is YAML. Whether there is such a setting is checked when they are opened.
-    Raises OperatorError naming the option."""
-    tree: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        *rooms, leaf = name.strip().split(".")
-        if not equals or not leaf:
-            raise OperatorError(f"--set {assignment}: write ROOM.FIELD=VALUE", "set")
-        node = tree
-        for room in rooms:
-            node = node.setdefault(room, {})
-            if not isinstance(node, dict):
-                raise OperatorError(f"--set {assignment}: {room} has a value already", "set")
-        try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            node[leaf] = value
-    return tree
 
 
 def environment(assignments: Sequence[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 READERS = 16
 """Connections for reading jobs' events."""
 UNFINISHED_STATES = tuple(state for state in JobState if not state.terminal)
-_REPORT_S, _CREW_S = 30.0, 2.0
+REPORT_LIFE_S, _CREW_S = 30.0, 2.0
 _NOBODY = Crew()
 
 
@@ -46,7 +46,7 @@ class Shared:
 
     async def report(self, report: WorkerReport) -> None:
         """Tell what a worker can do and how fast. It counts for half a minute."""
-        await self._run("report", milliseconds(_REPORT_S), report.name, REPORT.dump_json(report))
+        await self._run("report", milliseconds(REPORT_LIFE_S), report.name, REPORT.dump_json(report))
 
     async def crew(self, model: str) -> Crew:
         """The workers of a model that live, as this process heard of them within the last seconds."""

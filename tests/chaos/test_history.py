@@ -176,6 +176,10 @@ PLANTED: dict[str, tuple[Callable[[list[Entry]], None], str]] = {
         add(Heard(job="plain", fence=2, what="claimed"), Heard(job="plain", fence=1, what="renewed")),
         "plain: claim 1 heard that it was renewed after claim 2 was made",
     ),
+    "late claim, by the clock": (
+        lambda history: history.insert(0, Heard(job="again", fence=1, what="claimed", asked=4.3, told=4.4)),
+        "again: claim 1 heard that it was claimed after claim 2 was made",
+    ),
     "late renewal, by the clock": (
         lambda history: history.insert(0, Heard(job="again", fence=1, what="renewed", asked=4.3, told=4.4)),
         "again: claim 1 heard that it was renewed after claim 2 was made",

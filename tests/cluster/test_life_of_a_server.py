@@ -10,7 +10,7 @@ from moto.server import ThreadedMotoServer
 from support.orders import finished, submit
 from support.server import Server, launch, stop, wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 BUCKET = "pictures"
 

@@ -13,6 +13,8 @@ from support.orders import finished, submit
 from support.promql import OURS, RAYS
 from support.server import Server, wait_until
 
+from serve.jobs.base import REPORT_LIFE_S
+
 pytestmark = pytest.mark.cluster
 
 RAYS_OWN = {
@@ -107,13 +109,21 @@ def test_a_replica_is_told_by_its_placement_and_node(busy: Server) -> None:
     }
     assert list(told) == [("shapes", "")], "by the settings, which have no class, whatever label the node has"
     assert next(iter(told.values())) > 0
-    for gauge in ("ray_tandem_replicas", "ray_tandem_replicas_wanted"):
-        replicas = {
-            (labels["model"], labels["placement"], labels["gpu_class"]): value
-            for name, labels, value in samples(busy)
-            if name == gauge
-        }
-        assert replicas == {("shapes", "shapes", ""): 1}
+    only = {("shapes", "shapes", ""): 1}
+    assert counted(busy, "ray_tandem_replicas_wanted") == only
+    wait_until(
+        lambda: counted(busy, "ray_tandem_replicas") == only,
+        REPORT_LIFE_S + EXPORTED_S,
+        "a replica that an earlier test has killed to be forgotten",
+    )
+
+
+def counted(server: Server, gauge: str) -> dict[tuple[str, ...], float]:
+    return {
+        tuple(labels[label] for label in ("model", "placement", "gpu_class")): value
+        for name, labels, value in samples(server)
+        if name == gauge
+    }
 
 
 @pytest.mark.slow

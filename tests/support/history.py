@@ -224,10 +224,13 @@ _RANK = {state: rank for rank, state in enumerate(JobState)}
 
 def _of_claims(stream: Sequence[Transition], heard: Sequence[Heard]) -> Iterator[str]:
     """A settlement is the last thing that happens under its claim, and one is made of a claim at most."""
-    newest = 0
+    newest, made = 0, 0.0
     for word in sorted(heard, key=_moment):
-        newest = max(newest, word.fence if word.what == "claimed" else 0)
-        if word.fence < newest:
+        claims = word.what == "claimed"
+        if claims and word.fence > newest:
+            newest, made = word.fence, word.told
+        # A worker that was stopped may hear of a claim long after it was made.
+        if word.fence < newest and not (claims and word.asked < made):
             yield f"claim {word.fence} heard that it was {word.what} after claim {newest} was made"
     settled = [word for word in heard if word.what not in ("claimed", "renewed")]
     claims = [word.fence for word in settled]

@@ -197,6 +197,7 @@ def test_every_family_compiles(tmp_path: Path, family: str) -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_limit_on_graphs_holds_in_the_thread_that_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own (8) would leave most sizes uncompiled, and a thread that sets it sets it for itself alone."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loadtest.bench.compare import max_waiting, turns
+from loadtest.bench.compare import Run, max_waiting, turns
 from loadtest.bench.compare_bars import bars
 from loadtest.bench.compare_load import Offered, Saturated
 from loadtest.bench.compare_plan import Capacity, Paced, Plan, Report, Stage
@@ -276,3 +276,11 @@ def test_a_run_tells_how_long_it_takes() -> None:
     full = Plan(cores=(0, 1))
     assert full.about_s > replace(full, rounds=1).about_s > replace(full, rounds=1, sections=frozenset()).about_s > 0
     assert replace(full, everyone=True).about_s > full.about_s
+
+
+def test_what_is_set_goes_into_the_servers_settings_beside_the_benchs_own() -> None:
+    given = {"diffusion": {"max_rows": 8}, "http": {"max_streams": 9}, "jobs": {"attempts": 2}}
+    settings = Run(Plan(cores=(0,), settings=given, queued_s=2.0), lambda _: None).report.settings
+    assert settings["diffusion"] == {"max_rows": 8}
+    assert settings["http"]["max_streams"] == 9 < settings["http"]["max_connections"]
+    assert settings["jobs"] == {"max_queued_s": 2.0, "attempts": 2}

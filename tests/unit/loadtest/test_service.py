@@ -22,7 +22,8 @@ from loadtest.bench.service_start import memory_of, read_start, starts_of
 from loadtest.processes import Use
 from serve.bench.machine import Machine
 from serve.bench.stats import Spread
-from serve.cli.bench_service import environment, read_baseline, service, settings_tree
+from serve.cli.bench_service import environment, read_baseline, service
+from serve.cli.options import settings_tree
 from serve.domain import ImageRequest, Timings
 from serve.errors import OperatorError
 
