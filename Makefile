@@ -17,7 +17,7 @@ BIN = .venv/bin
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow chart bench chaos check image fix clean
+.PHONY: help demo up test test-slow chart bench chaos gpu check image fix clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,10 +29,10 @@ up: .venv/.installed ## Start the server on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/tandem up $(ARGS)
 
 test: .venv/.installed ## Every test that is not slow: unit, Redis, S3, Ray, end to end
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not chaos' $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not chaos and not gpu' $(ARGS)
 
 test-slow: .venv/.installed ## The slow tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not chaos' $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not chaos and not gpu' $(ARGS)
 
 chart: .venv/.installed ## The Helm chart: lint, schemas, rules, what KubeRay and Ray make of it (a part of `test`)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chart -m 'not slow' $(ARGS)
@@ -45,6 +45,9 @@ chaos: .venv/.installed ## Kill, cut and stall every part, and write the table o
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chaos -m chaos -s $(ARGS); code=$$?; \
 	PYTHONPATH=tests $(BIN)/python -m support.chaos_report || exit 1; exit $$code
 
+gpu: .venv/.installed ## The tests that need a CUDA card: caps, memory by model and rung, running out of it (skipped without one)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
+
 check: .venv/.installed ## Lint, format, types, import contracts, generated docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -54,6 +57,7 @@ check: .venv/.installed ## Lint, format, types, import contracts, generated docs
 	$(BIN)/python scripts/chart_schema.py --check
 	$(BIN)/python scripts/chart_values.py --check
 	$(BIN)/python scripts/monitoring.py --check
+	$(BIN)/python scripts/plan_table.py --check
 	$(BIN)/python scripts/render_k8s.py --check
 
 fix: .venv/.installed ## Mend what `check` finds and a tool can mend
@@ -63,6 +67,7 @@ fix: .venv/.installed ## Mend what `check` finds and a tool can mend
 	$(BIN)/python scripts/chart_schema.py
 	$(BIN)/python scripts/chart_values.py
 	$(BIN)/python scripts/monitoring.py
+	$(BIN)/python scripts/plan_table.py
 	$(BIN)/python scripts/render_k8s.py
 
 image: ## Build the images tandem:VERSION-cpu and -cuda with Docker

@@ -9,6 +9,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +20,19 @@ from deployments.exits import on_sigterm
 from deployments.metrics import tell_device, telling
 from deployments.parts import Parts, open_parts, open_text
 from deployments.step_times import StepTimes
-from serve.devices import check_memory, stand_back
+from serve.devices import card_here, check_memory, stand_back
 from serve.diffusion.engine import Engine
+from serve.diffusion.ladder import Ladder, first_that_loads
 from serve.diffusion.profile import Profile, open_profile
+from serve.diffusion.rungs import descend
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.health import stall_s
+from serve.jobs.terms import WorkerReport
 from serve.placements import Placement, plan_placements, setting_of
-from serve.reports import cost_here, report_of
+from serve.replica_plan import card_use, planned_here, tell_plan
+from serve.reports import Pace, cost_here, report_of
+from serve.rungs import Rung
 from serve.settings import Settings
 from serve.telemetry.tracing import CLOSE_S, open_tracing
 from serve.wants import batch_of
@@ -50,10 +56,11 @@ class Diffusion:
     ) -> None:
         """`placement` by its name; `encoders` by fingerprint."""
         parts = await open_parts(settings, placement)
-        place = next(each for each in plan_placements(settings, parts.catalog.drawn) if each.name == placement)
+        placements = plan_placements(settings, parts.catalog.drawn)
+        place = next(each for each in placements if each.name == placement)
         model = parts.catalog.drawn[place.model]
         assert model.denoiser is not None  # models that are drawn have one
-        runner, profile = await asyncio.to_thread(_load, settings, place, parts)
+        place, runner, profile = await asyncio.to_thread(_load, settings, place, parts)
         # The node first: which of them holds what is seen in the jobs' records.
         node = ray.get_runtime_context().get_node_id()
         name = f"{node}:{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -65,7 +72,8 @@ class Diffusion:
         niceness = CPU_NICENESS if runner.family.device.type == "cpu" else 0
         if niceness:
             await asyncio.to_thread(stand_back, niceness)
-        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness)
+        ladder = Ladder(runner.family.rung, Rung(place.settings.worst_rung), partial(descend, runner.family))
+        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness, ladder)
         self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
         self._worker = Worker(
             name=name,
@@ -78,11 +86,12 @@ class Diffusion:
             results=parts.results,
             metrics=parts.metrics,
             batch=partial(batch_of, model.denoiser, profile.lanes),
-            report=partial(report_of, name, place, profile, runner.family.vae.scale_factor),
+            report=partial(self._report, name, place, profile, runner.family.vae.scale_factor),
             cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
             spool_bytes=settings.results.spool_bytes,
             stall_s=stall_s(place.settings, runner.family.device.type),
             tracing=self._tracing,
+            placements=placements,
         )
         self._undo = on_sigterm(self._leave, 2 * RELEASE_S + CLOSE_S)
 
@@ -107,6 +116,10 @@ class Diffusion:
         traced = [] if self._tracing is None else [self._tracing.close()]
         await asyncio.gather(*traced, self._text.close(), self._jobs.close())
 
+    def _report(self, name: str, place: Placement, profile: Profile, vae_factor: int, pace: Pace) -> WorkerReport:
+        own = report_of(name, place, profile, vae_factor, pace)
+        return replace(own, rung=self._engine.rung, card=card_use(place))
+
     async def _leave(self) -> None:
         await self._worker.abandon()
         if self._tracing is not None:
@@ -117,17 +130,29 @@ class Diffusion:
         tell_device(self._metrics, "diffusion")
 
 
-def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Runner, Profile]:
-    """The model on its device, and what is known of its steps there. Raises OperatorError naming the setting."""
+def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Placement, Runner, Profile]:
+    """The placement as it is planned here, its model on its device, and what is known of its steps there. Raises
+    OperatorError naming the setting."""
     gpu = settings.gpu_classes[place.gpu_class] if place.gpu_class is not None else None
     if gpu is not None:
         check_memory(place.settings.device, gpu.memory_gb, setting_of(settings, place.name, "gpu_class"))
     model = parts.catalog.drawn[place.model]
+    place = planned_here(place, model, card_here(place.settings.device))
+    tell_plan(place)
     own = place.settings.model_copy(update={"max_pixels": place.max_pixels})
-    runner = open_runner(model, own, gpu.dtypes if gpu else ())
+    budget = None if place.plan is None else place.plan.budget
+    dtypes = gpu.dtypes if gpu else ()
+    runner = first_that_loads(
+        place.rung,
+        Rung(own.worst_rung),
+        lambda rung: open_runner(model, own, dtypes, rung=rung, budget=budget),
+        parts.metrics,
+    )
+    if place.plan is not None:
+        runner.family.vae.tile_of = place.plan.tile_of  # larger images may need smaller tiles
     device = "cpu" if runner.family.device.type == "cpu" else f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
     with _alone(settings.data_dir / "profiles" / f"{platform.node()}-{device}.lock"):
-        return runner, open_profile(runner, model, own, settings.data_dir)
+        return place, runner, open_profile(runner, model, own, settings.data_dir)
 
 
 @contextlib.contextmanager

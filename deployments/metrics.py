@@ -78,7 +78,7 @@ def tell_device(metrics: Metrics, pool: str) -> None:
     usage = gpu_usage()
     if usage is None:
         return
-    for kind in ("allocated", "peak", "total"):
+    for kind in ("allocated", "peak", "allowed", "total"):
         metrics.set("tandem_device_memory_bytes", getattr(usage, kind), pool=pool, kind=kind)
     if usage.utilization is not None:
         metrics.set("tandem_device_utilization_ratio", usage.utilization, pool=pool)

@@ -13,14 +13,15 @@ from functools import partial
 from serve.account import Account
 from serve.aside import read_aside
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRequest, JobError, JobState, StepEvent, Tier, Timings
+from serve.domain import ImageRequest, JobError, JobState, MemoryReport, StepEvent, Tier, Timings
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.compose import compose
-from serve.errors import ClientError, LeaseLost, NotFinite, TandemError
+from serve.errors import ClientError, LeaseLost, NotFinite, OutOfMemory, TandemError
 from serve.jobs.pulse import Pulse
 from serve.jobs.store import Claim, JobStore
 from serve.patience import GivenBack, Patience, Withdrawn, first
 from serve.prompts.plan import Planner
+from serve.relief import Cards, Fortune
 from serve.reports import Pace
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
@@ -50,7 +51,8 @@ def retried(error: Exception) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Means:
-    """What all attempts of a replica share. `cost_of` predicts a request's milliseconds by what the replica knows now.
+    """What all attempts of a replica share. `cost_of` predicts a request's milliseconds by what the replica knows now,
+    `cards` says what it has of its card, and what others have.
     `draining` has them give back what has not begun, `leaving` whatever is not finished. `freed` is set when images in
     hand no longer count."""
 
@@ -64,6 +66,7 @@ class Means:
     pace: Pace
     cost_of: Callable[[Pace, ImageRequest], float]
     metrics: Metrics
+    cards: Cards
     tracing: Tracing | None = None
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,6 +90,7 @@ class Attempt:
         self._means = means
         self._run_id = f"{claim.job_id}:{claim.fence}"
         self._account = Account(claim)
+        self._fortune = Fortune(claim.memory)
         self._ends = "released"
         self._rendering = False
         self._moved_at = 0.0
@@ -128,6 +132,7 @@ class Attempt:
     async def _drawn(self) -> Settlement:
         """The same, once the job has come as far as it can."""
         jobs, claim = self._means.jobs, self.claim
+        memory: MemoryReport | None = None
         try:
             return await self._draw()
         except Withdrawn:
@@ -137,12 +142,16 @@ class Attempt:
         except TandemError as error:
             log.error("job %s failed in attempt %d: %s", claim.job_id, claim.attempt, error.message)
             told, retry = JobError(code=error.code, message=error.message), retried(error)
+            if isinstance(error, OutOfMemory) and claim.attempt < self._means.settings.max_attempts:
+                memory = self._fortune.gives_back(self._means.cards)
         except Exception as error:
             log.exception("job %s failed in attempt %d", claim.job_id, claim.attempt)
             told = JobError(code=TandemError.code, message="an internal error; the server's log has the details")
             retry = retried(error)
         self._ends = "retried" if retry and claim.attempt < self._means.settings.max_attempts else "failed"
-        return partial(jobs.fail, claim, told, retry=retry, delay_s=self._means.settings.retry_backoff_s)
+        memory = memory or self._fortune.report
+        delay_s = self._means.settings.retry_backoff_s
+        return partial(jobs.fail, claim, told, retry=retry, delay_s=delay_s, memory=memory)
 
     def _cancelled(self) -> Settlement:
         self._ends = "cancelled"
@@ -172,7 +181,7 @@ class Attempt:
         before = await stored_before(means.results, claim, self._beginning)
         if before is not None:
             account.found()
-            return partial(self._succeed, before, {})
+            return partial(self._succeed, before, {}, self._fortune.report)
         text = request.text
         plan = await read_aside(text.characters, lambda: means.planner.plan(text))
         fetched = await self._beginning.obtain(lambda: means.embeddings.get_many(plan.units))
@@ -187,7 +196,7 @@ class Attempt:
         self._pulse.enter(JobState.STORING)
         account.drawn(rendered.spent, fetched=image is not None)
         means.pace.decoded(request.pixels * request.num_images, rendered.spent.vae_s)
-        encoded = await encode_images(claim, rendered, self._ending)
+        encoded, rung = await encode_images(claim, rendered, self._ending), rendered.rung
         account.compressed()
         del rendered, image, mask, schedule  # megabytes, and the store may be away for long
         with means.spool.room(encoded.nbytes) as spooled:
@@ -197,17 +206,23 @@ class Attempt:
         self._free(drawn=True)
         account.put()
         tiers = {key: got.tier for key, got in fetched.items()}
+        memory = self._fortune.drawn(rung)
 
         async def succeed() -> None:
-            count_text(means.metrics, plan, await self._succeed(kept, tiers))
+            count_text(means.metrics, plan, await self._succeed(kept, tiers, memory))
 
         return succeed
 
-    async def _succeed(self, kept: Outcome, tiers: Mapping[str, Tier]) -> Mapping[str, Tier]:
+    async def _succeed(self, kept: Outcome, tiers: Mapping[str, Tier], memory: MemoryReport) -> Mapping[str, Tier]:
         """What `JobStore.succeed` returns."""
         claim, account, metrics = self.claim, self._account, self._means.metrics
         cost = await self._means.jobs.succeed(
-            claim, images=kept.images, cache=tiers, timings=account.timings, approximate=kept.approximate
+            claim,
+            images=kept.images,
+            cache=tiers,
+            timings=account.timings,
+            approximate=kept.approximate,
+            memory=memory,
         )
         self._ends = SUCCEEDED
         for stage, seconds in stages(account.so_far):
@@ -218,7 +233,9 @@ class Attempt:
     async def _render(self, work: Work) -> Rendered:
         on_preview = self._pulse.on_preview if work.request.preview_every else None
         self._rendering, self._moved_at = True, time.monotonic()
-        drawing = asyncio.wrap_future(self._means.engine.submit(work, self._on_step, on_preview))
+        drawing = asyncio.wrap_future(
+            self._means.engine.submit(work, self._on_step, on_preview, self._fortune.relieved)
+        )
         self._pulse.enter(JobState.RUNNING)
         try:
             return await self._ending.finish(drawing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -16,27 +17,75 @@ from pathlib import Path
 import torch
 
 from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemory, TandemError
+from serve.settings import Dtype
 
 log = logging.getLogger(__name__)
 
 CLASS_SLACK = 0.95
 """Of a class's memory, the least that a card of it shows."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch's, the second one from before it had other accelerators."""
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
+"""In the text of torch's errors on a CPU, and of those of the libraries that it computes with."""
 _AUTOGROUP_TRIES, _AUTOGROUP_PAUSE_S = 20, 0.15
 
 
-def claim_device(device: str, num_gpus: float, setting: str) -> torch.device:
+def claim_device(device: str, num_gpus: float, setting: str, budget: int | None = None) -> torch.device:
     """The device of that name, or for `auto` the best one here: cuda, then mps, then cpu.
 
-    A replica that holds a fraction of a GPU is held to that fraction of its memory: Ray does not do it. Raises
+    On a GPU this process is held to `budget` bytes, what its plan may use, and one that has a fraction of the card to
+    that fraction in any case: Ray does not do it. Without either the card is not touched, only looked for. Raises
     OperatorError naming `setting` where there is no such device.
     """
     name = device if device != "auto" else best_device()
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[name]:
         raise OperatorError(f"{setting}: there is no {name} device here", setting)
-    if name == "cuda" and 0 < num_gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(num_gpus)
+    if name == "cuda" and (num_gpus or budget):
+        grow_segments()
+        allowed = memory_fraction(num_gpus, budget, torch.cuda.get_device_properties(0).total_memory)
+        if allowed is not None:
+            torch.cuda.set_per_process_memory_fraction(allowed)
     return torch.device(name)
+
+
+def memory_fraction(num_gpus: float, budget: int | None, total: int) -> float | None:
+    """Of a card of `total` bytes, what a process may allocate that has `num_gpus` of it and a plan of `budget` bytes
+    (None without a plan); None where it may take all.
+
+    What CUDA itself takes of the card is not counted by torch, so that a plan's budget leaves it room beside this.
+    """
+    share = num_gpus if 0 < num_gpus < 1 else 1.0
+    allowed = share if budget is None else min(share, budget / total)
+    return allowed if allowed < 1 else None
+
+
+def grow_segments() -> None:
+    """Have torch's allocator grow its segments in place, so that memory which was given back in one size serves
+    another: images of all sizes come and go, and under a cap there is no other memory to go to.
+
+    What the operator says in one of torch's own variables stands. To be called before anything lies on the card.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU as it is found. `dtypes` are those that it computes in by itself, the best first."""
+
+    name: str
+    memory_bytes: int
+    dtypes: tuple[Dtype, ...]
+
+
+def card_here(device: str) -> Card | None:
+    """The card that a replica on `device` computes on; None where that is no CUDA GPU."""
+    if (device if device != "auto" else best_device()) != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(0)
+    own: tuple[Dtype, ...] = ("bfloat16",) if torch.cuda.is_bf16_supported(False) else ()
+    return Card(found.name, found.total_memory, (*own, "float16", "float32"))
 
 
 def check_memory(device: str, memory_gb: float, setting: str) -> None:
@@ -130,23 +179,33 @@ def device_errors(part: str) -> Iterator[None]:
         yield
     except TandemError:
         raise
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the activations, and only free blocks are given back
-        torch.cuda.empty_cache()
-        raise OutOfMemory(f"{part}: the device ran out of memory") from error
     except torch.AcceleratorError as error:
         raise DeviceLost(f"{part}: the device failed") from error
-    except RuntimeError as error:
-        raise GenerationFailed(f"{part} failed on this request") from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise GenerationFailed(f"{part} failed on this request") from error
+        traceback.clear_frames(error.__traceback__)  # they hold the activations, and only free blocks are given back
+        gc.collect()  # so do frames of errors before this one, in cycles that nobody would look for yet
+        torch.cuda.empty_cache()
+        raise OutOfMemory(f"{part}: the device ran out of memory") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, has no memory left. For its own memory torch has no error of a kind."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(says in str(error) for says in _NO_MEMORY)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuUsage:
-    """This process's share of its GPUs, in bytes: allocated now, at most so far, and what the cards have. `utilization`
-    is the share of time in which they work for anybody, None where NVIDIA's library (nvidia-ml-py) can't be asked."""
+    """This process's share of its GPUs, in bytes: allocated now, at most so far, what it may allocate, and what the
+    cards have. `utilization` is the share of time in which they work for anybody, None where NVIDIA's library
+    (nvidia-ml-py) can't be asked."""
 
     allocated: int
     peak: int
+    allowed: int
     total: int
     utilization: float | None
 
@@ -160,9 +219,12 @@ def gpu_usage() -> GpuUsage | None:
         utilization = sum(torch.cuda.utilization(card) for card in cards) / len(cards) / 100
     except (ImportError, RuntimeError):
         utilization = None
+    totals = [torch.cuda.get_device_properties(card).total_memory for card in cards]
+    fractions = [torch.cuda.get_per_process_memory_fraction(card) for card in cards]
     return GpuUsage(
         allocated=sum(torch.cuda.memory_allocated(card) for card in cards),
         peak=sum(torch.cuda.max_memory_allocated(card) for card in cards),
-        total=sum(torch.cuda.get_device_properties(card).total_memory for card in cards),
+        allowed=sum(int(total * fraction) for total, fraction in zip(totals, fractions, strict=True)),
+        total=sum(totals),
         utilization=utilization,
     )

@@ -8,6 +8,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from serve.rungs import Rung
+
 if TYPE_CHECKING:
     import torch
 
@@ -396,6 +398,40 @@ class JobError:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Relief:
+    """Memory ran out in a phase, and a measure was taken before that was tried again.
+
+    The phases are those of the engine: `begin` an image, `encode` what it starts from, `step`, `decode`. The measures:
+
+        fewer_images    of a step; the others wait for the next one
+        fewer_lanes     of one image at a time
+        between_steps   what was to be computed beside the steps, with nothing else under way
+        tiles_512       in tiles of so many pixels a side; tiles_256 too
+        <rung>          of the memory ladder: all images of the replica are on it from then on
+        another_card    the job waits for a placement with more memory
+        another_time    there is none with more: it waits for the same kind
+    """
+
+    phase: str
+    measure: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """How a job fared for memory, over all of its attempts.
+
+    `rung` is that of the memory ladder on which it was drawn, None until it is. `retries` is how often memory ran out
+    and something was tried again; `relief` are the first of these, in order. `above_mb` (1e6 bytes) is what the
+    placements have that gave it back for one with more, None where none did.
+    """
+
+    rung: Rung | None = None
+    retries: int = 0
+    relief: tuple[Relief, ...] = ()
+    above_mb: int | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A copy of a job's record at one moment. Times are Unix seconds on the job store's clock.
@@ -403,8 +439,9 @@ class Job:
     `owner` is the caller who ordered it. `position` is 1 for the job of its model that is claimed next, None once it is
     claimed; `eta_s` the predicted seconds until it ends, None once it has. `cost_ms` is the predicted share of a
     replica's time. `attempt` counts the attempts at it. `approximate` names what kept the images from being exact:
-    `step_cache`, `tiny_vae`. `webhook` is the address that hears of its end, and `webhook_state` how far that came.
-    `notes` say what was read otherwise than it was written.
+    `step_cache`, `tiny_vae`, `tiled_vae`, `int8`, `int4`. `memory` is None until an attempt has ended that drew
+    something or ran out of memory. `webhook` is the address that hears of its end, and `webhook_state` how far that
+    came. `notes` say what was read otherwise than it was written.
     """
 
     id: str
@@ -430,6 +467,7 @@ class Job:
     timings: Timings = field(default_factory=Timings)
     images: tuple[ImageRef, ...] = ()
     approximate: tuple[str, ...] = ()
+    memory: MemoryReport | None = None
     error: JobError | None = None
 
 

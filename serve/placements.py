@@ -5,36 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
 from serve.errors import InvalidRequest, OperatorError
+from serve.memory.planner import Plan, plan, smallest_class
+from serve.memory.shapes import shape_of
+from serve.memory.terms import Dtype, ModelShape
 from serve.models import ModelFolder
-from serve.models.denoiser import Denoiser, best_dtype
 from serve.origins import reason_of
-from serve.settings import DiffusionSettings, Settings
+from serve.rungs import Rung, worst_of
+from serve.settings import DiffusionSettings, GpuClassSettings, Settings
 
 GPU_CLASS_LABEL = "tandem.dev/gpu-class"
 """The node label that says which GPU class a node's cards are of."""
 HERE = "this-machine"
 """Its value on the one node of `tandem up`: every placement is to run there, whichever classes there are."""
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Of one number, by dtype."""
-USABLE = 0.9
-"""Share of a card's memory that weights and images may take: the rest is CUDA's context, cuDNN's workspaces and what
-the allocator can't join."""
-LANES = 2
-"""Batch entries of one image with guidance, the least that must fit."""
-STEP_TENSORS = 32
-"""Tensors as wide as the denoiser's first block that one entry of a step has alive at its peak: U-Net skips, the hidden
-layers of feed-forwards, queries, keys and values. Counted: 26 in SD 1.5, 20 in FLUX, 16 in SDXL, 14 in SD 3; what is
-above the most of these is the margin for what a count can't see, until cards are measured."""
-DECODE_TENSORS = 6
-"""Tensors as wide as the VAE's last block that a decoding has alive at its peak: three of the twice as wide block
-before it, at full size."""
-DECODE_TILE_PIXELS = 1024 * 1024
-"""The VAE decodes an image of up to so many pixels whole, and a larger one in tiles of as many."""
 GRID = 16
 """Pixels; every family's sizes are multiples of it or may be."""
 
@@ -46,6 +33,9 @@ class Placement:
     `settings` are `diffusion` with what the placement says over it. `gpu_class` is None where it runs on any node.
     `max_pixels` is the largest image that it holds; `smaller` the largest that another placement of the same model
     holds which holds less, 0 where there is none: work above it must be drawn here.
+
+    `rung` is where its replicas begin on the memory ladder, by `plan`, which is made for a share of `memory_bytes` of a
+    card of the class. Without a class that is not known here: each replica plans by the card that it finds.
     """
 
     name: str
@@ -54,6 +44,10 @@ class Placement:
     settings: DiffusionSettings
     max_pixels: int
     smaller: int = 0
+    rung: Rung = Rung.RESIDENT
+    plan: Plan | None = None
+    memory_bytes: int = 0
+    shape: ModelShape | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +72,27 @@ class Fleet:
         return self._all(each.settings.step_cache for each in self.for_model(model))
 
     def check(self, model: str, width: int, height: int) -> None:
-        """Raises InvalidRequest naming `width`, which says the largest size, where no placement holds the image."""
+        """Raises InvalidRequest naming `width`, which says the largest size, where no placement holds the image; and
+        the smallest built-in GPU class that would, where it is larger than those."""
         most = self.max_pixels(model)
         if width * height > most:
             wide, high = held_size(width, height, most)
             raise InvalidRequest(
                 f"{width} x {height} is {width * height} pixels; the GPUs that draw {model} here hold {most}, "
-                f"such as {wide} x {high}",
+                f"such as {wide} x {high}{self._larger_card(model, width, height)}",
                 "width",
             )
+
+    def _larger_card(self, model: str, width: int, height: int) -> str:
+        """The end of a refusal; empty where no card is known, or memory is not what is short."""
+        planned = [each for each in self.for_model(model) if each.plan is not None]
+        if not planned or planned[0].shape is None:
+            return ""
+        worst = worst_of(Rung(each.settings.worst_rung) for each in planned)
+        gpu = smallest_class(planned[0].shape, width, height, worst=worst, dtype=planned[0].settings.fixed_dtype)
+        if gpu is None or gpu.memory_bytes <= max(each.memory_bytes for each in planned):
+            return ""
+        return f"; a GPU of {gpu.memory_gb:g} GB would hold it"
 
     @staticmethod
     def _all(answers: Iterable[bool]) -> bool:
@@ -133,28 +139,29 @@ def held_size(width: int, height: int, pixels: int) -> tuple[int, int]:
     return (side, other) if width <= height else (other, side)
 
 
-def bytes_per_pixel(denoiser: Denoiser, dtype: str) -> tuple[float, float]:
-    """What each pixel of an image is estimated to take while it is stepped and while it is decoded, in bytes.
+def plan_share(
+    own: DiffusionSettings, shape: ModelShape, memory_bytes: float, dtypes: Sequence[Dtype], most_pixels: int
+) -> Plan:
+    """The plan of a replica with these settings on so much of a card, for the model's own size; for the largest that is
+    drawn there, where the settings say it or less than the model's own size is let in (`most_pixels`)."""
+    width, height = shape.default_width, shape.default_height
+    if own.max_pixels is not None or width * height > most_pixels:
+        width, height = held_size(width, height, min(own.max_pixels or most_pixels, most_pixels))
+    return plan(
+        shape,
+        memory_bytes,
+        ("float32",) if own.device == "cpu" else dtypes,
+        width=width,
+        height=height,
+        dtype=own.fixed_dtype,
+        best=own.best_rung,
+        worst=Rung(own.worst_rung),
+    )
 
-    A step holds STEP_TENSORS x denoiser_width numbers for each latent (for each patch of latents, where the model reads
-    patches, which the grid of its sizes shows) and lane. A decoding holds DECODE_TENSORS x vae_width numbers for each
-    pixel of a tile, in float32 because one that overflows is repeated in it.
-    """
-    step = LANES * STEP_TENSORS * denoiser.denoiser_width * BYTES[dtype] / denoiser.size_multiple**2
-    return step, float(DECODE_TENSORS * denoiser.vae_width * BYTES["float32"])
 
-
-def estimated_pixels(denoiser: Denoiser, dtype: str, memory_bytes: float) -> int:
-    """The largest image that so much memory holds beside the weights; 0 or less where not even they fit.
-
-    While an image is stepped, another one of its size may be decoded: pixels p with
-    step x p + decode x min(p, DECODE_TILE_PIXELS) <= USABLE x memory - weights. An estimate from counts of parameters
-    and channels, to be replaced by measurements of each model on each card.
-    """
-    step, decode = bytes_per_pixel(denoiser, dtype)
-    free = USABLE * memory_bytes - denoiser.parameters * BYTES[dtype]
-    whole = free / (step + decode)
-    return math.floor(whole if whole <= DECODE_TILE_PIXELS else (free - decode * DECODE_TILE_PIXELS) / step)
+def share_of(own: DiffusionSettings) -> float:
+    """Of a card's memory, what one replica with these settings may take."""
+    return own.num_gpus if 0 < own.num_gpus < 1 else 1.0
 
 
 def _settled(settings: Settings, drawn: Mapping[str, ModelFolder]) -> Iterable[Placement]:
@@ -192,44 +199,64 @@ def _one_each(settings: Settings, drawn: Mapping[str, ModelFolder]) -> Iterable[
 
 
 def _placed(settings: Settings, name: str, own: DiffusionSettings, model: ModelFolder) -> Placement:
-    assert model.denoiser is not None  # models that are drawn have one
-    return Placement(
+    most = _most_pixels(settings, name, own, model)
+    place = Placement(
         name=name,
         model=model.name,
         gpu_class=own.gpu_class,
         settings=own.model_copy(update={"model": model.name}),
-        max_pixels=_held(settings, name, own, model, model.denoiser),
+        max_pixels=most,
+        rung=own.best_rung,
     )
+    gpu = _gpu_class(settings, name, own)
+    if gpu is None:
+        return place
+    shape, memory = shape_of(model), gpu.memory_gb * 1e9 * share_of(own)
+    made = plan_share(own, shape, memory, gpu.dtypes, most)
+    held = most if own.max_pixels is not None else min(made.max_pixels, most)
+    if held < shape.size_multiple**2:
+        raise _too_small(settings, name, own, gpu, shape, made)
+    return replace(place, max_pixels=held, rung=made.rung, plan=made, memory_bytes=int(memory), shape=shape)
 
 
-def _held(settings: Settings, name: str, own: DiffusionSettings, model: ModelFolder, denoiser: Denoiser) -> int:
-    """`max_pixels`: what the settings say, else what the class is estimated to hold, else what the limits let in."""
-    least, most = denoiser.size_multiple**2, settings.limits.max_side**2
-    if own.max_pixels is not None:
-        if own.max_pixels < least:
-            place = setting_of(settings, name, "max_pixels")
-            raise OperatorError(f"{place}: the smallest image of {model.name} has {least} pixels", place)
-        return min(own.max_pixels, most)
-    if own.gpu_class is None:
+def _most_pixels(settings: Settings, name: str, own: DiffusionSettings, model: ModelFolder) -> int:
+    """What the settings let in, whatever a card holds."""
+    most = settings.limits.max_side**2
+    if own.max_pixels is None:
         return most
-    place = setting_of(settings, name, "gpu_class")
+    assert model.denoiser is not None  # models that are drawn have one
+    least = model.denoiser.size_multiple**2
+    if own.max_pixels < least:
+        place = setting_of(settings, name, "max_pixels")
+        raise OperatorError(f"{place}: the smallest image of {model.name} has {least} pixels", place)
+    return min(own.max_pixels, most)
+
+
+def _gpu_class(settings: Settings, name: str, own: DiffusionSettings) -> GpuClassSettings | None:
+    if own.gpu_class is None:
+        return None
     gpu = settings.gpu_classes.get(own.gpu_class)
     if gpu is None:
+        place = setting_of(settings, name, "gpu_class")
         known = _listed(settings.gpu_classes) or "none"
         raise OperatorError(f"{place}: there is no GPU class {own.gpu_class}; gpu_classes has {known}", place)
-    best = "float32" if own.device == "cpu" else best_dtype(model.family, gpu.dtypes)
-    dtype = best if own.dtype == "auto" else own.dtype
-    share = own.num_gpus if 0 < own.num_gpus < 1 else 1.0
-    pixels = estimated_pixels(denoiser, dtype, gpu.memory_gb * 1e9 * share)
-    if pixels < least:
-        part = "" if share == 1 else f"{share:g} of "
-        weights = denoiser.parameters * BYTES[dtype] / 1e9
-        raise OperatorError(
-            f"{place}: {part}{gpu.memory_gb:g} GB hold no image of {model.name} beside its {weights:.1f} GB of weights "
-            f"in {dtype}",
-            place,
-        )
-    return min(pixels, most)
+    return gpu
+
+
+def _too_small(
+    settings: Settings, name: str, own: DiffusionSettings, gpu: GpuClassSettings, shape: ModelShape, made: Plan
+) -> OperatorError:
+    """For a class that holds the model at no size."""
+    place, share = setting_of(settings, name, "gpu_class"), share_of(own)
+    part = "" if share == 1 else f"{share:g} of "
+    text = (
+        f"{place}: {part}{gpu.memory_gb:g} GB hold no image of {shape.name} beside its "
+        f"{made.footprint.weights / 1e9:.1f} GB of weights in {made.dtype}, not even on the rung {made.rung}"
+    )
+    larger = smallest_class(shape, made.width, made.height, worst=made.rung, dtype=own.fixed_dtype)
+    if larger is not None and larger.memory_bytes > gpu.memory_gb * 1e9 * share:
+        text += f"; the smallest that would do has {larger.memory_gb:g} GB"
+    return OperatorError(text, place)
 
 
 def _next_smaller(placement: Placement, placements: Sequence[Placement]) -> int:

@@ -12,6 +12,7 @@ from serve.costs import cost_ms
 from serve.domain import ImageRequest
 from serve.jobs.terms import StepCurve, WorkerReport
 from serve.placements import Placement
+from serve.relief import memory_mb
 
 if TYPE_CHECKING:
     from serve.diffusion.curves import Curve
@@ -141,6 +142,7 @@ def report_of(name: str, placement: Placement, profile: Profile, vae_factor: int
         pace=round(pace.pace, 3),
         curves=tuple(_told(profile)),
         decode_ms_per_megapixel=_rounded(pace.decode_ms_per_megapixel),
+        memory_mb=memory_mb(placement),
     )
 
 

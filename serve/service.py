@@ -14,6 +14,7 @@ from serve.callers import Caller, Limit
 from serve.domain import Arrival, EncodeUnit, Job, JobEvent, JobState, Tier
 from serve.encoders.cache import EmbeddingCache
 from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
+from serve.fleet import PlaceInfo, place_info
 from serve.inputs import Inputs
 from serve.jobs.events import end_of, follow
 from serve.jobs.store import JobStore
@@ -128,6 +129,11 @@ class ImageService:
     def models(self) -> tuple[ModelInfo, ...]:
         """What images can be ordered from; empty on a server that only encodes text."""
         return tuple(model_info(*drawn(name, self._models), self._fleet, self._limits) for name in self._models)
+
+    async def fleet(self) -> tuple[PlaceInfo, ...]:
+        """What each placement was planned to hold, and how its replicas do. Raises BackendUnavailable."""
+        places = self._fleet.placements
+        return tuple([place_info(each, (await self._jobs.crew(each.model)).reports) for each in places])
 
     async def submit(
         self, new: NewImage, caller: Caller = Caller(), once: Once | None = None, arrival: Arrival | None = None

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from serve.callers import API_KEY
+from serve.rungs import Rung, worse
 
 ENV_PREFIX = "TANDEM_"
 ENV_DELIMITER = "__"
@@ -32,6 +33,18 @@ _HEADERS_FORM = "name=value, with commas between them and values URL-encoded"
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+RungName = Literal[
+    "resident",
+    "vae_slicing",
+    "vae_tiling",
+    "attention_slicing",
+    "int8",
+    "int4",
+    "offload",
+    "sequential_offload",
+    "cpu",
+]
+"""`serve.rungs.Rung`, as the settings write it."""
 
 
 class Room(BaseModel):
@@ -312,6 +325,12 @@ class DiffusionSettings(Room):
     """Most images in hand: beyond a full batch they take turns, so that a short job need not wait for long ones."""
     max_pixels: int | None = Field(None, ge=64)
     """Largest image (width x height) that is drawn here; by default what the GPU class's memory holds."""
+    rung: Literal["auto", RungName] = "auto"
+    """Where the memory ladder begins: the first of its rungs, from this one down, that holds the model's own size is
+    taken. `auto` begins at the top, with everything on the card."""
+    worst_rung: RungName = "sequential_offload"
+    """The last rung of the memory ladder that may be taken, at the start and where memory runs out while images are
+    drawn."""
     replicas: int = Field(1, ge=0)
     """Number of diffusion replicas; with 0 this server only encodes text."""
     num_cpus: float = Field(0.5, ge=0)
@@ -339,6 +358,22 @@ class DiffusionSettings(Room):
     any case five times the slowest step that is known for what is in hand."""
     drain_s: float = Field(120.0, gt=0)
     """Seconds that a replica which is told to stop may take to finish the jobs that it holds."""
+
+    @model_validator(mode="after")
+    def _descends(self) -> Self:
+        if worse(self.best_rung, than=Rung(self.worst_rung)):
+            raise ValueError(f"rung {self.rung} is below worst_rung {self.worst_rung}")
+        return self
+
+    @property
+    def best_rung(self) -> Rung:
+        """The first that is tried."""
+        return Rung.RESIDENT if self.rung == "auto" else Rung(self.rung)
+
+    @property
+    def fixed_dtype(self) -> Dtype | None:
+        """None where the card decides."""
+        return None if self.dtype == "auto" else self.dtype
 
 
 class S3Settings(Room):

@@ -25,6 +25,7 @@ from serve.errors import (
     RateLimited,
     Unavailable,
 )
+from serve.fleet import check_replicas
 from serve.inputs import Inputs, Pictures, settled
 from serve.jobs.store import JobStore, Terms
 from serve.jobs.terms import Crew, Submitted
@@ -215,6 +216,7 @@ class Intake:
             )
         request = dataclasses.replace(request, composed=plan.composed)
         crew = await self.jobs.crew(request.model)
+        check_replicas(self.fleet, request, crew.reports)
         estimate = self.costs.estimate(request, crew)
         if estimate.known and estimate.alone_ms > 1000 * self.rules.timeout_s:
             named = "num_images" if request.num_images > 1 else "num_inference_steps"

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from serve.jobs.records import Want
 from serve.models.denoiser import Denoiser
 from serve.placements import Placement
+from serve.relief import AGED_S, memory_mb
 
 LEFT_TO_OTHERS_S = 0.25
 """For so long a full replica leaves work to those that have a free row."""
-AGED_S = 30.0
-"""A job that has waited for so long goes before what a replica would rather take: every waiting has an end."""
 
 
 def wants_of(placement: Placement, rows: int, batch: int) -> list[Want]:
@@ -26,9 +25,11 @@ def wants_of(placement: Placement, rows: int, batch: int) -> list[Want]:
     if rows >= max(settings.max_rows, batch):
         return []
     wait_s = LEFT_TO_OTHERS_S if rows >= batch else 0.0
+    memory = memory_mb(placement)
     if not smaller:
-        return [Want(model, 0, most, wait_s)]
-    return [Want(model, 0, most, AGED_S), Want(model, smaller, most, wait_s), Want(model, 0, smaller, wait_s)]
+        return [Want(model, 0, most, wait_s, memory)]
+    bounds = ((0, most, AGED_S), (smaller, most, wait_s), (0, smaller, wait_s))
+    return [Want(model, *each, memory) for each in bounds]
 
 
 def batch_of(denoiser: Denoiser, lanes: Callable[[tuple[int, int]], int]) -> int:

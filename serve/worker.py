@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from serve.attempt import Attempt, Means
 from serve.diffusion.engine import Engine
@@ -19,6 +19,7 @@ from serve.jobs.terms import Hold, WorkerReport
 from serve.patience import first
 from serve.placements import Placement
 from serve.prompts.plan import Planner
+from serve.relief import cards_of, most_alive
 from serve.reports import Pace
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
@@ -59,10 +60,12 @@ class Worker:
         spool_bytes: int,
         stall_s: float,
         tracing: Tracing | None = None,
+        placements: Sequence[Placement] = (),
     ) -> None:
         """`batch` says how many images fill a step, as far as that is known by now; `report` what is told of this
         replica, `cost_of` which milliseconds a request takes of it. `spool_bytes` of images may wait for the result
-        store; after `stall_s` without progress it is ill. Without `tracing` its jobs are not traced."""
+        store; after `stall_s` without progress it is ill. Without `tracing` its jobs are not traced. `placements` are
+        all of the settings: by them it is known whether there is more memory elsewhere."""
         self._name = name
         self._placement = placement
         self._jobs = jobs
@@ -70,6 +73,7 @@ class Worker:
         self._batch = batch
         self._report = report
         self._stall_s = stall_s
+        self._cards = cards_of(placement, placements)
         self._means = Means(
             settings=settings,
             jobs=jobs,
@@ -81,6 +85,7 @@ class Worker:
             pace=Pace(batch),
             cost_of=cost_of,
             metrics=metrics,
+            cards=self._cards,
             tracing=tracing,
         )
         self._draining, self._freed = self._means.draining, self._means.freed
@@ -159,7 +164,8 @@ class Worker:
                 await first(self._freed.wait(), self._draining.wait())
                 continue
             try:
-                claim = await self._jobs.claim(self._name, wants, idle=not self.rows)
+                unmarked_after_s = self._cards.unmarked_after_s
+                claim = await self._jobs.claim(self._name, wants, idle=not self.rows, unmarked_after_s=unmarked_after_s)
             except Exception as error:  # noqa: BLE001  what can't be claimed must not stop what is in hand
                 log.warning("claiming: %s", error)
                 await first(asyncio.sleep(IDLE_WAIT_S), self._draining.wait())
@@ -202,6 +208,8 @@ class Worker:
                 self._means.metrics.set("tandem_replica_images", self.rows)
                 self._means.metrics.set("tandem_replica_capacity_images", report.max_rows)
                 await self._jobs.report(report)
+                crew = await self._jobs.crew(self._placement.model)
+                self._cards.alive = most_alive(self._placement, crew.reports)
             except Exception as error:  # noqa: BLE001  nobody draws worse for it
                 log.warning("reporting: %s", error)
             await first(asyncio.sleep(REPORT_S), self._draining.wait())

@@ -20,6 +20,7 @@ from dashboards.queries import (
     total,
 )
 from dashboards.shared import GPU_USE, REPLICAS
+from serve.rungs import LADDER
 
 FLEET = Dashboard(
     "fleet",
@@ -172,23 +173,34 @@ FLEET = Dashboard(
             "Trouble",
             [
                 Panel(
-                    "Out of GPU memory",
-                    "Steps and decodings per second that had no memory, and were repeated smaller.",
+                    "Memory ladder",
+                    "How far down it the lowest replica is. It goes down where memory runs out; a replica that starts "
+                    "again begins where its plan says.",
                     [
                         Query(
-                            rate("tandem_engine_out_of_memory_total", PLACEMENT, by=BY_PLACE),
+                            f"max by ({BY_PLACE}) ({of('tandem_engine_rung', PLACEMENT)})",
                             "{{placement}} {{gpu_class}}",
                         )
                     ],
+                    most=len(LADDER) - 1,
+                    words={number: (rung.value, "text") for number, rung in enumerate(LADDER)},
+                ),
+                Panel(
+                    "Out of GPU memory",
+                    "How often per second there was none, by what for. It was tried again, smaller or on a lower rung.",
+                    [
+                        Query(
+                            rate("tandem_engine_out_of_memory_total", PLACEMENT, by=f"{BY_PLACE}, phase"),
+                            "{{placement}} {{gpu_class}} {{phase}}",
+                        )
+                    ],
                     "cps",
-                    width=6,
                 ),
                 Panel(
                     "Repeated decodings",
                     "Decodings per second that were not finite, and were repeated in float32.",
                     [Query(rate("tandem_vae_retries_total", PLACEMENT, by=BY_PLACE), "{{placement}} {{gpu_class}}")],
                     "cps",
-                    width=6,
                 ),
                 Panel(
                     "Ended for lack of memory",
@@ -200,7 +212,7 @@ FLEET = Dashboard(
                         )
                     ],
                     "cps",
-                    width=6,
+                    width=12,
                 ),
                 Panel(
                     "Work beside the steps",
@@ -210,7 +222,7 @@ FLEET = Dashboard(
                         Query(rate("tandem_engine_reused_predictions_total", PLACEMENT), "saved predictions"),
                     ],
                     "cps",
-                    width=6,
+                    width=12,
                 ),
             ],
         ),

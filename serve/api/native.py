@@ -1,4 +1,4 @@
-"""The rest of the native dialect, `/v1`: images, models, the caller's limits, the benchmark."""
+"""The rest of the native dialect, `/v1`: images, models, the fleet, the caller's limits, the benchmark."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastapi.responses import RedirectResponse
 from serve.api import ratelimits
 from serve.api.auth import Administers, Generates, Uses
 from serve.api.errors import documented
+from serve.api.fleet_schemas import FleetView, PlacementView
 from serve.api.job_schemas import LimitsView
 from serve.api.model_schemas import BenchmarkOrder, BenchmarkReport, ConceptView, ModelList, ModelView
 from serve.api.parts import GUARDED, ImageName, JobId, Service, Text
@@ -63,6 +64,12 @@ async def list_models(service: Service, texts: Text, caller: Uses) -> ModelList:
         for name, family in texts.models().items()
     }
     return ModelList(data=tuple((others | drawn)[name] for name in {**drawn, **others}))
+
+
+@router.get("/fleet")
+async def get_fleet(service: Service, caller: Uses) -> FleetView:
+    """Where each model is drawn: what its placements were planned to hold, and how their replicas do."""
+    return FleetView(data=tuple(map(PlacementView.of, await service.fleet())))
 
 
 @router.get("/limits")

@@ -18,6 +18,7 @@ from serve.domain import (
     JobEvent,
     JobState,
     LongPrompt,
+    MemoryReport,
     Note,
     Priority,
     Syntax,
@@ -172,7 +173,9 @@ class JobView(Schema):
     timings: Timings
     images: tuple[ImageView, ...]
     approximate: tuple[str, ...]
-    """What kept the images from being exact: `step_cache`, `tiny_vae`, `tiled_vae`."""
+    """What kept the images from being exact: `step_cache`, `tiny_vae`, `tiled_vae`, `int8`, `int4`."""
+    memory: MemoryReport | None
+    """How the job fared for the memory of its cards; null until an attempt has drawn it or run out of memory."""
     error: JobError | None
     webhook_state: WebhookState | None
     """How far telling the order's `webhook` has come; null before the end, and without one."""

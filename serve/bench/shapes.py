@@ -117,6 +117,9 @@ SHAPES: Mapping[str, EncoderShape] = {
 }
 """CLIP-L as in Stable Diffusion 1.x, OpenCLIP's H/14 (2.x stops one layer earlier) and bigG/14 (SDXL), T5 v1.1."""
 
+T5_XXL = _t5("t5-xxl", 4096, 24, 64, 10240)
+"""v1.1, of SD 3 and FLUX. Not among those that `tandem bench encode` takes, which writes them to disk in float32."""
+
 
 def model_of(shape: EncoderShape) -> tuple[EncoderShape, ...]:
     """The text encoders of the model in which a server is given this one, in role order: a CLIP without projection

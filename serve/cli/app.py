@@ -1,5 +1,5 @@
-"""`tandem`: serve, fetch the models, order a picture, look at a prompt, watch the demo, look after jobs, keys and the
-cache, look at the settings.
+"""`tandem`: serve, fetch the models, order a picture, look at a prompt, watch the demo, plan for cards, look after
+jobs, keys and the cache, look at the settings.
 
 Every command ends in one of three ways: 0; 1 when a picture or a prompt failed; 2 with one line that
 says what to change.
@@ -23,6 +23,7 @@ from serve.cli.bench import bench
 from serve.cli.bench_cache import cache as bench_cache
 from serve.cli.bench_compare import compare
 from serve.cli.bench_engine import engine
+from serve.cli.bench_gpu import gpu
 from serve.cli.bench_prompts import prompts as bench_prompts
 from serve.cli.bench_service import service
 from serve.cli.bench_soak import soak
@@ -50,6 +51,7 @@ from serve.cli.options import (
     load_settings,
     wording,
 )
+from serve.cli.plan import plan
 from serve.cli.running import run
 from serve.domain import Priority
 from serve.errors import OperatorError, TandemError
@@ -68,6 +70,7 @@ app.add_typer(cache, name="cache")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 bench.command()(engine)
+bench.command()(gpu)
 bench.command("cache")(bench_cache)
 bench.command("prompts")(bench_prompts)
 bench.command()(soak)
@@ -76,6 +79,7 @@ bench.command()(compare)
 app.add_typer(bench, name="bench")
 app.command()(learn)
 app.command()(loadtest)
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)

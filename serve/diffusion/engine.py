@@ -14,17 +14,19 @@ from functools import partial
 
 from serve.devices import be_nice
 from serve.diffusion.forwards import Forwards
+from serve.diffusion.ladder import Ladder, Shortage
 from serve.diffusion.measurements import Measurement, Measurements
 from serve.diffusion.profile import Profile
-from serve.diffusion.run import OnPreview, OnStep, Picture, Rendered, Run, Work, public
+from serve.diffusion.run import OnPreview, OnRelief, OnStep, Picture, Rendered, Run, Work, public
 from serve.diffusion.runner import Runner
-from serve.diffusion.scheduler import LatentShape, Row, StepResult, StepScheduler
+from serve.diffusion.scheduler import LatentShape, Row, StepPlan, StepResult, StepScheduler
 from serve.diffusion.state import Source
 from serve.diffusion.vae_work import Command, VaeWork
-from serve.errors import DeviceLost, GenerationFailed
+from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
+from serve.rungs import Rung
 from serve.telemetry.metrics import Metrics
 
-__all__ = ["Engine", "OnPreview", "OnStep", "Rendered", "Work"]
+__all__ = ["Engine", "OnPreview", "OnRelief", "OnStep", "Rendered", "Work"]
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,16 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, scheduler: StepScheduler, profile: Profile, metrics: Metrics, niceness: int = 0
+        self,
+        runner: Runner,
+        scheduler: StepScheduler,
+        profile: Profile,
+        metrics: Metrics,
+        niceness: int = 0,
+        ladder: Ladder | None = None,
     ) -> None:
-        """`niceness` is that of both threads: on a CPU, others want to be heard beside them."""
+        """`niceness` is that of both threads: on a CPU, others want to be heard beside them. Where memory runs out, the
+        runner is taken down the `ladder`; without one there is no way down."""
         self._niceness = niceness
         self._runner = runner
         self._scheduler = scheduler
@@ -58,8 +67,12 @@ class Engine:
         self._broken = False
         self._working = False
         self._moved_at = time.monotonic()
-        self._forwards = Forwards(runner, profile, metrics, self._runs.get, self._fail, self._busy)
-        self._vae = VaeWork(runner, metrics, self._command, self._here, self._fail, self._lost, niceness)
+        self._ladder = ladder or Ladder()
+        self._shortage = Shortage(self._ladder, metrics, self._make_room, self._relax)
+        self._forwards = Forwards(runner, profile, metrics, self._shortage, self._runs.get, self._fail, self._busy)
+        self._vae = VaeWork(
+            runner, metrics, self._ladder, self._shortage, self._command, self._here, self._fail, self._lost, niceness
+        )
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -78,6 +91,11 @@ class Engine:
         return max(waiting_s, self._vae.busy_s)
 
     @property
+    def rung(self) -> Rung:
+        """Where the replica is on the memory ladder by now. May be read on any thread."""
+        return self._ladder.rung
+
+    @property
     def slowest_step_s(self) -> float:
         """Of the steps that the runs in hand make, as far as the profile knows. May be read on any thread."""
         lanes, widest, known = Counter[LatentShape](), Counter[LatentShape](), self._profile
@@ -89,15 +107,22 @@ class Engine:
         most = {shape: min(lanes[shape], max(known.lanes(shape), widest[shape])) for shape in lanes}
         return max((known.step_ms(shape, each) for shape, each in most.items()), default=0.0) / 1000
 
-    def submit(self, work: Work, on_step: OnStep, on_preview: OnPreview | None = None) -> Future[Rendered]:
-        """Have the images join the next step; those that start from an image, once the VAE has encoded it.
+    def submit(
+        self,
+        work: Work,
+        on_step: OnStep,
+        on_preview: OnPreview | None = None,
+        on_relief: OnRelief = lambda relief: None,
+    ) -> Future[Rendered]:
+        """Have the images join the next step; those that start from an image, once the VAE has encoded it. What is
+        done about memory that runs out meanwhile is told to `on_relief`, on the loop's thread.
 
         The future fails with GenerationFailed, OutOfMemory or DeviceLost.
         """
         future: Future[Rendered] = Future()
         future.set_running_or_notify_cancel()  # who stops waiting can't cancel it: `cancel` is the way out
         began_at = time.monotonic()
-        self._command(lambda: self._begin(work, on_step, on_preview, future, began_at))
+        self._command(lambda: self._begin(work, on_step, on_preview, on_relief, future, began_at))
         return future
 
     def cancel(self, run_id: str) -> None:
@@ -138,10 +163,9 @@ class Engine:
         be_nice(self._niceness)
         try:
             while self._admit():
-                plan = self._scheduler.plan()
-                step_ms = self._forwards.step(plan.rows)
-                self._account(plan.rows, step_ms / 1000)
-                self._publish(self._scheduler.commit(plan, step_ms))
+                rows, step_ms = self._forwards.step(self._scheduler.plan().rows)
+                self._account(rows, step_ms / 1000)
+                self._publish(self._scheduler.commit(StepPlan(rows), step_ms))
                 self._measure()
         except BaseException as error:  # whatever ends the loop, those who wait are told
             self._broken = True
@@ -192,7 +216,13 @@ class Engine:
             self._working = False
 
     def _begin(
-        self, work: Work, on_step: OnStep, on_preview: OnPreview | None, future: Future[Rendered], began_at: float
+        self,
+        work: Work,
+        on_step: OnStep,
+        on_preview: OnPreview | None,
+        on_relief: OnRelief,
+        future: Future[Rendered],
+        began_at: float,
     ) -> None:
         if self._ended:
             future.set_exception(DeviceLost("the step loop has ended"))
@@ -204,30 +234,41 @@ class Engine:
         except Exception as error:  # noqa: BLE001  whatever is wrong with the work, the loop goes on for the others
             future.set_exception(public(error))
             return
-        run = self._runs[work.run_id] = Run(work, rows, on_step, on_preview, future, began_at)
+        run = self._runs[work.run_id] = Run(work, rows, on_step, on_preview, on_relief, future, began_at)
         if work.image is None:
             self._join(run, None)
         else:
             self._vae.encode(run, self._join)
 
     def _join(self, run: Run, source: Source | None) -> None:
+        if all(self._begun(run, row, source) for row in run.rows):
+            run.joins()
+            self._scheduler.add(run.rows)
+
+    def _begun(self, run: Run, row: Row, source: Source | None) -> bool:
+        """Whether the row has begun; else its run has failed."""
         try:
-            for row in run.rows:
-                self._runner.begin(row, run.work, source)
+            self._runner.begin(row, run.work, source)
         except DeviceLost:
             raise
+        except OutOfMemory as error:
+            self._shortage.count("begin")
+            if self._shortage.descend("begin", [run]):
+                return self._begun(run, row, source)
+            self._fail(run.id, error)
         except Exception as error:  # noqa: BLE001  as above
             self._fail(run.id, error)
-            return
-        run.joins()
-        self._scheduler.add(run.rows)
+        return self._here(run)
 
     def _account(self, rows: Sequence[Row], took_s: float) -> None:
         """The step that was just made is part of these images' time. It counts for what failed in it too: whose run is
         gone has no time."""
+        weights = self._ladder.means.weights
         for row in rows:
             if run := self._runs.get(row.run_id):
                 run.stepped(row.index, took_s, len(rows))
+                if weights != "plain":
+                    run.approximate.add(weights)
 
     def _publish(self, result: StepResult) -> None:
         for event in result.events:
@@ -259,7 +300,17 @@ class Engine:
         run.images[index] = image
         if run.complete:
             del self._runs[run.id]
-            run.future.set_result(run.rendered())
+            run.future.set_result(run.rendered(self._ladder.rung))
+
+    def _make_room(self) -> None:
+        """What works beside the loop ends what it is at: the ladder moves weights, and the step that is tried again
+        wants that memory."""
+        with self._busy():
+            self._vae.settle()
+
+    def _relax(self) -> None:
+        self._profile.relax()
+        self._vae.relax()
 
     def _here(self, run: Run) -> bool:
         return self._runs.get(run.id) is run

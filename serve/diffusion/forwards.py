@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from serve.diffusion.ladder import Shortage
 from serve.diffusion.profile import Profile
 from serve.diffusion.run import Run
 from serve.diffusion.runner import Runner
@@ -23,6 +24,7 @@ class Forwards:
         runner: Runner,
         profile: Profile,
         metrics: Metrics,
+        shortage: Shortage,
         run_of: Callable[[str], Run | None],
         fail: Callable[[str, Exception], None],
         busy: Callable[[], AbstractContextManager[None]],
@@ -30,21 +32,22 @@ class Forwards:
         self._runner = runner
         self._profile = profile
         self._metrics = metrics
+        self._shortage = shortage
         self._run_of = run_of
         self._fail = fail
         self._busy = busy
 
-    def step(self, rows: Sequence[Row]) -> float:
-        """One step of all rows, in milliseconds: what it cost, forwards that failed and were tried again included.
+    def step(self, rows: Sequence[Row]) -> tuple[tuple[Row, ...], float]:
+        """One step of these rows, or of the first of them where there was no memory for all: which, and its
+        milliseconds, forwards that failed and were tried again included. Rows whose runs failed in it are among them.
         Raises DeviceLost."""
         started = time.monotonic()
-        if rows:
-            self._forward(rows)
-        return (time.monotonic() - started) * 1000
+        waiting = self._forward(rows) if rows else set()
+        return tuple(row for row in rows if row not in waiting), (time.monotonic() - started) * 1000
 
-    def _forward(self, rows: Sequence[Row]) -> None:
-        """A forward that fails is tried again by halves: whose fault it is fails alone. A row of more lanes than a step
-        may have makes it in several passes."""
+    def _forward(self, rows: Sequence[Row]) -> set[Row]:
+        """The rows that wait for the next step. A forward that fails is tried again by halves: whose fault it is fails
+        alone. A row of more lanes than a step may have makes it in several passes."""
         started, reused = time.monotonic(), self._runner.reused_predictions
         most = self._profile.lanes(rows[0].group.shape)
         try:
@@ -52,9 +55,10 @@ class Forwards:
                 failed = self._runner.step(rows, most)
         except DeviceLost:
             raise
+        except OutOfMemory as error:
+            return self._smaller(rows, error, min(most, _lanes(rows)))
         except Exception as error:  # noqa: BLE001  whatever is wrong with the step, the loop goes on
-            self._apart(rows, error, min(most, _lanes(rows)))
-            return
+            return self._apart(rows, error)
         for row, reason in failed.items():
             self._fail(row.run_id, reason)
         took_s = time.monotonic() - started
@@ -66,23 +70,37 @@ class Forwards:
         self._metrics.observe("tandem_engine_step_seconds", took_s)
         if more := self._runner.reused_predictions - reused:
             self._metrics.inc("tandem_engine_reused_predictions_total", more)
+        return set()
 
-    def _apart(self, rows: Sequence[Row], error: Exception, lanes: int) -> None:
-        """No pass of what failed had more than `lanes`. Without memory for them there are fewer from now on; a row that
-        has none for one lane at a time fails."""
-        divisible = isinstance(error, OutOfMemory) and lanes > 1
-        if isinstance(error, OutOfMemory):
-            self._metrics.inc("tandem_engine_out_of_memory_total")
-        if divisible:
-            self._profile.limit(rows[0].group.shape, lanes)
-        if len(rows) > 1:
-            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-                if left := [row for row in half if self._run_of(row.run_id)]:
-                    self._forward(left)
-        elif divisible:
-            self._forward(rows)
-        else:
+    def _apart(self, rows: Sequence[Row], error: Exception) -> set[Row]:
+        if len(rows) == 1:
             self._fail(rows[0].run_id, error)
+            return set()
+        waiting: set[Row] = set()
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            if left := [row for row in half if self._run_of(row.run_id)]:
+                waiting |= self._forward(left)
+        return waiting
+
+    def _smaller(self, rows: Sequence[Row], error: Exception, lanes: int) -> set[Row]:
+        """No pass of what ran out of memory had more than `lanes`. From now on there are fewer: half of the rows make
+        this step, and those that joined or stepped last wait for the next. A row that is alone makes it in passes of
+        fewer lanes; where there is no memory for one lane, on the next rung of the ladder; below the last, it fails."""
+        shape, runs = rows[0].group.shape, [run for row in rows if (run := self._run_of(row.run_id))]
+        self._shortage.count("step")
+        if len(rows) > 1:
+            self._profile.limit(shape, lanes)
+            self._shortage.tell("step", "fewer_images", runs)
+            first = rows[: (len(rows) + 1) // 2]
+            return self._forward(first) | set(rows[len(first) :])
+        if lanes > 1:
+            self._profile.limit(shape, lanes)
+            self._shortage.tell("step", "fewer_lanes", runs)
+            return self._forward(rows)
+        if self._shortage.descend("step", runs):
+            return self._forward(rows)
+        self._fail(rows[0].run_id, error)
+        return set()
 
 
 def _lanes(rows: Sequence[Row]) -> int:

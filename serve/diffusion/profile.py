@@ -97,6 +97,11 @@ class Profile:
             self._limits[area(shape)] = min(load, self._limits.get(area(shape), load))
         log.warning("%d lanes at latents of %dx%d ran out of memory: %d from now on", lanes, *shape, self.lanes(shape))
 
+    def relax(self) -> None:
+        """The device has other memory than before: what did not fit may fit now."""
+        with self._lock:
+            self._limits.clear()
+
     def _lanes(self, shape: LatentShape) -> int:
         most = 2 * self.max_batch_size
         if self._curves:

@@ -119,6 +119,7 @@ def identity(
         "configs": [(part / "config.json").read_text() for part in [*parts, model.path / "vae"]],
         "weights": [[file.name, file.stat().st_size] for part in parts for file in weight_files(part)],
         "dtype": str(runner.family.dtype),
+        "rung": runner.family.rung,
         "device": _device(runner.family.device),
         "num_gpus": settings.num_gpus,
         "max_batch_size": settings.max_batch_size,
@@ -134,7 +135,8 @@ def _device(device: torch.device) -> list[object]:
     """The kind of device, not the one: replicas on equal nodes that share a folder share their profiles."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return [properties.name, properties.total_memory]
+        # By its plan a process may have less than the card, and with another plan more.
+        return [properties.name, int(properties.total_memory * torch.cuda.get_per_process_memory_fraction(device))]
     cpu = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -13,13 +13,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from serve.diffusion.scheduler import Row
-from serve.domain import ImageRequest, Preview, Schedule, StepEvent
+from serve.domain import ImageRequest, Preview, Relief, Schedule, StepEvent
 from serve.errors import GenerationFailed, TandemError
+from serve.rungs import Rung
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepEvent], None]
 OnPreview = Callable[[Preview], None]
+OnRelief = Callable[[Relief], None]
 Picture = Image.Image | npt.NDArray[np.uint16]
 """A finished image: RGB of 8 bits; of 16, where the request's `bit_depth` is that, as an array (height, width, 3)."""
 
@@ -65,11 +67,13 @@ class Spent:
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """The images in order, where the time went, and what kept the images from being exact (`step_cache`, `tiny_vae`,
-    `tiled_vae`)."""
+    `tiled_vae`, `int8`, `int4`). `rung` is where the replica was on the memory ladder when the last of them was
+    taken."""
 
     images: tuple[Picture, ...]
     spent: Spent
     approximate: tuple[str, ...] = ()
+    rung: Rung = Rung.RESIDENT
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +90,7 @@ class Run:
     rows: Sequence[Row]
     on_step: OnStep
     on_preview: OnPreview | None
+    on_relief: OnRelief
     future: Future[Rendered]
     began_at: float
     joined_at: float = 0.0
@@ -132,9 +137,9 @@ class Run:
         due = every > 0 and event.step % every == 0 and event.step < event.steps
         return due and self.on_preview is not None and not self.previewing
 
-    def rendered(self) -> Rendered:
+    def rendered(self, rung: Rung) -> Rendered:
         images = tuple(self.images[index] for index in sorted(self.images))
-        return Rendered(images, self._spent(time.monotonic()), tuple(sorted(self.approximate)))
+        return Rendered(images, self._spent(time.monotonic()), tuple(sorted(self.approximate)), rung)
 
     def _spent(self, ended_at: float) -> Spent:
         steps_s = self.stepped_s[self.last]

@@ -26,6 +26,7 @@ from serve.diffusion.texts import Texts, check
 from serve.domain import Task
 from serve.errors import DeviceLost, GenerationFailed, NotFinite
 from serve.models import ModelFolder
+from serve.rungs import MEANS, Rung
 from serve.settings import DiffusionSettings
 
 __all__ = ["Latents", "Runner", "Source", "open_runner"]
@@ -73,15 +74,15 @@ class Runner:
         steps, group = Track(self.family, request, shape).forwards, Group(shape, context)
         return [Row(work.run_id, index, steps, group, request.lanes) for index in range(request.num_images)]
 
-    def encode(self, work: Work) -> Source | None:
-        """What the images start from, None where that is the text alone. Raises OutOfMemory, DeviceLost,
-        GenerationFailed."""
+    def encode(self, work: Work, side: int | None = None) -> Source | None:
+        """What the images start from, None where that is the text alone. `side` is as in `decode`. Raises OutOfMemory,
+        DeviceLost, GenerationFailed."""
         if work.request.task is Task.TXT2IMG:
             return None
         if work.image is None or (work.mask is None) is (work.request.task is Task.INPAINT):
             raise GenerationFailed("the image to start from is missing")
         with device_errors("the VAE"), torch.inference_mode(), self._own_stream():
-            return start_from_image(self.family, work.request, work.image, work.mask)
+            return start_from_image(self.family, work.request, work.image, work.mask, side)
 
     @torch.inference_mode()
     def begin(self, row: Row, work: Work, source: Source | None) -> None:
@@ -145,11 +146,12 @@ class Runner:
         for row in rows:
             self._states.pop(row, None)
 
-    def decode(self, latents: Latents, tiled: bool = False) -> Picture:
-        """The finished image: RGB, or uint16 (H, W, 3) where 16 bits are asked for. `tiled` takes less memory and more
-        time. Raises NotFinite rather than give a black picture, OutOfMemory, DeviceLost."""
+    def decode(self, latents: Latents, side: int | None = None) -> Picture:
+        """The finished image: RGB, or uint16 (H, W, 3) where 16 bits are asked for. `side` asks for tiles of so many
+        pixels a side, which take less memory and more time. Raises NotFinite rather than give a black picture,
+        OutOfMemory, DeviceLost."""
         with device_errors("the VAE"), torch.inference_mode(), self._own_stream(latents):
-            pixels = self.family.vae.decode(latents.tensor, tiny=latents.tiny, tiled=tiled)
+            pixels = self.family.vae.decode(latents.tensor, tiny=latents.tiny, side=side)
         pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
         if latents.bit_depth == 16:
             return (pixels * 65535).round().numpy().astype(np.uint16)
@@ -255,11 +257,20 @@ class Runner:
             torch.mps.synchronize()
 
 
-def open_runner(model: ModelFolder, settings: DiffusionSettings, dtypes: Sequence[str] = ()) -> Runner:
-    """Load the model as the settings place it. `dtypes` are what the GPU's class computes in, the best first; () where
-    no class is declared. Raises OperatorError naming the setting."""
-    device = claim_device(settings.device, settings.num_gpus, "diffusion.device")
+def open_runner(
+    model: ModelFolder,
+    settings: DiffusionSettings,
+    dtypes: Sequence[str] = (),
+    *,
+    rung: Rung = Rung.RESIDENT,
+    budget: int | None = None,
+) -> Runner:
+    """Load the model as the settings place it, on a rung of the memory ladder. `dtypes` are what the GPU's class
+    computes in, the best first; () where no class is declared. `budget` are the bytes of a GPU that this process is
+    held to, None where nothing is planned. Raises OperatorError naming the setting."""
+    wanted = settings.device if MEANS[rung].on_card else "cpu"
+    device = claim_device(wanted, settings.num_gpus, "diffusion.device", budget)
     if device.type == "cpu":
         use_threads(settings.torch_threads)
     dtype = choose_dtype(device, settings.dtype, dtypes, model.family)
-    return Runner(open_family(model, device, dtype, settings))
+    return Runner(open_family(model, device, dtype, settings, rung))

@@ -48,8 +48,11 @@ def start_from_noise(family: Family, request: ImageRequest, index: int, shape: t
     return _start(family, request, index, shape)
 
 
-def start_from_image(family: Family, request: ImageRequest, image: Image.Image, mask: Image.Image | None) -> Source:
+def start_from_image(
+    family: Family, request: ImageRequest, image: Image.Image, mask: Image.Image | None, side: int | None = None
+) -> Source:
     """Encode the image (and its unmasked part, where the U-Net reads it) once, and draw every image's start from it.
+    `side` is that of the tiles in which it is encoded, None for the VAE's own.
 
     The order of the draws is the stock pipelines': the image's latents, the noise, the masked image's latents. Those
     that inpaint without such a U-Net make the last draw all the same, so samplers that add noise must find it made.
@@ -58,14 +61,14 @@ def start_from_image(family: Family, request: ImageRequest, image: Image.Image, 
     pixels = 2.0 * (pixels / 255.0) - 1.0
     shape = pixels.shape[2] // family.vae.scale_factor, pixels.shape[3] // family.vae.scale_factor
     if request.task is not Task.INPAINT:
-        moments = family.vae.encode(pixels)
+        moments = family.vae.encode(pixels, side=side)
         return Source(tuple(_start(family, request, index, shape, moments) for index in range(request.num_images)))
     assert mask is not None, "inpainting has a mask"
     white = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255.0 >= 0.5)[None, None].float()
     small = family.place(torch.nn.functional.interpolate(white, size=shape))
     reads_mask = _denoiser(family).in_channels == INPAINTING_CHANNELS
-    whole = None if reads_mask and full(request) else family.vae.encode(pixels)
-    kept = family.vae.encode(pixels * (white < 0.5)) if reads_mask else whole
+    whole = None if reads_mask and full(request) else family.vae.encode(pixels, side=side)
+    kept = family.vae.encode(pixels * (white < 0.5), side=side) if reads_mask else whole
     starts = []
     for index in range(request.num_images):
         start = _start(family, request, index, shape, whole)

@@ -19,21 +19,23 @@ def synthetic_lanes(family: Family, shape: tuple[int, int], count: int) -> list[
     """Lanes of latents of this (height, width), half-way down the model's schedule."""
     denoiser = family.model.denoiser
     assert denoiser is not None, "a model for text only is never drawn with"
-    config, name = family.denoiser.config, family.model.family
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator)
-
-    ids = TIME_IDS.get(name)
-    pooled = _pooled_width(config, ids or 0)
-    context = normal(TOKENS.get(name, 77), family.model.context_width)
-    embedding = TextEmbedding(context, None if pooled is None else normal(pooled))
-    text = family.text(embedding, None if ids is None else torch.full((ids,), 512.0))
-    latents = family.place(normal(1, denoiser.latent_channels, *shape))
+    text = family.text(*synthetic_text(family, generator))
+    latents = family.place(torch.randn(1, denoiser.latent_channels, *shape, generator=generator))
     extra = denoiser.in_channels - denoiser.latent_channels
-    beside = family.place(normal(1, extra, *shape)) if extra and name in ("sd", "sdxl") else None
+    masked = extra and family.model.family in ("sd", "sdxl")
+    beside = family.place(torch.randn(1, extra, *shape, generator=generator)) if masked else None
     return [Lane(latents, torch.tensor(500.0), text, 4.0, beside) for _ in range(count)]
+
+
+def synthetic_text(family: Family, generator: torch.Generator) -> tuple[TextEmbedding, torch.Tensor | None]:
+    """A row of usual length, and the time ids of a family that reads them."""
+    name = family.model.family
+    ids = TIME_IDS.get(name)
+    pooled = _pooled_width(family.denoiser.config, ids or 0)
+    context = torch.randn(TOKENS.get(name, 77), family.model.context_width, generator=generator)
+    vector = None if pooled is None else torch.randn(pooled, generator=generator)
+    return TextEmbedding(context, vector), None if ids is None else torch.full((ids,), 512.0)
 
 
 def _pooled_width(config: Any, time_ids: int) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 TINY = "diffusion.tiny_vae"
 TILE = 1024
-"""Side of a tile in pixels. Images of no more pixels than a tile has are encoded and decoded whole."""
+"""Side of a tile in pixels, where there is memory for it. Images of no more pixels than a tile has are encoded and
+decoded whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,9 @@ class Vae:
 
     Latents outside of this class are scaled as the denoiser reads them. One image at a time: a batch would multiply
     the memory of a decoder, whose activations are the largest of all, and decoders gain nothing from it. Images of
-    more than TILE x TILE pixels are computed in overlapping tiles of that side, as diffusers does, so that no image
-    needs more memory than a tile.
+    more than `tile` x `tile` pixels are computed in overlapping tiles of that side, as diffusers does, so that no image
+    needs more memory than a tile. `tile` is TILE, or less where memory is short; what is set holds for the next image.
+    `tile_of` may have a plan say it for an image of so many pixels, where that is less (`Plan.tile_of`).
 
     `retries` counts the decodings that had to be made again in float32. Thread-safe: calls take turns.
     """
@@ -71,8 +73,10 @@ class Vae:
         """`upcast`: compute in float32 where the VAE's `force_upcast` says so, as SDXL's stock pipelines do."""
         self.scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self.retries = 0
-        self._device = device
-        self._dtype = dtype
+        self.tile = TILE
+        self.tile_of: Callable[[int], int] | None = None
+        self._device = self._latents = device
+        self._dtype = self._tiny_dtype = dtype
         upcast = upcast and bool(vae.config.force_upcast)
         # SDXL's VAE overflows in float16; bfloat16 has the range, but stock encodes in float32 there too.
         self._encode_dtype = torch.float32 if upcast else dtype
@@ -88,32 +92,38 @@ class Vae:
     def has_tiny(self) -> bool:
         return self._tiny is not None
 
-    def encode(self, pixels: torch.Tensor) -> Moments:
-        """The distribution of the latents of (1, 3, H, W) pixels in [-1, 1]."""
-        return self.encodings([pixels])[0]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(each.nbytes for vae in (self._vae, self._tiny) if vae is not None for each in vae.parameters())
 
-    def encodings(self, pictures: Iterable[torch.Tensor]) -> list[Moments]:
+    def encode(self, pixels: torch.Tensor, *, side: int | None = None) -> Moments:
+        """The distribution of the latents of (1, 3, H, W) pixels in [-1, 1]. `side` is as in `decode`."""
+        return self.encodings([pixels], side=side)[0]
+
+    def encodings(self, pictures: Iterable[torch.Tensor], *, side: int | None = None) -> list[Moments]:
         """As `encode`, one by one; the weights change their precision once for all."""
         encoded = []
         with self._lock, _computing(self._vae, self._encode_dtype), torch.inference_mode():
             for pixels in pictures:
                 _one(pixels)
-                with _tiling(self._vae, self._tile(*pixels.shape[2:]), self.scale_factor):
+                with _tiling(self._vae, side or self._tile(*pixels.shape[2:]), self.scale_factor):
                     encoded.append(self._vae.encode(pixels.to(self._device, self._encode_dtype)).latent_dist)
             _wait(self._device)
-        return [Moments(moments, self._scaling, self._dtype) for moments in encoded]
+        return [Moments(moments, self._scaling, self._latents, self._dtype) for moments in encoded]
 
-    def decode(self, latents: torch.Tensor, *, tiny: bool = False, tiled: bool = False) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, *, tiny: bool = False, side: int | None = None) -> torch.Tensor:
         """Pixels (3, H, W) of latents (1, C, h, w): float32, on the CPU, nominally in [-1, 1].
 
-        `tiled` takes tiles of half the side, whatever the image's size: for one that ran out of memory. Pixels that are
-        not finite are decoded once more in float32. Raises NotFinite where they still are not: never a black image.
+        `side` asks for tiles of so many pixels a side, whatever the image's size: for one that ran out of memory.
+        Pixels that are not finite are decoded once more in float32. Raises NotFinite where they still are not: never a
+        black image.
         """
         _one(latents)
-        vae, dtype = (self._tiny, self._dtype) if tiny else (self._vae, self._decode_dtype)
+        vae, dtype = (self._tiny, self._tiny_dtype) if tiny else (self._vae, self._decode_dtype)
         if vae is None:
             raise GenerationFailed("this server has no small VAE")
-        side = TILE // 2 if tiled else self._tile(*(side * self.scale_factor for side in latents.shape[2:]))
+        side = side or self._tile(*(each * self.scale_factor for each in latents.shape[2:]))
         with self._lock, _tiling(vae, side, self.scale_factor):
             pixels = self._decode(vae, latents, dtype)
             if not _finite(pixels) and dtype != torch.float32 and _finite(latents):
@@ -131,18 +141,36 @@ class Vae:
             pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0][0]
             return pixels.float().cpu()
 
-    @staticmethod
-    def _tile(height: int, width: int) -> int | None:
+    def differs(self, height: int, width: int, *, side: int | None = None) -> bool:
+        """Whether `decode` gives an image of so many pixels other tones than in tiles of TILE, or whole where it has no
+        more pixels than such a tile."""
+        side = side or self._tile(height, width)
+        return side is not None and side < TILE and max(height, width) > side
+
+    def leave_card(self) -> None:
+        """Compute on the CPU from now on, in float32 instead of float16. Latents come and go as before."""
+        with self._lock:
+            self._device = torch.device("cpu")
+            if self._dtype == torch.float16:
+                self._encode_dtype = self._decode_dtype = self._tiny_dtype = torch.float32
+            self._vae = _cast(torch.nn.Module.to(self._vae, self._device), self._decode_dtype)
+            if self._tiny is not None:
+                self._tiny = _cast(torch.nn.Module.to(self._tiny, self._device), self._tiny_dtype)
+
+    def _tile(self, height: int, width: int) -> int | None:
         """The side of the tiles for an image of so many pixels, None where it is computed whole."""
-        return TILE if height * width > TILE**2 else None
+        pixels = height * width
+        side = self.tile if self.tile_of is None else min(self.tile, self.tile_of(pixels))
+        return side if pixels > side**2 else None
 
 
 class Moments:
     """Latents before they are drawn: a diagonal Gaussian (Kingma & Welling 2013)."""
 
-    def __init__(self, distribution: Any, scaling: Scaling, dtype: torch.dtype) -> None:
+    def __init__(self, distribution: Any, scaling: Scaling, device: torch.device, dtype: torch.dtype) -> None:
         self._distribution = distribution
         self._scaling = scaling
+        self._device = device
         self._dtype = dtype
 
     def sample(self, generator: torch.Generator) -> torch.Tensor:
@@ -154,7 +182,7 @@ class Moments:
         return self._finish(self._distribution.mode())
 
     def _finish(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._scaling.scale(latents.to(self._dtype))
+        return self._scaling.scale(latents.to(self._device, self._dtype))
 
 
 def open_vae(

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
 
+_LOOK_S = 0.1
+
 
 class VaeThread:
     """One piece of work at a time, in order of arrival; previews after everything else.
@@ -47,6 +49,13 @@ class VaeThread:
 
     def submit(self, task: Task, *, preview: bool = False) -> None:
         self._tasks.put((preview, next(self._numbers), task))
+
+    def settle(self) -> None:
+        """Return once what was submitted is done, previews aside; at once where the thread has ended."""
+        done = threading.Event()
+        self.submit(done.set)
+        while not done.wait(_LOOK_S) and self.alive and not self._closed:
+            pass
 
     def close(self) -> None:
         """Begin no other task, and end the thread once the one under way is done. Returns at once."""

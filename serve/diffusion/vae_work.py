@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
+from serve.diffusion.ladder import Ladder, Shortage
 from serve.diffusion.run import Picture, Run
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.state import Source
-from serve.diffusion.vae import TILE
 from serve.diffusion.vae_thread import Task, VaeThread
+from serve.diffusion.vae_ways import Way, Ways
 from serve.domain import Preview, StepEvent
 from serve.errors import DeviceLost, OutOfMemory
 from serve.telemetry.metrics import Metrics
@@ -23,22 +25,36 @@ T = TypeVar("T")
 Command = Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece(Generic[T]):
+    """What the VAE is to compute for a run, in tiles of the side that `compute` is given (None: the VAE's own). `then`
+    takes the outcome, on the loop's thread."""
+
+    run: Run
+    ways: Ways
+    compute: Callable[[int | None], T]
+    then: Callable[[Run, T], None]
+
+
 class VaeWork:
     """Encoding, decoding and previews. All methods are the loop thread's, but for `alive` and `busy_s`.
 
     What the VAE's thread makes comes back as a command for the loop, which takes it only where the run is still here.
-    On Apple's GPUs, which two threads can't share, there is no such thread: the loop does it between two steps.
+    On Apple's GPUs, which two threads can't share, there is no such thread: the loop does it between two steps. So it
+    does on the rungs of the memory ladder that ask for it.
 
     `command` has the loop run something between two steps; `here` says whether the loop still has the run, `fail` ends
     it; `lost` ends the loop, if it hasn't.
 
-    Owns: the VaeThread.
+    Owns: the VaeThread, and what is known of the sizes that ran out of memory.
     """
 
     def __init__(
         self,
         runner: Runner,
         metrics: Metrics,
+        ladder: Ladder,
+        shortage: Shortage,
         command: Callable[[Command], None],
         here: Callable[[Run], bool],
         fail: Callable[[str, Exception], None],
@@ -47,6 +63,9 @@ class VaeWork:
     ) -> None:
         self._runner = runner
         self._metrics = metrics
+        self._ladder = ladder
+        self._shortage = shortage
+        self._encoding, self._decoding = Ways("encode"), Ways("decode")
         self._command = command
         self._here = here
         self._fail = fail
@@ -71,26 +90,23 @@ class VaeWork:
         if self._thread is not None:
             self._thread.join(within_s)
 
+    def settle(self) -> None:
+        """Return once the thread has done all that it was given, so that nothing of it is in the memory."""
+        if self._thread is not None:
+            self._thread.settle()
+
+    def relax(self) -> None:
+        """There is other memory than before: what ran out of it may be tried as it was first."""
+        self._encoding.relax()
+        self._decoding.relax()
+
     def encode(self, run: Run, then: Callable[[Run, Source | None], None]) -> None:
         """What the run starts from, for `then`."""
-
-        def compute() -> Source | None:
-            return self._runner.encode(run.work)
-
-        self._aside(run, compute, compute, then)
+        self._begin(_Piece(run, self._encoding, lambda side: self._runner.encode(run.work, side), then))
 
     def decode(self, run: Run, latents: Latents, then: Callable[[Run, Picture], None]) -> None:
-        """The finished image, for `then`. The second try takes smaller tiles than the VAE does by itself: an image that
-        is larger than one of them comes out a little different, and is labelled."""
-        request = run.work.request
-
-        def in_tiles() -> Picture:
-            picture = self._decoded(latents, tiled=True)
-            if max(request.width, request.height) > TILE // 2:
-                run.approximate.add("tiled_vae")
-            return picture
-
-        self._aside(run, lambda: self._decoded(latents), in_tiles, then)
+        """The finished image, for `then`."""
+        self._begin(_Piece(run, self._decoding, lambda side: self._decoded(latents, side), then))
 
     def preview(self, run: Run, event: StepEvent) -> None:
         """Make and tell a preview of each image that is still being drawn, if one is due."""
@@ -115,63 +131,84 @@ class VaeWork:
 
         self._submit(make, preview=True)
 
-    def _decoded(self, latents: Latents, *, tiled: bool = False) -> Picture:
+    def _decoded(self, latents: Latents, side: int | None) -> Picture:
         started, retries = time.monotonic(), self._runner.family.vae.retries
         try:
-            return self._runner.decode(latents, tiled=True) if tiled else self._runner.decode(latents)
+            return self._runner.decode(latents, side)
         finally:
             self._metrics.inc("tandem_vae_retries_total", self._runner.family.vae.retries - retries)
             self._metrics.observe("tandem_engine_decode_seconds", time.monotonic() - started)
 
-    def _aside(
-        self, run: Run, compute: Callable[[], T], again: Callable[[], T], then: Callable[[Run, T], None]
-    ) -> None:
-        """Have the VAE's thread compute something for the run; `then` takes the outcome on the loop's thread.
+    def _begin(self, piece: _Piece[T]) -> None:
+        """Have the VAE compute something for a run. What runs out of memory is tried in the next of its ways."""
+        means, request = self._ladder.means, piece.run.work.request
+        beside = self._thread is not None and means.decode == "beside"
+        left = piece.ways.of(request, self._runner.family.vae.tile, beside=beside)
+        if left[0].beside:
+            self._submit(partial(self._aside, piece, left))
+        else:
+            self._command(partial(self._between, piece, left))
 
-        Where that has no memory beside a step, `again` is computed between two, on the loop's thread: theirs is free
-        then.
-        """
+    def _aside(self, piece: _Piece[T], left: Sequence[Way]) -> None:
+        """On the VAE's thread."""
+        if piece.run.future.done():  # nobody waits for it any more
+            return
+        try:
+            self._command(self._outcome(piece, left[0]))
+        except OutOfMemory as error:
+            self._shortage.count(piece.ways.phase)
+            self._command(partial(self._next, piece, left, error))
+        except Exception as error:  # noqa: BLE001  it is told where the run is owned
+            self._command(partial(self._failed, piece.run, error))
 
-        def task() -> None:
-            if run.future.done():  # nobody waits for it any more
-                return
-            try:
-                self._command(self._outcome(run, compute, then))
-            except OutOfMemory as error:
-                log.warning("%s beside a step; it is tried between two", error)
-                self._metrics.inc("tandem_engine_out_of_memory_total")
-                self._command(lambda: self._again(run, again, then))
-            except Exception as error:  # noqa: BLE001  it is told where the run is owned
-                self._command(partial(self._failed, run, error))
+    def _between(self, piece: _Piece[T], left: Sequence[Way]) -> None:
+        """On the loop's thread: the memory of the steps is free now."""
+        if not self._here(piece.run):
+            return
+        try:
+            command = self._outcome(piece, left[0])
+        except OutOfMemory as error:
+            self._shortage.count(piece.ways.phase)
+            self._next(piece, left, error)
+        except Exception as error:  # noqa: BLE001  as above
+            self._failed(piece.run, error)
+        else:
+            command()
 
-        self._submit(task)
+    def _next(self, piece: _Piece[T], left: Sequence[Way], error: OutOfMemory) -> None:
+        """It ran out of memory in the first of the ways that are left."""
+        run, phase = piece.run, piece.ways.phase
+        if not self._here(run):
+            return
+        piece.ways.ran_out(left[0], run.work.request)
+        if len(left) > 1:
+            left = left[1:]
+            self._shortage.tell(phase, left[0].name, [run])
+        elif not self._shortage.descend(phase, [run]):
+            self._failed(run, error)
+            return
+        self._between(piece, left)
 
     def _submit(self, task: Task, *, preview: bool = False) -> None:
-        if self._thread is None:
+        if self._thread is None or self._ladder.means.decode == "between":
             self._command(task)
         else:
             self._thread.submit(task, preview=preview)
 
-    def _again(self, run: Run, again: Callable[[], T], then: Callable[[Run, T], None]) -> None:
-        if not self._here(run):
-            return
-        try:
-            command = self._outcome(run, again, then)
-        except Exception as error:  # noqa: BLE001  as above
-            self._failed(run, error)
-        else:
-            command()
-
-    def _outcome(self, run: Run, compute: Callable[[], T], then: Callable[[Run, T], None]) -> Command:
+    def _outcome(self, piece: _Piece[T], way: Way) -> Command:
         """Compute; what comes of it, as a command for the loop."""
+        run, request = piece.run, piece.run.work.request
+        seams = self._runner.family.vae.differs(request.height, request.width, side=way.side)
         started = time.monotonic()
-        value = compute()
+        value = piece.compute(way.side)
         ended = time.monotonic()
 
         def command() -> None:
             if self._here(run):
                 run.decodings.append((started, ended))
-                then(run, value)
+                if seams:
+                    run.approximate.add("tiled_vae")
+                piece.then(run, value)
 
         return command
 

@@ -12,13 +12,13 @@ import torch
 
 from serve.devices import check_dtype
 from serve.domain import FIRST_CONCEPT_ID, EncodeUnit
-from serve.encoders.quantize import BITS, quantize
 from serve.encoders.reads import Read, parse_output
 from serve.encoders.registry import Encoder
 from serve.encoders.shard import devices_here, plan_map, spread
 from serve.encoders.trunk import Trunk
 from serve.encoders.weights import load_trunk
 from serve.errors import OperatorError
+from serve.quantize import BITS, quantize
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,11 @@ _CLASSES: Mapping[Kind, tuple[Any, type[Trunk]]] = {
 }
 
 
+def classes_of(kind: Kind) -> tuple[Any, type[Trunk]]:
+    """transformers' class, and the trunk over it."""
+    return _CLASSES[kind]
+
+
 def load_trunk(part: TextPart, dtype: torch.dtype, projections: Mapping[str, TextPart]) -> Trunk:
     """The trunk of `part` on the CPU in `dtype`, with the text projection of each id from the part that has it.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from serve.domain import ImageRef, JobError, JobState, Preview, Tier, Timings
+from serve.domain import ImageRef, JobError, JobState, MemoryReport, Preview, Tier, Timings
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs import records, scripts
 from serve.jobs.base import Fields, Shared, flat
@@ -35,7 +35,9 @@ class Claims(Shared):
         self._renewals = Renewals(self._renew_all)
         self._unanswered: dict[str, str] = {}
 
-    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
+    async def claim(
+        self, worker: str, wants: Sequence[Want], *, idle: bool = True, unmarked_after_s: float | None = None
+    ) -> Claim | Hold | None:
         """Lease a queued job that satisfies the first want which any queued job satisfies; None where none is queued,
         Hold.UNFIT where none satisfies any, Hold.ALONE where that whose turn it is waits until this worker is `idle`.
 
@@ -43,8 +45,12 @@ class Claims(Shared):
         owners take turns by weight and predicted cost, and an owner's `interactive` jobs go before the `batch` ones,
         the oldest first. `waited_s` counts from when a job last joined the queue, which a retry and a release do again.
         Jobs whose time is over, or not come yet, are passed over. It is one step of Redis and one pass over the queue.
+        A job that `fail` has marked with an amount of memory is for workers with more; after it has waited for
+        `unmarked_after_s`, where that is said, for this one too.
         """
-        flat = [part for want in wants for part in (want.model, want.above, want.upto, round(want.waited_s * 1000))]
+        flat: list[str | int] = [-1 if unmarked_after_s is None else milliseconds(unmarked_after_s)]
+        for want in wants:
+            flat += want.model, want.above, want.upto, round(want.waited_s * 1000), want.memory_mb
         lease, timeout = milliseconds(self._settings.lease_s), milliseconds(self._settings.timeout_s)
         number = self._unanswered.pop(worker, None) or uuid.uuid4().hex
         asked_at = time.monotonic()
@@ -88,9 +94,10 @@ class Claims(Shared):
         cache: Mapping[str, Tier],
         timings: Timings,
         approximate: Sequence[str] = (),
+        memory: MemoryReport | None = None,
     ) -> Mapping[str, Tier]:
         """End the job with its stored images. `cache` says for each unit key where it came from, `approximate` what
-        kept the images from being exact.
+        kept the images from being exact, `memory` how all attempts have fared.
 
         Returns the same with what the text encoded ahead has cost, so that it is counted once: nothing, where this
         settlement was made before. LeaseLost where the claim is over: the result does not count. Like every settlement
@@ -103,16 +110,25 @@ class Claims(Shared):
             "approximate": records.APPROXIMATE.dump_json(tuple(approximate)),
             "step": steps_of(claim.request),
         }
-        ahead = await self._settle(claim, "succeeded", fields)
+        ahead = await self._settle(claim, "succeeded", fields, memory=memory)
         return {} if ahead is None else records.tiers(ahead, cache)
 
-    async def fail(self, claim: Claim, error: JobError, *, retry: bool, delay_s: float = 0.0) -> None:
+    async def fail(
+        self,
+        claim: Claim,
+        error: JobError,
+        *,
+        retry: bool,
+        delay_s: float = 0.0,
+        memory: MemoryReport | None = None,
+    ) -> None:
         """End the attempt. With `retry` the job waits again at its old place while attempts remain, to be claimed after
         half to one and a half times `delay_s`; without any left it failed, and is kept as a dead letter. Without
-        `retry` it failed by itself."""
+        `retry` it failed by itself. `memory` is how all attempts have fared; its `above_mb` is the mark that a claim
+        goes by."""
         told = records.ERROR.dump_json(error)
         delay_ms = round(1000 * delay_s * random.uniform(0.5, 1.5))
-        await self._settle(claim, "retry" if retry else "failed", {"error": told}, delay_ms)
+        await self._settle(claim, "retry" if retry else "failed", {"error": told}, delay_ms, memory)
 
     async def cancelled(self, claim: Claim) -> None:
         """The worker stopped because the client no longer wants the job."""
@@ -131,10 +147,18 @@ class Claims(Shared):
                 rung.clear()
 
     async def _settle(
-        self, claim: Claim, outcome: str, fields: Fields | None = None, delay_ms: int = 0
+        self,
+        claim: Claim,
+        outcome: str,
+        fields: Fields | None = None,
+        delay_ms: int = 0,
+        memory: MemoryReport | None = None,
     ) -> Mapping[str, Tier] | None:
         """Where the text encoded ahead came from; None where the same settlement was made before."""
-        answer = await self._run("settle", claim.job_id, claim.fence, outcome, delay_ms, *flat(fields or {}))
+        mark = "" if memory is None or memory.above_mb is None else memory.above_mb
+        told = b"" if memory is None else records.MEMORY.dump_json(memory)
+        settlement = claim.job_id, claim.fence, outcome, delay_ms, mark, told
+        answer = await self._run("settle", *settlement, *flat(fields or {}))
         if _held(claim, answer) == b"again":
             return None
         return records.TIERS.validate_json(answer) if answer else {}

@@ -18,6 +18,7 @@ from serve.domain import (
     JobError,
     JobEvent,
     JobState,
+    MemoryReport,
     Note,
     Priority,
     Task,
@@ -39,6 +40,7 @@ TIMINGS = TypeAdapter(Timings)
 IMAGES = TypeAdapter(tuple[ImageRef, ...])
 APPROXIMATE = TypeAdapter(tuple[str, ...])
 ERROR = TypeAdapter(JobError)
+MEMORY = TypeAdapter(MemoryReport)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,8 @@ class Claim:
 
     `retried_s` and `queued_s` are the stages before it on the store's clock, `claim_s` is how long the answer took from
     there (both clocks), and `answered_at` when it had come (`time.monotonic`). `last`: no other job was queued then.
-    `trace` is what the order's trace is continued from (W3C `traceparent`), None where there is none.
+    `trace` is what the order's trace is continued from (W3C `traceparent`), None where there is none. `memory` is how
+    the attempts before have fared, where one drew something or ran out of memory.
     """
 
     job_id: str
@@ -62,6 +65,7 @@ class Claim:
     alone: bool = False
     last: bool = field(default=False, compare=False)
     trace: str | None = None
+    memory: MemoryReport | None = None
     retried_s: float | None = field(default=None, compare=False)
     queued_s: float = field(default=0.0, compare=False)
     claim_s: float = field(default=0.0, compare=False)
@@ -71,12 +75,14 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Want:
     """What a worker would take: a job for `model` whose images have more than `above` and at most `upto` pixels, and
-    which no other worker took in the last `waited_s` seconds."""
+    which no other worker took in the last `waited_s` seconds. `memory_mb` (1e6 bytes) is what the worker has of its
+    card: a job that ran out of as much or more is not for it. 0 where that is not known."""
 
     model: str
     above: int
     upto: int
     waited_s: float = 0.0
+    memory_mb: int = 0
 
 
 def steps_of(request: ImageRequest) -> int:
@@ -97,7 +103,7 @@ def step_of(request: ImageRequest, forward: int, forwards: int) -> int:
 def claim(reply: Sequence[Any], asked_at: float) -> Claim:
     """`asked_at` is when the claim was sent (`time.monotonic`): its answer took no longer than since then, however far
     this machine's clock and the store's are apart."""
-    job_id, attempt, fence, alone, behind, created, waiting, started, trace, cost, request, truncated = reply
+    job_id, attempt, fence, alone, behind, created, waiting, started, trace, cost, request, truncated, memory = reply
     answered_at, way_s = time.monotonic(), time.time() - int(started) / 1000
     waiting = waiting or started
     return Claim(
@@ -110,6 +116,7 @@ def claim(reply: Sequence[Any], asked_at: float) -> Claim:
         alone=bool(alone),
         last=not behind,
         trace=trace.decode() if trace else None,
+        memory=MEMORY.validate_json(memory) if memory else None,
         retried_s=_after(int(created), int(waiting)) or None,
         queued_s=_after(int(waiting), int(started)),
         claim_s=min(max(0.0, way_s), answered_at - asked_at),
@@ -151,6 +158,7 @@ def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None
         timings=_timings(fields),
         images=IMAGES.validate_json(fields["images"]) if "images" in fields else (),
         approximate=APPROXIMATE.validate_json(fields["approximate"]) if "approximate" in fields else (),
+        memory=MEMORY.validate_json(fields["memory"]) if "memory" in fields else None,
         error=ERROR.validate_json(fields["error"]) if "error" in fields else None,
     )
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from serve.callers import Allowance, Limit
 from serve.domain import Arrival, Job, JobState, Priority
+from serve.rungs import Rung
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +102,22 @@ class StepCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CardUse:
+    """Bytes of a worker's card. It may allocate `allowed`, and the largest image that it was planned for takes
+    `planned` (None where nothing was planned); `used` are allocated now, `peak` were at most so far."""
+
+    allowed: int
+    used: int
+    peak: int
+    planned: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
     """What a worker says of itself. `vae_factor` is how many pixels a latent has on each side; `max_rows` the images
-    that it takes in hand at most, `batch` those of one step; `pace` what a predicted millisecond really takes there."""
+    that it takes in hand at most, `batch` those of one step; `pace` what a predicted millisecond really takes there.
+    `memory_mb` (1e6 bytes, 0 where it is not known) is what it has
+    of its card, `rung` how far down the memory ladder it is by now; `card` is None where it computes on no CUDA GPU."""
 
     name: str
     model: str
@@ -116,6 +130,9 @@ class WorkerReport:
     pace: float = 1.0
     curves: tuple[StepCurve, ...] = ()
     decode_ms_per_megapixel: float = 0.0
+    rung: Rung | None = None
+    memory_mb: int = 0
+    card: CardUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

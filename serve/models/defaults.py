@@ -44,12 +44,15 @@ _PLAYGROUND = Defaults(50, 3.0)
 def defaults(folder: Path, name: str, family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
     """`name` is the source's (a folder's, a file's or a hub id's), `scheduler` the model's own sampler's configuration.
     Raises OperatorError where the file garbles a number."""
-    return _from_file(folder / GENERATION_CONFIG, _of_kind(name, family, guidance, scheduler))
+    return _from_file(folder / GENERATION_CONFIG, usual(name, family, guidance, scheduler))
 
 
-def _of_kind(name: str, family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
-    """A distilled model is told by its denoiser's inputs or by the one sampler that it works with. Others (SDXL
-    Lightning, SD 3.5 Turbo) have the configuration of what they were distilled from, and are told by their names."""
+def usual(name: str, family: str, guidance: Guidance, scheduler: Mapping[str, Any]) -> Defaults:
+    """What models of that kind are made for.
+
+    A distilled one is told by its denoiser's inputs or by the one sampler that it works with. Others (SDXL Lightning,
+    SD 3.5 Turbo) have the configuration of what they were distilled from, and are told by their names.
+    """
     sampler = str(scheduler.get("_class_name"))
     if guidance == "none":
         return _FLUX_SCHNELL

@@ -23,9 +23,6 @@ class Denoiser:
     latents; FLUX's are those before its latents are packed. `prediction_type` is "flow_prediction" for rectified flow.
     `tasks` are what it can be asked for. The three defaults are those of an order that names none; `default_strength`
     is that of img2img.
-
-    `parameters` counts denoiser and VAE; `denoiser_width` and `vae_width` are channels at full size, what activations
-    are estimated from: those of the first U-Net block (or of the transformer), and of the VAE decoder's last block.
     """
 
     default_width: int
@@ -41,9 +38,6 @@ class Denoiser:
     default_num_inference_steps: int
     default_guidance_scale: float
     default_strength: float
-    parameters: int
-    denoiser_width: int
-    vae_width: int
     largest_side: int | None = None
 
 

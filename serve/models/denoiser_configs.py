@@ -33,7 +33,6 @@ class Reading:
 
     in_channels: int
     out_channels: int
-    width: int
     grid: int
     height_width: tuple[int, int]
     largest_side: int | None
@@ -119,7 +118,6 @@ def _unet(config: Config, family: str) -> Reading:
     return Reading(
         in_channels=channels,
         out_channels=out_channels,
-        width=widths[0],
         grid=1,
         height_width=config.sides("sample_size", 128 if xl else 64),
         largest_side=None,
@@ -147,7 +145,6 @@ def _sd3(config: Config, _: str) -> Reading:
     return Reading(
         in_channels=channels,
         out_channels=out_channels,
-        width=width,
         grid=patch,
         height_width=config.sides("sample_size", 128),
         largest_side=positions * patch,
@@ -181,7 +178,6 @@ def _flux(config: Config, _: str) -> Reading:
     return Reading(
         in_channels=packed // 4,
         out_channels=out_channels // 4,
-        width=width,
         grid=2,
         height_width=(128, 128),
         largest_side=None,
@@ -202,7 +198,6 @@ def _pixart(config: Config, _: str) -> Reading:
     return Reading(
         in_channels=channels,
         out_channels=channels,
-        width=width,
         grid=patch,
         height_width=config.sides("sample_size", 128),
         largest_side=None,
@@ -229,7 +224,6 @@ def _auraflow(config: Config, _: str) -> Reading:
     return Reading(
         in_channels=channels,
         out_channels=out_channels,
-        width=width,
         grid=patch,
         height_width=config.sides("sample_size", 64),
         largest_side=math.isqrt(positions) * patch,

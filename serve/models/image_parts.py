@@ -47,7 +47,8 @@ def image_parts(
     if reading.pooled and reading.pooled[1] != (width := pooled_width(family, config, text)):
         raise refused(f"{config.part}: its {reading.pooled[0]} is {reading.pooled[1]}, the model's text gives {width}")
     scheduler, prediction_type = _scheduler(folder, family, kind)
-    parameters = _checked(config, reading.tensors) + _checked(vae, _vae_tensors(vae, channels))
+    _check_weights(config, reading.tensors)
+    _check_weights(vae, _vae_tensors(vae, channels))
     factor = 2 ** (len(vae.numbers("block_out_channels")) - 1)
     chosen = defaults(folder, name, family, reading.guidance, scheduler)
     grid = math.lcm(factor * reading.grid, STOCK_GRID)
@@ -66,9 +67,6 @@ def image_parts(
         default_num_inference_steps=chosen.num_inference_steps,
         default_guidance_scale=chosen.guidance_scale,
         default_strength=chosen.strength,
-        parameters=parameters,
-        denoiser_width=reading.width,
-        vae_width=vae.numbers("block_out_channels")[0],
         largest_side=None if reading.largest_side is None else reading.largest_side * factor,
     )
 
@@ -119,14 +117,13 @@ def _vae_tensors(vae: Config, channels: int) -> dict[str, Shape]:
     }
 
 
-def _checked(config: Config, tensors: Mapping[str, Shape]) -> int:
-    """How many numbers the files of a part hold. Raises OperatorError unless they hold `tensors`."""
+def _check_weights(config: Config, tensors: Mapping[str, Shape]) -> None:
+    """Raises OperatorError unless the files of a part hold `tensors`."""
     if "quantization_config" in config.values:
         raise refused(f"{config.part}: its weights are quantized (quantization_config); save them unquantized")
     found = read_headers(weight_files(config.part))
     for name, shape in tensors.items():
         _expect(config.part, found, name, shape)
-    return sum(math.prod(info.shape) for info in found.values())
 
 
 def _expect(part: Path, tensors: Mapping[str, TensorInfo], name: str, shape: Shape) -> None:

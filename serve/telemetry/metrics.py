@@ -111,7 +111,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration(
         "tandem_device_memory_bytes",
         Kind.GAUGE,
-        "Memory of a replica's GPU: allocated, peak, total.",
+        "Memory of a replica's GPU: allocated, peak, allowed (what its plan lets it take), total.",
         ("pool", "kind"),
         process=_REPLICA,
     ),
@@ -293,7 +293,16 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration(
         "tandem_engine_out_of_memory_total",
         Kind.COUNTER,
-        "Steps and decodings for which the device had no memory.",
+        "How often the device had no memory, by what for (`begin` an image, `encode`, `step`, `decode`, `load` the "
+        "model) and the rung of the memory ladder on which it was.",
+        ("phase", "rung"),
+        process=_REPLICA,
+    ),
+    Declaration(
+        "tandem_engine_rung",
+        Kind.GAUGE,
+        "Where a replica is on the memory ladder: 0 resident, 1 vae_slicing, 2 vae_tiling, 3 attention_slicing, "
+        "4 int8, 5 int4, 6 offload, 7 sequential_offload, 8 cpu.",
         process=_REPLICA,
     ),
     Declaration(

@@ -13,10 +13,12 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from support import image_models
 from support.chart import Rendered, dotted
 from support.chart_ray import Autoscaler, Deployment, astray, deployments_of, serve_faults
+from support.published_folders import published_model
 
 from serve.catalog import open_catalog
 from serve.origins import load_args
 from serve.placements import GPU_CLASS_LABEL, plan_placements
+from serve.rungs import Rung
 
 FULL_HASH = re.compile(r"[0-9a-f]{40}")
 MIB = 1024 * 1024
@@ -24,19 +26,17 @@ MIB = 1024 * 1024
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A small model with random weights in place of a published one, and how large that is."""
+    """A small model with random weights in place of a published one, and that one's name in serve/memory."""
 
     make: Callable[[Path], Path]
-    parameters: int
-    width: int
-    vae: int = 128
+    published: str
 
 
 FAMILIES = {
-    r"stable-diffusion-xl|sdxl|playground": Family(image_models.sdxl_model, 2_651_000_000, 320),
-    r"stable-diffusion-3": Family(image_models.sd3_model, 2_553_000_000, 1536),
-    r"flux": Family(image_models.flux_model, 11_985_000_000, 3072),
-    r"stable-diffusion|sd-turbo|dreamshaper": Family(image_models.sd_model, 943_200_000, 320),
+    r"stable-diffusion-xl|sdxl|playground": Family(image_models.sdxl_model, "sdxl"),
+    r"stable-diffusion-3": Family(image_models.sd3_model, "sd35-medium"),
+    r"flux": Family(image_models.flux_model, "flux-dev"),
+    r"stable-diffusion|sd-turbo|dreamshaper": Family(image_models.sd_model, "sd15"),
 }
 """By what a hub id has in it; the first that fits."""
 ENCODERS = {"clip-l": "clip-32x3", "openclip-bigg": "clip-48x2", "t5-xxl": "t5-96x2"}
@@ -119,22 +119,22 @@ def test_ray_serve_builds_the_application(release: Rendered, tree: dict[str, Any
 
 
 def test_every_class_holds_the_models_that_are_placed_on_it(
-    release: Rendered, stand_in: Callable[[str], tuple[Path, Family]], tree: dict[str, Any]
+    release: Rendered, stand_in: Callable[[str], tuple[Path, Family]], tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With the sizes of the published models in place of the small ones'. Raises where a card holds no image."""
+    """With the sizes of the published models in place of the small ones': all of the weights and an image of the
+    model's own size, in the memory of the class."""
     settings = load_args(tree).settings
     drawn = dict(open_catalog(settings).drawn)
     for given, small in zip(models_of(release.args), models_of(tree), strict=True):
         name = small.get("name")
         if name in drawn and is_hub_id(given.get("source", "shapes")):
             _, family = stand_in(given["source"])
-            denoiser = drawn[name].denoiser
-            assert denoiser is not None
-            real = {"parameters": family.parameters, "denoiser_width": family.width, "vae_width": family.vae}
-            drawn[name] = dataclasses.replace(drawn[name], denoiser=dataclasses.replace(denoiser, **real))
+            drawn[name] = published_model(tmp_path / name, family.published, called=name)
     for placement in plan_placements(settings, drawn):
         if placement.gpu_class is not None:
-            assert placement.max_pixels >= 512 * 512, f"{placement.name} draws {placement.max_pixels} pixels at most"
+            assert placement.rung is Rung.RESIDENT, f"{placement.name} is drawn on the rung {placement.rung}"
+            assert placement.plan is not None
+            assert placement.plan.fits
 
 
 def test_each_deployment_starts_a_node_of_its_own_group(release: Rendered, deployments: list[Deployment]) -> None:

@@ -22,9 +22,9 @@ from support.server import free_port, ready, wait_until
 
 from deployments.app import application
 from serve.embedded import EmbeddedRedis
+from serve.relief import AGED_S
 from serve.service import Busy
 from serve.settings import Settings
-from serve.wants import AGED_S
 
 pytestmark = pytest.mark.cluster
 

@@ -60,10 +60,10 @@ class Failing(Runner):
             raise self.errors[0]
         return super().step(rows, most)
 
-    def decode(self, latents: Latents, tiled: bool = False) -> object:
+    def decode(self, latents: Latents, side: int | None = None) -> object:
         if self.errors[1] is not None:
             raise self.errors[1]
-        return super().decode(latents, tiled)
+        return super().decode(latents, side)
 
 
 class Blocked:

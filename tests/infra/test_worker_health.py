@@ -35,10 +35,10 @@ class HungVae(GatedRunner):
     def __init__(self, runner: Runner) -> None:
         super().__init__(runner, free=1 << 30)
 
-    def decode(self, latents: Latents, tiled: bool = False) -> object:
+    def decode(self, latents: Latents, side: int | None = None) -> object:
         self.reached.set()
         assert self.gate.wait(60)
-        return super().decode(latents, tiled)
+        return super().decode(latents, side)
 
 
 @pytest.mark.parametrize("kind", [GatedRunner, HungVae])

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.house import LONG, GatedRunner, House, a_runner, open_house, until
@@ -99,9 +100,9 @@ class Watched(JobStore):
         self.open = asyncio.Event()
         self.open.set()
 
-    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
+    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True, **more: Any) -> Claim | Hold | None:
         await self.open.wait()
-        answer = await super().claim(worker, wants, idle=idle)
+        answer = await super().claim(worker, wants, idle=idle, **more)
         self.answers.append((answer, self.worker.rows if self.worker else 0))
         return answer
 

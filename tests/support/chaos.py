@@ -10,7 +10,7 @@ import random
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,7 +43,8 @@ _LOOK_S = 0.05
 
 @dataclass(slots=True)
 class Fleet:
-    """Workers in processes of their own; one that dies is replaced, as Ray would.
+    """Workers in processes of their own; one that dies is replaced, as Ray would. `plans` are
+    further fields of a worker's plan, by its number, from 1 on.
 
     Owns: the processes and the task that watches them.
     """
@@ -51,6 +52,7 @@ class Fleet:
     folder: Path
     settings: Mapping[str, Any]
     clock_s: Mapping[int, float] = field(default_factory=dict)
+    plans: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     deaths: int = 0
     started: int = 0
     processes: list[BaseProcess] = field(default_factory=list)
@@ -61,6 +63,11 @@ class Fleet:
             self.processes.append(self._spawn())
         await self.ready()
         self._watching = asyncio.create_task(self._watch())
+
+    async def join(self) -> None:
+        """One more, beside those that were started."""
+        self.processes.append(self._spawn())
+        await self.ready()
 
     async def ready(self) -> None:
         def ready() -> bool:
@@ -94,6 +101,7 @@ class Fleet:
             settings=dict(self.settings),
             folder=str(self.folder),
             clock_s=self.clock_s.get(self.started, 0.0),
+            **self.plans.get(self.started, {}),
         )
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["support.chaos_worker"])
@@ -245,6 +253,14 @@ class House:
         async with asyncio.timeout(within_s):
             while await self.inside._redis.zcard("tandem:deadlines"):  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_S)
+
+    async def seen(self, job: str, condition: Callable[[Job], bool]) -> Job:
+        """The job as soon as one of its events finds it so."""
+        async for _ in follow(self.inside, job, previews=False):
+            found = await self.inside.get(job)
+            if condition(found):
+                return found
+        raise AssertionError(f"{job} has ended before")
 
     async def job(self, job: str) -> Job:
         """As it is when it has ended."""

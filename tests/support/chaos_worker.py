@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.history import Entry, Heard, Late, line_of
 
 from serve.diffusion.engine import Engine, Work
+from serve.diffusion.ladder import Ladder
 from serve.diffusion.profile import Profile
 from serve.diffusion.run import Picture
+from serve.diffusion.rungs import descend
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.diffusion.scheduler import Row, StepScheduler
 from serve.diffusion.state import Source
@@ -44,23 +49,30 @@ from serve.placements import Placement
 from serve.prompts.plan import Planner
 from serve.reports import cost_here, report_of
 from serve.results.store import ResultStore, open_store
+from serve.rungs import Rung
 from serve.settings import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.worker import Worker
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+"""Of glibc's mallopt."""
 PLACES = ("begin", "step", "decode", "put", "manifest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:
     """`settings` as JSON of the tree; `folder` is where it writes what it was told, and where it has died once;
-    `clock_s` is how wrong its clock goes."""
+    `clock_s` is how wrong its clock goes. `memory_mb` is said to be its card's, `largest_mb` that of the largest card
+    of the settings; `cap_mb` are those beyond its model that it really gets, 0 for no bound."""
 
     name: str
     settings: dict[str, Any]
     folder: str
     batch: int = 4
     clock_s: float = 0.0
+    memory_mb: int = 0
+    largest_mb: int = 0
+    cap_mb: int = 0
 
 
 class Deaths:
@@ -105,9 +117,9 @@ class MortalRunner(Runner):
         self._released[id(latents)] = row.run_id.partition(":")[0]
         return latents
 
-    def decode(self, latents: Latents, tiled: bool = False) -> Picture:
+    def decode(self, latents: Latents, side: int | None = None) -> Picture:
         self._deaths.at("decode", self._released.pop(id(latents), ""))
-        return super().decode(latents, tiled)
+        return super().decode(latents, side)
 
 
 class MortalJobs(JobStore):
@@ -121,9 +133,9 @@ class MortalJobs(JobStore):
         self._notes = notes
         self._first: dict[tuple[str, int, str], float] = {}
 
-    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True) -> Claim | Hold | None:
+    async def claim(self, worker: str, wants: Sequence[Want], *, idle: bool = True, **more: Any) -> Claim | Hold | None:
         asked = time.monotonic()
-        claim = await super().claim(worker, wants, idle=idle)
+        claim = await super().claim(worker, wants, idle=idle, **more)
         if isinstance(claim, Claim):
             told = time.monotonic()
             self._note(Heard(job=claim.job_id, fence=claim.fence, what="claimed", asked=asked, told=told))
@@ -183,6 +195,29 @@ def mortal(results: ResultStore, deaths: Deaths) -> ResultStore:
     return results
 
 
+async def cap_memory(runner: Runner, megabytes: int) -> None:
+    """From here on this process gets so much memory more; then allocations fail, torch's and everybody's.
+
+    What is freed goes back at once, so that the bound is the same for the first image and the last. A thread's stack
+    counts whole: those of the event loop are there before.
+    """
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 17)):
+        assert ctypes.CDLL(None).mallopt(option, value)
+    threads = min(32, (os.cpu_count() or 1) + 4)
+    barrier = threading.Barrier(threads)
+    await asyncio.gather(*(asyncio.to_thread(barrier.wait) for _ in range(threads)))
+    runner.measure((8, 8), 2)
+    runner.family.vae.decode(torch.zeros(1, 4, 8, 8))
+    ctypes.CDLL(None).malloc_trim(0)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + (megabytes << 20),) * 2)
+
+
+def data_bytes() -> int:
+    """What counts against that bound now."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData")))
+
+
 async def serve(plan: WorkerPlan) -> None:
     """Work until SIGTERM, then drain."""
     settings, folder = Settings.model_validate(plan.settings), Path(plan.folder)
@@ -201,8 +236,16 @@ async def serve(plan: WorkerPlan) -> None:
     profile = Profile(plan.batch)
     jobs = MortalJobs(settings, folder / f"words-{plan.name}.jsonl")
     placement = Placement(
-        name="a card", model=model.name, gpu_class=None, settings=settings.diffusion, max_pixels=1 << 20
+        name="a card",
+        model=model.name,
+        gpu_class=None,
+        settings=settings.diffusion,
+        max_pixels=1 << 22,
+        memory_bytes=plan.memory_mb * 10**6,
     )
+    ladder = Ladder(Rung.RESIDENT, Rung(settings.diffusion.worst_rung), partial(descend, runner.family))
+    if plan.cap_mb:
+        await cap_memory(runner, plan.cap_mb)
     worker = Worker(
         name=plan.name,
         placement=placement,
@@ -210,7 +253,7 @@ async def serve(plan: WorkerPlan) -> None:
         jobs=jobs,
         planner=Planner(model, registry.sources(model.name)),
         embeddings=embeddings,
-        engine=Engine(runner, StepScheduler(profile), profile, metrics),
+        engine=Engine(runner, StepScheduler(profile), profile, metrics, ladder=ladder),
         results=mortal(open_store(settings.results, settings.data_dir), deaths),
         metrics=metrics,
         batch=lambda: plan.batch,
@@ -218,6 +261,7 @@ async def serve(plan: WorkerPlan) -> None:
         cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
         spool_bytes=settings.results.spool_bytes,
         stall_s=settings.diffusion.stall_s,
+        placements=[placement, replace(placement, name="the largest", memory_bytes=plan.largest_mb * 10**6)],
     )
     (folder / f"ready-{plan.name}").touch()
     stop = asyncio.Event()

@@ -100,6 +100,7 @@ class House:
         self.model = self.parts.model
         self.runner = self.parts.runner
         self.placement = self.a_placement()
+        self.placements: Sequence[Placement] = ()
         self.batch = 4
         self.results = open_store(ResultSettings(), folder)
         self.planner = Planner(self.model, self.parts.registry.sources(self.model.name))
@@ -143,15 +144,15 @@ class House:
         tracing: Tracing | None = None,
     ) -> AsyncIterator[Worker]:
         """A replica; it is drained in the end."""
-        profile, runner = Profile(4), runner or self.runner
+        profile, runner, placement = Profile(4), runner or self.runner, self.placement
         factor = runner.family.vae.scale_factor
 
         def report(pace: Pace) -> WorkerReport:
-            return report_of(name, self.placement, profile, factor, pace)
+            return report_of(name, placement, profile, factor, pace)
 
         worker = Worker(
             name=name,
-            placement=self.placement,
+            placement=placement,
             settings=self.settings,
             jobs=jobs or self.jobs,
             planner=self.planner,
@@ -165,6 +166,7 @@ class House:
             spool_bytes=spool_bytes,
             stall_s=stall_s,
             tracing=tracing,
+            placements=self.placements,
         )
         try:
             yield worker

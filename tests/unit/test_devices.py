@@ -5,9 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serve.devices import best_device, check_dtype, check_memory, claim_device
+from serve.devices import (
+    ALLOCATOR_VARIABLES,
+    CLASS_SLACK,
+    best_device,
+    card_here,
+    check_dtype,
+    check_memory,
+    claim_device,
+    grow_segments,
+    memory_fraction,
+)
 from serve.errors import OperatorError
+from serve.memory.planner import USABLE
 from serve.settings import EncoderSettings
 
 
@@ -57,6 +70,59 @@ def test_a_card_smaller_than_its_class_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OperatorError, match=r"11 GB, the GPU here 4.1 GB") as raised:
         check_memory("cuda", 11, "placements.large.gpu_class")
     assert raised.value.param == "placements.large.gpu_class"
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "budget", "total", "allowed"),
+    [
+        (1, None, 11 * GIB, None),
+        (0.5, None, 11 * GIB, 0.5),
+        (0, 9_900_000_000, 11 * GIB, 9.9 / 11.811),
+        (1, 9_900_000_000, 80 * GIB, 9.9 / 85.899),
+        (0.5, 4_950_000_000, 11 * GIB, 4.95 / 11.811),
+        (0.5, 9_900_000_000, 11 * GIB, 0.5),
+        (1, 80_000_000_000, 11 * GIB, None),
+    ],
+    ids=["all", "half", "planned", "of a larger card", "planned half", "never above the share", "never above the card"],
+)
+def test_a_process_is_held_to_its_plan_and_to_its_share(
+    num_gpus: float, budget: int | None, total: int, allowed: float | None
+) -> None:
+    assert memory_fraction(num_gpus, budget, total) == (allowed and pytest.approx(allowed, rel=1e-3))
+
+
+@given(
+    shares=st.lists(st.floats(0.05, 1), min_size=1, max_size=8),
+    total=st.integers(2 * GIB, 200 * GIB),
+    gigabytes=st.floats(1, 200),
+)
+def test_replicas_whose_shares_fit_a_card_never_fill_it(shares: list[float], total: int, gigabytes: float) -> None:
+    """Each with the plan that its share of the class gives it, on any card that passes for one of the class."""
+    if sum(shares) > 1 or total < CLASS_SLACK * gigabytes * 1e9:
+        return
+    held = [memory_fraction(share, int(USABLE * share * gigabytes * 1e9), total) or 1.0 for share in shares]
+    assert sum(held) <= USABLE / CLASS_SLACK + 1e-9
+
+
+def test_segments_grow_unless_the_operator_has_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = torch._C._accelerator_getAllocatorSettings  # type: ignore[attr-defined]
+    before = settings()
+    for name in ALLOCATOR_VARIABLES:
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "max_split_size_mb:64")
+            grow_segments()
+            assert settings() == before
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    grow_segments()
+    assert settings() == "expandable_segments:True"
+
+
+def test_no_card_is_found_for_who_computes_on_none() -> None:
+    assert card_here("cpu") is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="needs a Linux that has autogroup")

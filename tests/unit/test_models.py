@@ -76,9 +76,6 @@ def test_the_shipped_model() -> None:
             default_num_inference_steps=20,
             default_guidance_scale=3.0,
             default_strength=0.8,
-            parameters=4_349_867,
-            denoiser_width=48,
-            vae_width=16,
         ),
     )
 

@@ -22,9 +22,6 @@ SD = Denoiser(
     default_num_inference_steps=25,
     default_guidance_scale=5.0,
     default_strength=0.8,
-    parameters=1,
-    denoiser_width=320,
-    vae_width=128,
 )
 SDXL = replace(SD, default_width=1024, default_height=1024)
 SD3 = replace(SDXL, size_multiple=16, largest_side=3072)

@@ -10,8 +10,9 @@ from serve.jobs.records import Want
 from serve.models import resolve
 from serve.models.denoiser import Denoiser
 from serve.placements import Placement
+from serve.relief import AGED_S
 from serve.settings import DiffusionSettings, ModelSettings
-from serve.wants import AGED_S, LEFT_TO_OTHERS_S, batch_of, wants_of
+from serve.wants import LEFT_TO_OTHERS_S, batch_of, wants_of
 
 AGED = Want("m", 0, 4096, AGED_S)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 
 from serve.models import ModelFolder
+from serve.rungs import Rung
 from serve.settings import DiffusionSettings
 
 if TYPE_CHECKING:
     from serve.diffusion.families.base import Family
+
+log = logging.getLogger(__name__)
 
 FAMILIES = {
     "sd": "unet.SdFamily",
@@ -25,15 +29,32 @@ FAMILIES = {
 """`ModelFolder.family` -> module and class in this package. Imported when asked for: diffusers' models are slow to."""
 
 
-def open_family(model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: DiffusionSettings) -> Family:
-    """The model's denoiser and VAE on `device`, as the placement's speed options want them.
+def family_class(family: str) -> type[Family]:
+    """By its name."""
+    module, _, name = FAMILIES[family].partition(".")
+    found: type[Family] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
 
-    Raises OperatorError naming `model.source`, `diffusion.tiny_vae` or `diffusion.compile`.
+
+def open_family(
+    model: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: DiffusionSettings,
+    rung: Rung = Rung.RESIDENT,
+) -> Family:
+    """The model's denoiser and VAE for `device`, on a rung of the memory ladder, as the placement's speed options want
+    them. Where the two can't both be had, memory goes before speed.
+
+    Raises OperatorError naming `model.source`, `diffusion.tiny_vae`, `diffusion.rung` or `diffusion.compile`.
     """
-    module, _, name = FAMILIES[model.family].partition(".")
-    family: Family = getattr(import_module(f"{__name__}.{module}"), name)(model, device, dtype, settings)
+    family = family_class(model.family)(model, device, dtype, settings, rung)
     if settings.compile:
         from serve.diffusion.families.speed import compile_family
+        from serve.diffusion.rungs import compiles
 
-        compile_family(family)
+        if compiles(rung):
+            compile_family(family)
+        else:
+            log.warning("diffusion.compile: model %s is not compiled on the rung %s", model.name, rung)
     return family

@@ -13,11 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 
+from serve.devices import device_errors
 from serve.diffusion.families.load import load_part, load_scheduler, loading
 from serve.diffusion.families.speed import remember_signatures
+from serve.diffusion.offload import Offload
+from serve.diffusion.rungs import settle
 from serve.diffusion.vae import Vae, open_vae
 from serve.domain import TextEmbedding
 from serve.models import ModelFolder
+from serve.rungs import Rung
 from serve.settings import DiffusionSettings
 
 
@@ -55,7 +59,7 @@ class Family(ABC):
 
     A family of its own sets the class variables and says how its denoiser is called.
 
-    Owns: the denoiser's weights on the device, and the VAE.
+    Owns: the denoiser's weights, and what brings them to the device where they lie elsewhere; the VAE.
     """
 
     part: ClassVar[str]
@@ -74,27 +78,52 @@ class Family(ABC):
     dtype: torch.dtype
     denoiser: Any
     vae: Vae
+    rung: Rung
+    """Of the memory ladder. What it means for the denoiser is done by `serve.diffusion.rungs`."""
+    offload: Offload | None = None
+    compiled: bool = False
     scheduler_class: Any
     """Class of the model's own sampler (diffusers' `SchedulerMixin`)."""
     scheduler_config: dict[str, Any]
     """Its configuration, as the stock pipeline mends it."""
 
     def __init__(
-        self, model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: DiffusionSettings
+        self,
+        model: ModelFolder,
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: DiffusionSettings,
+        rung: Rung = Rung.RESIDENT,
     ) -> None:
-        """Raises OperatorError naming `model.source` or `diffusion.tiny_vae`."""
+        """Raises OperatorError naming `model.source`, `diffusion.tiny_vae` or `diffusion.rung`."""
         self.model = model
         self.device = device
         self.dtype = dtype
-        with loading(model.name):
-            denoiser = load_part(self.part_class, model.path / self.part, dtype)
+        self._channels_last = settings.channels_last or (settings.channels_last is None and self.convolutional)
+        denoiser = self.load_denoiser()
+        self.scheduler_class, self.scheduler_config = self.load_scheduler()
+        with device_errors("the VAE"):
+            self.vae = self.load_vae(settings)
+        settle(self, denoiser, rung)
+
+    def load_denoiser(self) -> Any:
+        """The denoiser of the model's folder, on the CPU. Raises OperatorError naming `model.source`."""
+        with loading(self.model.name):
+            denoiser = load_part(self.part_class, self.model.path / self.part, self.dtype)
             self.check(denoiser.config)
-            self.scheduler_class, self.scheduler_config = load_scheduler(model, self.mends())
         remember_signatures(denoiser)
-        if settings.channels_last or (settings.channels_last is None and self.convolutional):
+        if self._channels_last:
             denoiser.to(memory_format=torch.channels_last)
-        self.denoiser = denoiser.to(device)
-        self.vae = open_vae(model, device, dtype, settings, upcast=self.upcasts_vae)
+        return denoiser
+
+    def load_scheduler(self) -> tuple[Any, dict[str, Any]]:
+        """Class and configuration of the model's own sampler. Raises OperatorError naming `model.source`."""
+        with loading(self.model.name):
+            return load_scheduler(self.model, self.mends())
+
+    def load_vae(self, settings: DiffusionSettings) -> Vae:
+        """The model's VAE on the device. Raises OperatorError naming `model.source` or `diffusion.tiny_vae`."""
+        return open_vae(self.model, self.device, self.dtype, settings, upcast=self.upcasts_vae)
 
     def check(self, config: Any) -> None:
         """Raise ValueError where the denoiser's configuration asks for what `predict` does not do."""

@@ -81,6 +81,15 @@ def compile_family(family: Family) -> None:
             return predict(lanes)
 
     family.predict = compiled  # type: ignore[method-assign]
+    family.compiled = True
+
+
+def uncompile(family: Family) -> None:
+    """Have a compiled family compute as it was written, in batches that nobody fills up."""
+    vars(family).pop("predict", None)
+    for block in blocks(family.denoiser):
+        block._compiled_call_impl = None
+    family.compiled = False
 
 
 def blocks(denoiser: torch.nn.Module) -> list[torch.nn.Module]:

@@ -26,6 +26,7 @@ ROUTES = [
     ("DELETE", f"/v1/jobs/{NOBODY}", GENERATE),
     ("GET", f"/v1/images/{NOBODY}/0", GENERATE),
     ("GET", "/v1/models", EITHER),
+    ("GET", "/v1/fleet", EITHER),
     ("GET", "/v1/limits", EITHER),
     ("POST", "/v1/embeddings", EMBED),
     ("POST", "/v1/prompts/analyze", EMBED),

@@ -36,6 +36,7 @@ async def test_the_schema_describes_every_route(stand: Any) -> None:
         "GET /v1/jobs/{id}/events",
         "GET /v1/images/{id}/{index}",
         "GET /v1/models",
+        "GET /v1/fleet",
         "GET /v1/limits",
         "POST /v1/benchmark",
         "POST /v1/embeddings",

@@ -42,9 +42,9 @@ class TimedRunner(Runner):
         self.steps.append(([row.run_id for row in rows], time.monotonic() - started))
         return failed
 
-    def decode(self, latents: Latents, *, tiled: bool = False) -> Picture:
+    def decode(self, latents: Latents, *, side: int | None = None) -> Picture:
         started = time.monotonic()
-        picture = super().decode(latents, tiled=tiled)
+        picture = super().decode(latents, side=side)
         self.decodings.append(time.monotonic() - started)
         return picture
 

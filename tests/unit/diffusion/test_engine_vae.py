@@ -43,7 +43,7 @@ class SlowVae(Runner):
         self.reached = Event()
         self.errors: list[Exception] = []
         self.decoded = 0
-        self.tiled: list[bool] = []
+        self.sides: list[int | None] = []
 
     def _wait(self) -> None:
         self.reached.set()
@@ -51,15 +51,15 @@ class SlowVae(Runner):
         if self.errors:
             raise self.errors.pop()
 
-    def encode(self, work: Work) -> Source | None:
+    def encode(self, work: Work, side: int | None = None) -> Source | None:
         self._wait()
-        return super().encode(work)
+        return super().encode(work, side)
 
-    def decode(self, latents: Latents, tiled: bool = False) -> Picture:
-        self.tiled.append(tiled)
+    def decode(self, latents: Latents, side: int | None = None) -> Picture:
+        self.sides.append(side)
         self._wait()
         self.decoded += 1
-        return super().decode(latents, tiled)
+        return super().decode(latents, side)
 
 
 @pytest.fixture
@@ -156,12 +156,12 @@ def test_a_decoding_without_memory_is_made_in_tiles_and_says_so(slow: SlowVae, w
     engine = open_engine(slow)
     wide = {"num_inference_steps": 1, "width": 640, "height": 64}
     assert engine.submit(work("whole", **wide), ignore).result(60).approximate == ()
-    slow.errors = [OutOfMemory("the VAE: the device ran out of memory")]
+    slow.errors = [OutOfMemory("the VAE: the device ran out of memory")] * 2
     tiled = engine.submit(work("tiled", **wide), ignore).result(60)
     assert tiled.approximate == ("tiled_vae",)
     assert isinstance(tiled.images[0], Image.Image)
     assert tiled.images[0].size == (640, 64)
-    assert slow.tiled == [False, False, True]
+    assert slow.sides == [None, None, None, 512]
     engine.stop()
 
 
@@ -266,7 +266,7 @@ def test_a_vae_thread_that_ends_takes_the_loop_with_it(slow: SlowVae, work: Make
     engine = open_engine(slow)
     steps: list[int] = []
 
-    def gone(latents: Latents, tiled: bool = False) -> Picture:
+    def gone(latents: Latents, side: int | None = None) -> Picture:
         raise SystemExit("out of the thread")
 
     slow.decode = gone  # type: ignore[method-assign]

@@ -15,7 +15,6 @@ from diffusers import (
 from support.image_models import lcm_model, sd_model
 from support.parity import Pair
 
-from serve.diffusion import vae
 from serve.domain import Conditioning, ImageRequest, Task
 from serve.errors import InvalidRequest
 from serve.models.folder import SHIPPED
@@ -157,7 +156,7 @@ def test_latent_consistency_with_more_steps_than_the_image_leaves(distilled: Lcm
 @pytest.mark.parametrize("task", list(Task))
 def test_large_images_are_tiled_as_in_diffusers(small: SdPair, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large is more than a tile has pixels."""
-    monkeypatch.setattr(vae, "TILE", 64)
+    monkeypatch.setattr(small.runner.family.vae, "tile", 64)
     stock = small.stock_vae
     monkeypatch.setattr(stock, "use_tiling", True)
     monkeypatch.setattr(stock, "tile_sample_min_size", 64)

@@ -313,7 +313,7 @@ def test_what_decoding_takes_costs_lanes_but_no_curve(
         memory.peak = max(memory.peak, memory.resting + lane * lanes)
         return 10.0
 
-    def decode(latents: Latents, tiled: bool = False) -> Picture:
+    def decode(latents: Latents, side: int | None = None) -> Picture:
         memory.peak = max(memory.peak, min(0.98, memory.resting + decoding))
         if memory.resting + decoding > 1:
             raise OutOfMemory("the VAE: the device ran out of memory")

@@ -11,7 +11,6 @@ import torch
 from support.image_models import BUILDERS, sd_model
 from support.parity import SETTINGS, difference, drawn
 
-from serve.diffusion import vae
 from serve.diffusion.run import Work
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.domain import Conditioning, Schedule
@@ -97,12 +96,9 @@ def test_16_bits_are_the_same_picture_more_finely(runner: Runner, work: MakeWork
     assert len(np.unique(fine)) > 256
 
 
-def test_tiles_are_asked_for_after_running_out_of_memory(
-    runner: Runner, work: MakeWork, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vae, "TILE", 128)
+def test_tiles_are_asked_for_after_running_out_of_memory(runner: Runner, work: MakeWork) -> None:
     latents = finished(runner, work("tiled", num_inference_steps=2))
-    whole, tiled = (np.asarray(runner.decode(latents, tiled=each), dtype=float) for each in (False, True))
+    whole, tiled = (np.asarray(runner.decode(latents, each), dtype=float) for each in (None, 64))
     assert 0 < np.abs(whole - tiled).mean() < 12
     assert whole.shape == tiled.shape
 

@@ -11,9 +11,9 @@ import torch
 from support.towers import cosines, make, random_rows
 from torch import nn
 
-from serve.encoders.quantize import BITS, BlockwiseLinear, load_library, quantize
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
+from serve.quantize import BITS, BlockwiseLinear, load_library, quantize
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LEAST = {"int8": 0.999, "int4": 0.95}
@@ -105,7 +105,7 @@ def test_without_the_library_it_names_the_setting(
 def test_it_fetches_no_code_from_the_hub(tmp_path: Path) -> None:
     """Where the package `kernels` is installed, bitsandbytes on some CPUs loads machine code with it as it starts."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
-    script = "from serve.encoders.quantize import load_library; load_library(); import sys; print(len(sys.modules))"
+    script = "from serve.quantize import load_library; load_library(); import sys; print(len(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},

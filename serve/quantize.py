@@ -29,22 +29,28 @@ class BlockwiseLinear(nn.Module):
     the weight had: so float32 for the layers of T5 that are kept in it.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, device: torch.device, steps: torch.Tensor | None) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, linear: nn.Linear | BlockwiseLinear, bits: int, device: torch.device, steps: torch.Tensor | None
+    ) -> None:
         """`steps` are the 8-bit values, sorted, shared by all layers. Raises ValueError where bitsandbytes does."""
         super().__init__()
-        weight = linear.weight.detach().to(device).contiguous()
+        weight = linear.unpacked() if isinstance(linear, BlockwiseLinear) else linear.weight.detach()
+        weight = weight.to(device).contiguous()
         block, functional = BLOCK[bits], load_library().functional
         if bits == 8:
             packed, state = functional.quantize_blockwise(weight, code=steps, blocksize=block)
         else:
             packed, state = functional.quantize_4bit(weight, blocksize=block, quant_type="nf4")
         self.bits = bits
-        self.shape = (linear.out_features, linear.in_features)
+        self.shape = tuple(weight.shape)
         self.dtype = weight.dtype
         self.packed = nn.Buffer(packed)
         self.scales = nn.Buffer(state.absmax)
         self.register_buffer("steps", steps)  # the one tensor of all layers, which a new Buffer would not be
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+        bias: torch.Tensor | None = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
         # transformers asks T5's layers for their weight's dtype, and leaves those alone that have no weight.
         self.register_parameter("weight", None)
 
@@ -64,14 +70,20 @@ class BlockwiseLinear(nn.Module):
 
 
 def quantize(layers: Sequence[nn.Module], bits: int, device: torch.device) -> None:
-    """Replace every linear layer inside `layers`, one after the other, so that `device` holds no more than one of them
-    unpacked. Embeddings, norms and projections stay as they are: they are small, or read by index."""
+    """Replace every linear layer inside `layers` that has more bits, one after the other, so that `device` holds no
+    more than one of them unpacked. Embeddings, norms and projections stay as they are: they are small, or read by
+    index. If it raises, each layer is whole, as it was or replaced."""
     steps = load_library().functional.create_linear_map(signed=True).to(device) if bits == 8 else None
     for layer in layers:
-        for name, linear in list(layer.named_modules()):
-            if isinstance(linear, nn.Linear):
-                parent, _, child = name.rpartition(".")
-                setattr(layer.get_submodule(parent), child, BlockwiseLinear(linear, bits, device, steps))
+        # Names and not modules, which would keep the weights of those that are replaced.
+        for name in [name for name, module in layer.named_modules() if _has_more_bits(module, bits)]:
+            parent, _, child = name.rpartition(".")
+            linear: Any = layer.get_submodule(name)
+            setattr(layer.get_submodule(parent), child, BlockwiseLinear(linear, bits, device, steps))
+
+
+def _has_more_bits(module: nn.Module, bits: int) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, BlockwiseLinear) and module.bits > bits)
 
 
 def load_library() -> Any:

@@ -1,0 +1,70 @@
+"""The GPUs of this machine, as the driver's own tool tells them: no torch is loaded for it."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+
+from serve.errors import OperatorError
+from serve.memory.terms import Dtype
+
+TOOL = "nvidia-smi"
+QUERY = ("name", "memory.total", "compute_cap")
+ANSWER_S = 30.0
+"""Longest wait for the driver: with its persistence off it takes seconds to wake every card."""
+_MIB = 2**20
+_BFLOAT16 = (8, 0)
+"""Compute capability from which on a card multiplies it at full speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`number` cards of one kind; `memory_bytes` are one card's."""
+
+    name: str
+    memory_bytes: int
+    dtypes: tuple[Dtype, ...]
+    number: int
+
+
+def cards_here() -> tuple[Found, ...]:
+    """The kinds of NVIDIA cards here, in the driver's order. Raises OperatorError that names the tool: it is not here,
+    fails, or sees no card."""
+    path = shutil.which(TOOL)
+    if path is None:
+        raise OperatorError(f"--from-nvidia-smi: no {TOOL} is here; name cards with --classes", "from-nvidia-smi")
+    asked = [path, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise _failed(f"does not answer within {ANSWER_S:g} s") from None
+    except OSError as error:
+        raise _failed(error.strerror or "can't be run") from None
+    if told.returncode:
+        lines = (told.stdout + told.stderr).strip().splitlines()
+        raise _failed(lines[-1] if lines else f"ended with {told.returncode}")
+    cards = Counter(_card(row) for row in csv.reader(told.stdout.splitlines(), skipinitialspace=True) if row)
+    if not cards:
+        raise _failed("sees no card")
+    return tuple(Found(*card, number) for card, number in cards.items())
+
+
+def _card(row: list[str]) -> tuple[str, int, tuple[Dtype, ...]]:
+    """Of one line: `NVIDIA GeForce RTX 2080 Ti, 11264, 7.5`. Raises OperatorError."""
+    try:
+        name, memory, capability = (field.strip() for field in row)
+        major, _, minor = capability.partition(".")
+        return name.removeprefix("NVIDIA "), int(memory) * _MIB, _dtypes((int(major), int(minor or 0)))
+    except ValueError:
+        raise _failed(f"says {', '.join(row)!r}, not {', '.join(QUERY)}") from None
+
+
+def _dtypes(capability: tuple[int, int]) -> tuple[Dtype, ...]:
+    return ("bfloat16", "float16", "float32") if capability >= _BFLOAT16 else ("float16", "float32")
+
+
+def _failed(reason: str) -> OperatorError:
+    return OperatorError(f"--from-nvidia-smi: {TOOL} {reason}", "from-nvidia-smi")

@@ -1,0 +1,1 @@
+"""What a model takes of a card: weights, steps, decoding; and which compromise makes it fit. Plain arithmetic."""

@@ -1,0 +1,247 @@
+"""The rungs of the memory ladder: what each computes, and the way down with images in hand."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.image_models import BUILDERS
+
+from serve.bench.footprints import allocated
+from serve.devices import use_threads
+from serve.diffusion import rungs
+from serve.diffusion.families import open_family
+from serve.diffusion.families.base import Family
+from serve.diffusion.families.speed import blocks
+from serve.diffusion.run import Work
+from serve.diffusion.rungs import descend
+from serve.diffusion.runner import Runner, open_runner
+from serve.diffusion.scheduler import Row
+from serve.diffusion.synthetic import synthetic_lanes
+from serve.errors import GenerationFailed, OperatorError, OutOfMemory
+from serve.models import ModelFolder, check_folder
+from serve.quantize import BlockwiseLinear, load_library
+from serve.rungs import LADDER, MEANS, Rung
+from serve.settings import DiffusionSettings
+
+MakeWork = Callable[..., Work]
+CPU = torch.device("cpu")
+SETTINGS = DiffusionSettings(device="cpu", torch_threads=1)
+EXACT = [rung for rung in LADDER if MEANS[rung].weights == "plain"]
+BELOW = LADDER[1:]
+"""Every rung that something can go down to."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    use_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFolder]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: check_folder(build(root / name), name) for name, build in BUILDERS.items()}
+
+
+def opened(model: ModelFolder, rung: Rung = Rung.RESIDENT, settings: DiffusionSettings = SETTINGS) -> Family:
+    return open_family(model, CPU, torch.float32, settings, rung)
+
+
+@torch.inference_mode()
+def output(family: Family) -> torch.Tensor:
+    """Of the second forward pass: by then an offloaded denoiser knows what comes next."""
+    lanes = synthetic_lanes(family, (8, 12), 2)
+    family.predict(lanes)
+    return family.predict(lanes)
+
+
+def check(family: Family, expected: torch.Tensor) -> None:
+    """Near `expected` as its rung promises, and with the weights that it says."""
+    error = float((output(family) - expected).norm() / expected.norm())
+    means = MEANS[family.rung]
+    packed = [m.bits for m in family.denoiser.modules() if isinstance(m, BlockwiseLinear)]
+    inside = [m for block in blocks(family.denoiser) for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert (family.offload is None) is (means.offload == "none")
+    assert family.vae.tile == means.tile
+    if means.weights == "plain":
+        assert not packed
+        assert error < 1e-5
+    else:
+        assert set(packed) == {8 if means.weights == "int8" else 4}
+        assert not inside, "every linear layer of the blocks is packed"
+        assert 0 < error < (0.05 if means.weights == "int8" else 1)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_every_family_opens_packed_and_offloaded(folders: Mapping[str, ModelFolder], name: str) -> None:
+    expected = output(opened(folders[name]))
+    for rung in (Rung.INT8, Rung.INT4, Rung.OFFLOAD, Rung.SEQUENTIAL_OFFLOAD):
+        check(opened(folders[name], rung), expected)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_every_family_goes_down_rung_by_rung(folders: Mapping[str, ModelFolder], name: str) -> None:
+    family = opened(folders[name])
+    expected = output(family)
+    for rung in BELOW:
+        descend(family, rung)
+        assert family.rung == rung
+        check(family, expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "to"),
+    [
+        (Rung.RESIDENT, Rung.INT4),
+        (Rung.RESIDENT, Rung.SEQUENTIAL_OFFLOAD),
+        (Rung.RESIDENT, Rung.CPU),
+        (Rung.INT8, Rung.OFFLOAD),
+        (Rung.INT8, Rung.CPU),
+        (Rung.OFFLOAD, Rung.CPU),
+    ],
+)
+def test_rungs_may_be_left_out(folders: Mapping[str, ModelFolder], start: Rung, to: Rung) -> None:
+    family = opened(folders["sdxl"], start)
+    descend(family, to)
+    check(family, output(opened(folders["sdxl"])))
+
+
+@pytest.mark.parametrize(("rung", "to"), [(Rung.INT8, Rung.INT8), (Rung.OFFLOAD, Rung.VAE_TILING)])
+def test_there_is_no_way_up(folders: Mapping[str, ModelFolder], rung: Rung, to: Rung) -> None:
+    family = opened(folders["sd"], rung)
+    with pytest.raises(ValueError, match=f"{to} is not below {rung}"):
+        descend(family, to)
+    assert family.rung == rung
+
+
+def test_a_tile_that_was_chosen_smaller_stays(folders: Mapping[str, ModelFolder]) -> None:
+    family = opened(folders["sd"])
+    family.vae.tile = 768
+    descend(family, Rung.VAE_SLICING)
+    assert family.vae.tile == 768
+    descend(family, Rung.INT8)
+    assert family.vae.tile == 512
+
+
+def test_packing_holds_one_layer_twice_at_most(folders: Mapping[str, ModelFolder]) -> None:
+    """Counted by torch's allocator, which knows what it gave while it was watched: so the weights are copied first."""
+    family = opened(folders["flux"])
+    parameters = list(family.denoiser.parameters())
+    sizes = [m.weight.nbytes for m in family.denoiser.modules() if isinstance(m, torch.nn.Linear)]
+    whole = sum(each.nbytes for each in parameters)
+
+    def copy_and_pack(_: torch.nn.Module) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+        parameters.clear()
+        descend(family, Rung.INT8)
+
+    load_library()  # which makes tensors of its own
+    most = allocated(family.denoiser, copy_and_pack) - whole
+    assert most < max(sizes) < 0.3 * sum(sizes) / 4, "not all of them beside those that they replace"
+
+
+def drawn(runner: Runner, work: Work, down: Mapping[int, Rung]) -> tuple[np.ndarray, list[Row]]:
+    """The work's image; before the steps with these numbers, the family goes down."""
+    (row,) = rows = runner.rows(work)
+    runner.begin(row, work, runner.encode(work))
+    for step in range(row.steps):
+        if step in down:
+            descend(runner.family, down[step])
+        assert not runner.step(rows)
+    return np.asarray(runner.decode(runner.release(row)), dtype=float), rows
+
+
+def test_an_image_in_hand_goes_on_through_all_rungs(model: ModelFolder, runner: Runner, work: MakeWork) -> None:
+    """On the shipped model; 8 steps have room for a rung before each."""
+    job = work("down", num_inference_steps=9, seed=7)
+    expected, _ = drawn(runner, job, {})
+    through, _ = drawn(open_runner(model, SETTINGS), job, dict(enumerate(EXACT[1:], 2)))
+    assert np.abs(through - expected).max() <= 1
+    packed, _ = drawn(open_runner(model, SETTINGS), job, dict(enumerate(BELOW, 1)))
+    assert 0 < np.abs(packed - expected).mean() < 12
+
+
+def test_without_the_library_the_rung_names_its_setting_and_is_passed_over_later(
+    folders: Mapping[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = opened(folders["sd"])
+    expected = output(family)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(OperatorError, match=r"diffusion.rung: int8 needs .*bitsandbytes") as refused:
+        opened(folders["sd"], Rung.INT8)
+    assert refused.value.param == "diffusion.rung"
+    with pytest.raises(GenerationFailed, match="int8"):
+        descend(family, Rung.INT8)
+    assert family.rung == Rung.RESIDENT
+    check(family, expected)
+    descend(family, Rung.OFFLOAD)
+    check(family, expected)
+
+
+def test_weights_that_are_gone_leave_the_family_as_it_was(tmp_path: Path) -> None:
+    """From packed weights on, those of offloading are read from the folder once more."""
+    model = check_folder(BUILDERS["sd3"](tmp_path / "sd3"), "sd3")
+    family = opened(model, Rung.INT8)
+    expected = output(family)
+    for file in (tmp_path / "sd3" / "transformer").glob("*.safetensors"):
+        file.unlink()
+    for rung in (Rung.OFFLOAD, Rung.CPU):
+        with pytest.raises(GenerationFailed, match=str(rung)):
+            descend(family, rung)
+        assert family.rung == Rung.INT8
+        assert torch.equal(output(family), expected)
+    descend(family, Rung.INT4)
+    assert family.rung == Rung.INT4
+
+
+@pytest.mark.parametrize("start", [Rung.RESIDENT, Rung.INT8, Rung.OFFLOAD])
+@pytest.mark.parametrize("to", [Rung.OFFLOAD, Rung.SEQUENTIAL_OFFLOAD])
+def test_a_way_down_that_runs_out_of_memory_leaves_the_family_as_it_was(
+    folders: Mapping[str, ModelFolder], start: Rung, to: Rung, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first time; the second try gets there."""
+    if start == to:
+        return
+    family = opened(folders["flux"], start)
+    expected, exact = output(family), output(opened(folders["flux"]))
+    real, tried = rungs._lay, []
+
+    def scarce(*args: object) -> object:
+        tried.append(args)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("none left")
+        return real(*args)
+
+    monkeypatch.setattr(rungs, "_lay", scarce)
+    with pytest.raises(OutOfMemory):
+        descend(family, to)
+    assert family.rung == start
+    assert torch.equal(output(family), expected)
+    descend(family, to)
+    check(family, exact)
+
+
+def test_compiled_blocks_run_as_written_on_the_rungs_that_cut_them_up(
+    folders: Mapping[str, ModelFolder], caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = DiffusionSettings(device="cpu", torch_threads=1, compile=True)
+    plain = [rung for rung in LADDER if rungs.compiles(rung)]
+    assert plain == [Rung.RESIDENT, Rung.VAE_SLICING, Rung.VAE_TILING, Rung.CPU]
+    with caplog.at_level(logging.WARNING):
+        family = opened(folders["sd"], Rung.INT8, compiled)
+    assert not family.compiled
+    assert "diffusion.compile: model sd is not compiled on the rung int8" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_compiled_family_goes_down(folders: Mapping[str, ModelFolder]) -> None:
+    expected = output(opened(folders["sd"]))
+    family = opened(folders["sd"], settings=DiffusionSettings(device="cpu", torch_threads=1, compile=True))
+    for rung, still in ((Rung.VAE_TILING, True), (Rung.ATTENTION_SLICING, False), (Rung.INT8, False)):
+        descend(family, rung)
+        assert family.compiled is still
+        check(family, expected)
