@@ -20,8 +20,9 @@ from deployments.exits import on_sigterm
 from deployments.metrics import tell_device, telling
 from deployments.parts import Parts, open_parts, open_text
 from deployments.step_times import StepTimes
-from serve.devices import card_here, check_memory, stand_back
+from serve.devices import card_here, check_memory, stand_back, use_cores
 from serve.diffusion.engine import Engine
+from serve.diffusion.families.base import Family
 from serve.diffusion.ladder import Ladder, first_that_loads
 from serve.diffusion.profile import Profile, open_profile
 from serve.diffusion.rungs import descend
@@ -32,7 +33,7 @@ from serve.jobs.terms import WorkerReport
 from serve.placements import Placement, plan_placements, setting_of
 from serve.replica_plan import card_use, planned_here, tell_plan
 from serve.reports import Pace, cost_here, report_of
-from serve.rungs import Rung
+from serve.rungs import MEANS, Rung
 from serve.settings import Settings
 from serve.telemetry.tracing import CLOSE_S, open_tracing
 from serve.wants import batch_of
@@ -72,8 +73,9 @@ class Diffusion:
         niceness = CPU_NICENESS if runner.family.device.type == "cpu" else 0
         if niceness:
             await asyncio.to_thread(stand_back, niceness)
-        ladder = Ladder(runner.family.rung, Rung(place.settings.worst_rung), partial(descend, runner.family))
-        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness, ladder)
+        ladder = Ladder(runner.family.rung, Rung(place.settings.worst_rung), partial(_descend, runner.family))
+        on_cores = partial(use_cores, place.settings.torch_threads, CPU_NICENESS)
+        self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness, ladder, on_cores)
         self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
         self._worker = Worker(
             name=name,
@@ -89,7 +91,7 @@ class Diffusion:
             report=partial(self._report, name, place, profile, runner.family.vae.scale_factor),
             cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
             spool_bytes=settings.results.spool_bytes,
-            stall_s=stall_s(place.settings, runner.family.device.type),
+            stall_s=lambda: stall_s(place.settings, runner.family.device.type, self._engine.rung),
             tracing=self._tracing,
             placements=placements,
         )
@@ -130,6 +132,13 @@ class Diffusion:
         tell_device(self._metrics, "diffusion")
 
 
+def _descend(family: Family, rung: Rung) -> None:
+    """Take the replica down to a rung; to the CPU's as one that begins there."""
+    descend(family, rung)
+    if not MEANS[rung].on_card:
+        stand_back(CPU_NICENESS)
+
+
 def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Placement, Runner, Profile]:
     """The placement as it is planned here, its model on its device, and what is known of its steps there. Raises
     OperatorError naming the setting."""
@@ -147,6 +156,7 @@ def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Placement
         Rung(own.worst_rung),
         lambda rung: open_runner(model, own, dtypes, rung=rung, budget=budget),
         parts.metrics,
+        asked=None if own.rung == "auto" else own.best_rung,
     )
     if place.plan is not None:
         runner.family.vae.tile_of = place.plan.tile_of  # larger images may need smaller tiles

@@ -1,7 +1,8 @@
-"""What serve/memory/published.json says of published models: their configurations, and what diffusers makes of them.
+"""What serve/memory/published.json says of published models: their configurations, and what diffusers makes of them;
+and serve/memory/defaults.json of diffusers' classes: what they take for fields that a configuration lacks.
 
-    python scripts/model_facts.py            write the table
-    python scripts/model_facts.py --check    exit with 1 where it is not what diffusers makes
+    python scripts/model_facts.py            write the tables
+    python scripts/model_facts.py --check    exit with 1 where they are not what diffusers makes
 
 Weights are not needed: the classes are built on torch's meta device, which allocates nothing, and their tensors are
 counted. The configurations are those of the models' repositories, without what has no effect on memory or time.
@@ -9,6 +10,7 @@ counted. The configurations are those of the models' repositories, without what 
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from serve.bench.footprints import CLASSES, built
-from serve.memory.shapes import TABLE, counted
+from serve.memory.shapes import DEFAULTS, TABLE, counted
 
 _SD = {
     "sample_size": 64,
@@ -181,13 +183,24 @@ def table() -> str:
     return json.dumps({name: facts(*about) for name, about in MODELS.items()}, indent=1) + "\n"
 
 
+def defaults() -> str:
+    classes = {each.__name__: each for each in (*CLASSES.values(), AutoencoderKL)}
+    fields = {name: inspect.signature(cls.__init__).parameters.values() for name, cls in sorted(classes.items())}
+    told = {
+        name: {each.name: each.default for each in own if each.default is not each.empty}
+        for name, own in fields.items()
+    }
+    return json.dumps(told, indent=1) + "\n"
+
+
 def main() -> int:
-    text = table()
-    if "--check" not in sys.argv[1:]:
-        TABLE.write_text(text, encoding="utf-8")
-    elif TABLE.read_text(encoding="utf-8") != text:
-        print("serve/memory/published.json is not what diffusers makes; run scripts/model_facts.py", file=sys.stderr)
-        return 1
+    tables = {TABLE: table(), DEFAULTS: defaults()}
+    for file, text in tables.items():
+        if "--check" not in sys.argv[1:]:
+            file.write_text(text, encoding="utf-8")
+        elif file.read_text(encoding="utf-8") != text:
+            print(f"serve/memory/{file.name} is not what diffusers makes; run scripts/model_facts.py", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -92,7 +92,7 @@ class Attempt:
         self._account = Account(claim)
         self._fortune = Fortune(claim.memory)
         self._ends = "released"
-        self._rendering = False
+        self._rendering = self._ran_out = False
         self._moved_at = 0.0
         means.pace.began(self._run_id, self.rows, partial(means.cost_of, means.pace, claim.request))
         self._pulse = Pulse(means.jobs, claim, means.settings.heartbeat_s, lambda: means.pace.in_hand)
@@ -102,8 +102,10 @@ class Attempt:
 
     @property
     def still_s(self) -> float:
-        """Seconds since the step loop last moved this job on; 0 where the loop has not got it."""
-        return time.monotonic() - self._moved_at if self._rendering else 0.0
+        """Seconds since the step loop last moved this job on, or could not because it moved weights down the memory
+        ladder; 0 where the loop has not got it."""
+        since = max(self._moved_at, self._means.engine.moving_until)
+        return time.monotonic() - since if self._rendering else 0.0
 
     async def run(self) -> None:
         try:
@@ -142,14 +144,14 @@ class Attempt:
         except TandemError as error:
             log.error("job %s failed in attempt %d: %s", claim.job_id, claim.attempt, error.message)
             told, retry = JobError(code=error.code, message=error.message), retried(error)
-            if isinstance(error, OutOfMemory) and claim.attempt < self._means.settings.max_attempts:
-                memory = self._fortune.gives_back(self._means.cards)
+            if self._ran_out and claim.attempt < self._means.settings.max_attempts:
+                memory = self._fortune.gives_back(self._means.cards, claim.request.pixels)
         except Exception as error:
             log.exception("job %s failed in attempt %d", claim.job_id, claim.attempt)
             told = JobError(code=TandemError.code, message="an internal error; the server's log has the details")
             retry = retried(error)
         self._ends = "retried" if retry and claim.attempt < self._means.settings.max_attempts else "failed"
-        memory = memory or self._fortune.report
+        memory = memory or self._fortune.news
         delay_s = self._means.settings.retry_backoff_s
         return partial(jobs.fail, claim, told, retry=retry, delay_s=delay_s, memory=memory)
 
@@ -181,7 +183,7 @@ class Attempt:
         before = await stored_before(means.results, claim, self._beginning)
         if before is not None:
             account.found()
-            return partial(self._succeed, before, {}, self._fortune.report)
+            return partial(self._succeed, before, {}, self._fortune.news)
         text = request.text
         plan = await read_aside(text.characters, lambda: means.planner.plan(text))
         fetched = await self._beginning.obtain(lambda: means.embeddings.get_many(plan.units))
@@ -213,7 +215,9 @@ class Attempt:
 
         return succeed
 
-    async def _succeed(self, kept: Outcome, tiers: Mapping[str, Tier], memory: MemoryReport) -> Mapping[str, Tier]:
+    async def _succeed(
+        self, kept: Outcome, tiers: Mapping[str, Tier], memory: MemoryReport | None
+    ) -> Mapping[str, Tier]:
         """What `JobStore.succeed` returns."""
         claim, account, metrics = self.claim, self._account, self._means.metrics
         cost = await self._means.jobs.succeed(
@@ -239,6 +243,9 @@ class Attempt:
         self._pulse.enter(JobState.RUNNING)
         try:
             return await self._ending.finish(drawing)
+        except OutOfMemory:  # of this replica's card: an encoder's says nothing of it
+            self._ran_out = True
+            raise
         except Withdrawn:
             self._means.engine.cancel(work.run_id)
             with contextlib.suppress(TandemError):

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,17 @@ CLASS_SLACK = 0.95
 """Of a class's memory, the least that a card of it shows."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch's, the second one from before it had other accelerators."""
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
-"""In the text of torch's errors on a CPU, and of those of the libraries that it computes with."""
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""In the text of torch's errors: on a CPU; on a card, of what is allocated beside torch's own memory, and of the
+libraries that it computes with; on Apple's GPUs."""
 _AUTOGROUP_TRIES, _AUTOGROUP_PAUSE_S = 20, 0.15
 
 
@@ -137,6 +146,12 @@ def be_nice(niceness: int) -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
+def use_cores(threads: int | None, niceness: int) -> None:
+    """The calling thread computes on the CPU from now on, with `use_threads`, and `be_nice`."""
+    use_threads(threads)
+    be_nice(niceness)
+
+
 def stand_back(niceness: int) -> None:
     """This process, its nice threads and all, yields the cores to the rest of the server.
 
@@ -179,19 +194,41 @@ def device_errors(part: str) -> Iterator[None]:
         yield
     except TandemError:
         raise
-    except torch.AcceleratorError as error:
-        raise DeviceLost(f"{part}: the device failed") from error
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise GenerationFailed(f"{part} failed on this request") from error
-        traceback.clear_frames(error.__traceback__)  # they hold the activations, and only free blocks are given back
-        gc.collect()  # so do frames of errors before this one, in cycles that nobody would look for yet
-        torch.cuda.empty_cache()
-        raise OutOfMemory(f"{part}: the device ran out of memory") from error
+        if out_of_memory(error):  # the device goes on, whatever kind of error says it
+            let_go(error)
+            raise OutOfMemory(f"{part}: the device ran out of memory") from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceLost(f"{part}: the device failed") from error
+        raise GenerationFailed(f"{part} failed on this request") from error
+
+
+@contextmanager
+def undoing(undo: Callable[[], None], part: str) -> Iterator[None]:
+    """What is raised inside is raised once `undo` has put `part` back as it was. Raises DeviceLost where that fails
+    too: it can't compute any more, and another process has to."""
+    try:
+        yield
+    except BaseException as error:
+        let_go(error)
+        try:
+            undo()
+        except Exception as again:
+            raise DeviceLost(f"{part} could not be put back as it was") from again
+        raise
+
+
+def let_go(error: BaseException) -> None:
+    """Give back what was computed, or loaded, until that error was raised."""
+    traceback.clear_frames(error.__traceback__)  # they hold the tensors, and only free blocks are given back
+    gc.collect()  # so do frames of errors before this one, in cycles that nobody would look for yet
+    torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or this machine, has no memory left. For its own memory torch has no error of a kind."""
+    """Whether a device, or this machine, has no memory left. For most kinds of memory torch has no error of a kind."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(says in str(error) for says in _NO_MEMORY)
@@ -217,7 +254,7 @@ def gpu_usage() -> GpuUsage | None:
     cards = range(torch.cuda.device_count())
     try:
         utilization = sum(torch.cuda.utilization(card) for card in cards) / len(cards) / 100
-    except (ImportError, RuntimeError):
+    except Exception:  # noqa: BLE001  NVML's errors are of its own package, which may not be here
         utilization = None
     totals = [torch.cuda.get_device_properties(card).total_memory for card in cards]
     fractions = [torch.cuda.get_per_process_memory_fraction(card) for card in cards]

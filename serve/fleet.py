@@ -26,7 +26,7 @@ class ReplicaInfo:
 class PlaceInfo:
     """A placement. `replicas_wanted` are those of the settings, `replicas` those that live. `max_size` is the largest
     square of `max_pixels`, in pixels. `plan` is None where the GPU class is not declared: each replica then plans by
-    the card that it finds, and `max_pixels` is the most that one of them holds."""
+    the card that it finds, and once all have, `max_pixels` is the most that one of them holds."""
 
     name: str
     model: str
@@ -54,10 +54,11 @@ def place_info(placement: Placement, reports: Sequence[WorkerReport]) -> PlaceIn
 
 
 def held_pixels(placement: Placement, reports: Sequence[WorkerReport]) -> int:
-    """The largest image that the placement holds: by its plan, or where each replica has its own, by what those say
-    that live. Of a placement without any it is not known, and anything goes."""
+    """The largest image that the placement holds: by its plan, or where each replica has its own, by what they say.
+    While one of them is away it is not known, and anything goes: the largest card may be the one that starts again."""
     told = [each.max_pixels for each in _alive(placement, reports)]
-    return max(told) if told and placement.plan is None else placement.max_pixels
+    known = placement.plan is None and len(told) >= max(1, placement.settings.replicas)
+    return max(told) if known else placement.max_pixels
 
 
 def check_replicas(fleet: Fleet, request: ImageRequest, reports: Sequence[WorkerReport]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from serve.rungs import MEANS, Rung
 from serve.settings import DiffusionSettings
 
 GPU_STALL_S, CPU_STALL_S = 20.0, 120.0
@@ -10,14 +11,16 @@ KNOWN = 5.0
 its size, a clock that the card lowered."""
 
 
-def stall_s(settings: DiffusionSettings, device: str) -> float:
-    """Seconds without any progress that are no reason for concern on this kind of device (`cpu`, `cuda`, `mps`).
+def stall_s(settings: DiffusionSettings, device: str, rung: Rung = Rung.RESIDENT) -> float:
+    """Seconds without any progress that are no reason for concern on this kind of device (`cpu`, `cuda`, `mps`), or on
+    a rung of the memory ladder that has left it.
 
     What compiles may take minutes on a GPU too.
     """
     if settings.stall_s is not None:
         return settings.stall_s
-    return CPU_STALL_S if device == "cpu" or settings.compile else GPU_STALL_S
+    on_cpu = device == "cpu" or not MEANS[rung].on_card
+    return CPU_STALL_S if on_cpu or settings.compile else GPU_STALL_S
 
 
 def allowed_s(stall_s: float, *known_s: float) -> float:

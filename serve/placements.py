@@ -214,7 +214,7 @@ def _placed(settings: Settings, name: str, own: DiffusionSettings, model: ModelF
     shape, memory = shape_of(model), gpu.memory_gb * 1e9 * share_of(own)
     made = plan_share(own, shape, memory, gpu.dtypes, most)
     held = most if own.max_pixels is not None else min(made.max_pixels, most)
-    if held < shape.size_multiple**2:
+    if made.max_pixels < shape.size_multiple**2:  # also where the settings say how large images may be
         raise _too_small(settings, name, own, gpu, shape, made)
     return replace(place, max_pixels=held, rung=made.rung, plan=made, memory_bytes=int(memory), shape=shape)
 

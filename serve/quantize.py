@@ -82,6 +82,12 @@ def quantize(layers: Sequence[nn.Module], bits: int, device: torch.device) -> No
             setattr(layer.get_submodule(parent), child, BlockwiseLinear(linear, bits, device, steps))
 
 
+def packed(model: nn.Module) -> tuple[str, ...]:
+    """What the weights of its layers were packed to: names of `BITS`, none of a model that is whole."""
+    found = {module.bits for module in model.modules() if isinstance(module, BlockwiseLinear)}
+    return tuple(name for name, bits in BITS.items() if bits in found)
+
+
 def _has_more_bits(module: nn.Module, bits: int) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, BlockwiseLinear) and module.bits > bits)
 

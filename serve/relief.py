@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from serve.domain import MemoryReport, Relief
+from serve.jobs.records import Marks, outdone
 from serve.jobs.terms import WorkerReport
 from serve.placements import Placement
 from serve.rungs import Rung
@@ -15,50 +16,71 @@ AGED_S = 30.0
 waits for more memory than any card has, it is anybody's then."""
 STARTING_S = 300.0
 """In which a placement without a living replica may get one: a node with a GPU comes in minutes."""
+STARTING_SHARE = 0.25
+"""Of a job's time, the most of that: it must be tried again while it still has time to be drawn."""
 KEPT = 32
 """Measures that a job's record tells of; further ones are counted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Of another placement or living replica: its memory in units of 1e6 bytes, and the largest image drawn there."""
+
+    memory_mb: int
+    max_pixels: int
+
+
 @dataclass(slots=True)
 class Cards:
-    """What this replica has of its card, and the most that another placement or living replica of the same model has
-    which draws images as large; 0 where it is not known. In units of 1e6 bytes.
+    """What this replica has of its card (0 where it is not known), in units of 1e6 bytes, and the cards of the same
+    model.
 
-    `planned` is the settings' word, `alive` the job store's; the worker hears it anew every few seconds.
+    `planned` is the settings' word, `alive` the job store's; the worker hears it anew every few seconds. More memory is
+    of use to a job where it draws images of the job's size: the largest image is that of a card's rung, and a large
+    card on a good rung may well take smaller ones than a small card on a bad one.
     """
 
     own: int = 0
-    planned: int = 0
-    alive: int = 0
+    planned: Sequence[Card] = ()
+    alive: Sequence[Card] = ()
+    timeout_s: float = 4 * STARTING_S
+
+    def larger(self, pixels: int) -> bool:
+        """Whether there is a card with more for images of so many pixels, be it that none of its replicas lives just
+        now."""
+        return self.own > 0 and pixels <= max(self._reach(self.planned), self._reach(self.alive))
 
     @property
-    def larger(self) -> bool:
-        """Whether there is a card with more, be it that none of its replicas lives just now."""
-        return 0 < self.own < max(self.planned, self.alive)
+    def marks(self) -> Marks:
+        """How long a job that ran out of as much memory waits for a larger card before this replica tries it all the
+        same: for ever while one lives, long where one is to come."""
+        starting_s = min(STARTING_S, STARTING_SHARE * self.timeout_s)
+        return Marks(
+            alive=self._reach(self.alive),
+            coming=self._reach(self.planned),
+            coming_s=starting_s,
+            rest_s=min(AGED_S, starting_s),
+        )
 
-    @property
-    def unmarked_after_s(self) -> float | None:
-        """How long a job that ran out of as much memory must have waited before this replica tries it all the same:
-        None (for ever) while a larger one lives, long where one is to come."""
-        if self.alive > self.own:
-            return None
-        return STARTING_S if self.larger else AGED_S
+    def _reach(self, cards: Sequence[Card]) -> int:
+        """The largest image that one with more memory draws."""
+        return max((each.max_pixels for each in cards if self.own < outdone(each.memory_mb)), default=0)
 
 
 def memory_mb(placement: Placement) -> int:
     return placement.memory_bytes // 10**6
 
 
-def cards_of(placement: Placement, placements: Sequence[Placement]) -> Cards:
-    """`placements` are those of the settings."""
+def cards_of(placement: Placement, placements: Sequence[Placement], timeout_s: float) -> Cards:
+    """`placements` are those of the settings; after `timeout_s` a job that was begun ends."""
     others = (each for each in placements if each.model == placement.model)
-    planned = (memory_mb(each) for each in others if each.max_pixels >= placement.max_pixels)
-    return Cards(own=memory_mb(placement), planned=max(planned, default=0))
+    planned = tuple(Card(memory_mb(each), each.max_pixels) for each in others)
+    return Cards(own=memory_mb(placement), planned=planned, timeout_s=timeout_s)
 
 
-def most_alive(placement: Placement, reports: Iterable[WorkerReport]) -> int:
-    """`Cards.alive`, of what the workers of the placement's model have told."""
-    return max((each.memory_mb for each in reports if each.max_pixels >= placement.max_pixels), default=0)
+def living(reports: Iterable[WorkerReport]) -> tuple[Card, ...]:
+    """`Cards.alive`, of what the workers of a model have told."""
+    return tuple(Card(each.memory_mb, each.max_pixels) for each in reports)
 
 
 class Fortune:
@@ -76,15 +98,22 @@ class Fortune:
 
     def drawn(self, rung: Rung) -> MemoryReport:
         """The images are there."""
-        return replace(self.report, rung=rung)
+        return replace(self._report, rung=rung)
 
-    def gives_back(self, cards: Cards) -> MemoryReport:
-        """The attempt ends for lack of memory: the job is for a placement with more, where there is one."""
-        self._told.append(Relief("job", "another_card" if cards.larger else "another_time"))
-        report = self.report
-        return replace(report, above_mb=max(cards.own, report.above_mb or 0)) if cards.larger else report
+    def gives_back(self, cards: Cards, pixels: int) -> MemoryReport:
+        """The attempt at images of so many pixels ends for lack of memory: the job is for a placement with more, where
+        there is one."""
+        larger = cards.larger(pixels)
+        self._told.append(Relief("job", "another_card" if larger else "another_time"))
+        report = self._report
+        return replace(report, above_mb=max(cards.own, report.above_mb or 0)) if larger else report
 
     @property
-    def report(self) -> MemoryReport:
+    def news(self) -> MemoryReport | None:
+        """None where nothing was done in this attempt: what is known of the job stays as it is."""
+        return self._report if self._told else None
+
+    @property
+    def _report(self) -> MemoryReport:
         before, told = self._before, tuple(self._told)
         return replace(before, retries=before.retries + len(told), relief=(before.relief + told)[:KEPT])

@@ -8,9 +8,11 @@ from dataclasses import replace
 from serve.devices import Card, gpu_usage
 from serve.errors import OperatorError
 from serve.jobs.terms import CardUse
+from serve.memory.planner import Plan
 from serve.memory.shapes import shape_of
 from serve.models import ModelFolder
 from serve.placements import Placement, held_size, plan_share, share_of
+from serve.rungs import MEANS
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def planned_here(placement: Placement, model: ModelFolder, card: Card | None) ->
 
 
 def tell_plan(placement: Placement) -> None:
-    """One line in the log of what this replica was planned to do."""
+    """One line in the log of what this replica was planned to do, and one more where that is less than was wanted."""
     made = placement.plan
     if made is not None:
         wide, high = held_size(1, 1, placement.max_pixels)
@@ -61,6 +63,22 @@ def tell_plan(placement: Placement) -> None:
             wide,
             high,
         )
+        if not made.fits:
+            _warn(placement, made)
+
+
+def _warn(placement: Placement, made: Plan) -> None:
+    told = "draws it on the CPU" if not MEANS[made.rung].on_card else f"holds {made.max_pixels} pixels"
+    log.warning(
+        "%s on %.1f GB: no rung down to %s has room for an image of %d x %d; %s %s",
+        placement.model,
+        placement.memory_bytes / 1e9,
+        placement.settings.worst_rung,
+        made.width,
+        made.height,
+        made.rung,
+        told,
+    )
 
 
 def card_use(placement: Placement) -> CardUse | None:

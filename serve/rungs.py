@@ -65,6 +65,12 @@ def worse(rung: Rung, than: Rung) -> bool:
     return LADDER.index(rung) > LADDER.index(than)
 
 
+def same_times(one: Rung, other: Rung) -> bool:
+    """Whether a step takes the same on both, but for what attention in slices costs."""
+    left, right = MEANS[one], MEANS[other]
+    return (left.weights, left.offload, left.on_card) == (right.weights, right.offload, right.on_card)
+
+
 def worst_of(rungs: Iterable[Rung]) -> Rung:
     """Raises ValueError for none."""
     return max(rungs, key=LADDER.index)

@@ -19,6 +19,8 @@ from serve.rungs import Rung, worse
 ENV_PREFIX = "TANDEM_"
 ENV_DELIMITER = "__"
 MIB = 1024 * 1024
+MOST_STEPS = 100_000
+"""Beyond what anybody draws, and what times are still predicted for."""
 
 _PLACEMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TEMPLATE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -73,6 +75,11 @@ class HttpSettings(Room):
     replica; one more is refused with 429."""
     num_cpus: float = Field(0.2, ge=0)
     """CPUs that one ingress replica reserves in Ray."""
+    wait_s: float = Field(300.0, gt=0)
+    """Longest time in seconds that a synchronous call is held open: then its answer names the job, which goes on.
+    Below what proxies in front allow."""
+    cancel_on_disconnect: bool = True
+    """Cancel the job of a synchronous call whose caller hangs up; never that of one with an `Idempotency-Key`."""
     benchmark: bool | None = None
     """Answer `POST /v1/benchmark`, which takes the diffusion replicas' time; by default only under `tandem up` on a
     loopback `host`."""
@@ -99,7 +106,7 @@ class ModelSettings(Room):
     config: str | None = None
     """For a single-file checkpoint: a diffusers folder or hub id whose configuration and tokenizer describe it, and
     which has the parts that the file lacks (of SD 3 and FLUX usually all but the transformer)."""
-    num_inference_steps: int | None = Field(None, ge=1)
+    num_inference_steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Steps of a request that names none; by default what the model is made for."""
     guidance_scale: float | None = Field(None, ge=0)
     """Guidance scale of a request that names none; by default what the model is made for."""
@@ -110,7 +117,7 @@ class LimitSettings(Room):
     """Longest prompt or negative prompt, in UTF-8 bytes."""
     max_num_inference_steps: int = Field(150, ge=1)
     """Most denoising steps of one request."""
-    max_num_images: int = Field(8, ge=1)
+    max_num_images: int = Field(10, ge=1)
     """Most images of one request."""
     max_side: int = Field(2048, ge=64)
     """Largest width or height, in pixels."""
@@ -294,7 +301,7 @@ class EncoderSettings(Room):
 
 
 class GpuClassSettings(Room):
-    memory_gb: float = Field(gt=0)
+    memory_gb: float = Field(gt=0, le=1e6, allow_inf_nan=False)
     """Memory of one such GPU, in GB (10^9 bytes)."""
     label: str | None = None
     """Value of the node label `tandem.dev/gpu-class`; by default the class's name."""

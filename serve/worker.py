@@ -19,7 +19,7 @@ from serve.jobs.terms import Hold, WorkerReport
 from serve.patience import first
 from serve.placements import Placement
 from serve.prompts.plan import Planner
-from serve.relief import cards_of, most_alive
+from serve.relief import cards_of, living
 from serve.reports import Pace
 from serve.results.store import ResultStore
 from serve.settings import JobSettings
@@ -58,13 +58,13 @@ class Worker:
         report: Callable[[Pace], WorkerReport],
         cost_of: Callable[[Pace, ImageRequest], float],
         spool_bytes: int,
-        stall_s: float,
+        stall_s: Callable[[], float],
         tracing: Tracing | None = None,
         placements: Sequence[Placement] = (),
     ) -> None:
         """`batch` says how many images fill a step, as far as that is known by now; `report` what is told of this
         replica, `cost_of` which milliseconds a request takes of it. `spool_bytes` of images may wait for the result
-        store; after `stall_s` without progress it is ill. Without `tracing` its jobs are not traced. `placements` are
+        store; after `stall_s()` without progress it is ill. Without `tracing` its jobs are not traced. `placements` are
         all of the settings: by them it is known whether there is more memory elsewhere."""
         self._name = name
         self._placement = placement
@@ -73,7 +73,7 @@ class Worker:
         self._batch = batch
         self._report = report
         self._stall_s = stall_s
-        self._cards = cards_of(placement, placements)
+        self._cards = cards_of(placement, placements, settings.timeout_s)
         self._means = Means(
             settings=settings,
             jobs=jobs,
@@ -116,7 +116,7 @@ class Worker:
         held = self._held.values()
         megapixels = max((attempt.claim.request.pixels for attempt in held), default=0) / 1e6
         decode_s = megapixels * self._means.pace.decode_ms_per_megapixel / 1000
-        allowed = allowed_s(self._stall_s, self._engine.slowest_step_s, decode_s)
+        allowed = allowed_s(self._stall_s(), self._engine.slowest_step_s, decode_s)
         passed_over_s = max((attempt.still_s for attempt in held), default=0.0)
         turns = 1 + math.ceil(self.rows / max(1, self._batch()))
         return self._engine.still_s > allowed or passed_over_s > allowed * turns
@@ -164,8 +164,7 @@ class Worker:
                 await first(self._freed.wait(), self._draining.wait())
                 continue
             try:
-                unmarked_after_s = self._cards.unmarked_after_s
-                claim = await self._jobs.claim(self._name, wants, idle=not self.rows, unmarked_after_s=unmarked_after_s)
+                claim = await self._jobs.claim(self._name, wants, idle=not self.rows, marks=self._cards.marks)
             except Exception as error:  # noqa: BLE001  what can't be claimed must not stop what is in hand
                 log.warning("claiming: %s", error)
                 await first(asyncio.sleep(IDLE_WAIT_S), self._draining.wait())
@@ -209,7 +208,7 @@ class Worker:
                 self._means.metrics.set("tandem_replica_capacity_images", report.max_rows)
                 await self._jobs.report(report)
                 crew = await self._jobs.crew(self._placement.model)
-                self._cards.alive = most_alive(self._placement, crew.reports)
+                self._cards.alive = living(crew.reports)
             except Exception as error:  # noqa: BLE001  nobody draws worse for it
                 log.warning("reporting: %s", error)
             await first(asyncio.sleep(REPORT_S), self._draining.wait())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -18,13 +19,15 @@ from serve.bench.random_models import STEPS, size_of
 from serve.bench.shapes import EncoderShape
 from serve.bench.throughput import Throughput
 from serve.bench.windows import Budget
-from serve.devices import CLASS_SLACK, Card
+from serve.devices import CLASS_SLACK, Card, out_of_memory
 from serve.errors import DeviceLost, OutOfMemory, TandemError
 from serve.memory.classes import BUILT_IN
 from serve.memory.planner import plan as planned
 from serve.memory.terms import Dtype, ModelShape
 from serve.models.denoiser import best_dtype
 from serve.rungs import LADDER, MEANS, Rung
+
+log = logging.getLogger(__name__)
 
 Section = Literal["memory", "rungs", "steps", "images", "compile", "encoders"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
@@ -82,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`left_out` says what was not measured, and why."""
+    """`left_out` says what was not measured, and why; `lost`, that the card failed, so that nothing more could be."""
 
     machine: Machine
     card: Card
@@ -93,6 +96,12 @@ class Report:
     compile: tuple[StepSpeed, ...] = ()
     encoders: tuple[Throughput, ...] = ()
     left_out: tuple[str, ...] = ()
+    lost: bool = False
+
+    def holds(self, sections: Container[Section]) -> bool:
+        """Whether the card was there to the end, and what was asked for of memory was measured and fits."""
+        measured = bool(self.memory) or "memory" not in sections
+        return measured and not self.lost and all(one.fits for one in self.memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +114,32 @@ class Job:
 
 
 def measure(plan: Plan, tell: Callable[[str], None]) -> Report:
-    """One job after another; of one that fails the report says so. Raises DeviceLost."""
+    """One job after another; of one that fails the report says so, and of a card that fails that it was the last."""
     found: dict[str, list[Any]] = defaultdict(list)
     left_out: list[str] = []
+    lost = False
     for job in jobs(plan):
         tell(job.what)
         try:
             found[job.section] += job.run()
-        except DeviceLost:
-            raise
-        except TandemError as error:
-            left_out.append(f"{job.what}: {error.message}")
+        except Exception as error:  # what was measured before may have taken an hour
+            log.debug("%s", job.what, exc_info=error)
+            left_out.append(f"{job.what}: {_reason(error)}")
+            lost = isinstance(error, DeviceLost | torch.AcceleratorError) and not out_of_memory(error)
+        if lost:
+            break
     figures = {section: tuple(each) for section, each in found.items()}
-    return Report(machine=this_machine(), card=plan.card, left_out=tuple(left_out), **figures)
+    return Report(machine=this_machine(), card=plan.card, left_out=tuple(left_out), lost=lost, **figures)
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, TandemError):
+        return error.message
+    if out_of_memory(error):
+        return "memory ran out"
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def jobs(plan: Plan) -> Iterator[Job]:

@@ -12,7 +12,7 @@ import torch
 
 from serve.bench.footprints import Living
 from serve.bench.random_models import draw, latents_of, random_family, random_work
-from serve.devices import grow_segments, memory_fraction
+from serve.devices import device_errors, grow_segments, memory_fraction
 from serve.diffusion.engine import Engine, OnRelief
 from serve.diffusion.families.base import Family
 from serve.diffusion.ladder import Ladder
@@ -174,7 +174,7 @@ def _measure(
     family = random_family(shape, device, getattr(torch, plan.dtype), plan.rung)
     family.vae.tile = plan.tile
     runner, latents = Runner(family), latents_of(shape, (plan.width, plan.height))
-    pixels, weights, told = torch.zeros(1, 3, plan.height, plan.width), meter.weights(family), list[Relief]()
+    weights, told = meter.weights(family), list[Relief]()
     phases.append(PhaseMemory(phase="weights", predicted=plan.footprint.weights, measured=weights))
     # Once before it counts: what cuBLAS keeps for itself, for each stream, is no phase's.
     runner.measure(latents, 1)
@@ -182,7 +182,7 @@ def _measure(
     calls: Mapping[str, Callable[[], object]] = {
         "step": lambda: runner.measure(latents, shape.lanes),
         "decode": lambda: decode(runner, latents),
-        "encode": lambda: family.vae.encode(pixels),
+        "encode": lambda: encode(family, (plan.width, plan.height)),
     }
     for phase, call in calls.items():
         taken = meter.taken(family, call)
@@ -208,6 +208,12 @@ def decode(runner: Runner, shape: tuple[int, int]) -> None:
     runner.decode(Latents(synthetic_lanes(runner.family, shape, 1)[0].latents, None, tiny=False))
 
 
+def encode(family: Family, size: tuple[int, int]) -> None:
+    """A black image of that width and height."""
+    with device_errors("the VAE"):
+        family.vae.encode(torch.zeros(1, 3, size[1], size[0]))
+
+
 @contextmanager
 def capped(device: torch.device, budget: int | None) -> Iterator[None]:
     """Meanwhile this process may allocate so many bytes of the card, and none of what came before is in its way."""
@@ -226,8 +232,11 @@ def capped(device: torch.device, budget: int | None) -> Iterator[None]:
 
 
 def empty_card() -> None:
+    """Nothing stays there of what was computed before, for a cap to count."""
     gc.collect()
     if torch.cuda.is_available():
+        # cuBLAS keeps a workspace for every stream that ever multiplied, and every runner has one of its own.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

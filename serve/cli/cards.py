@@ -16,6 +16,10 @@ QUERY = ("name", "memory.total", "compute_cap")
 ANSWER_S = 30.0
 """Longest wait for the driver: with its persistence off it takes seconds to wake every card."""
 _MIB = 2**20
+_MOST_MIB = 10**9
+"""Far beyond what any card has."""
+_SHOWN = 120
+"""Characters of an answer that is none."""
 _BFLOAT16 = (8, 0)
 """Compute capability from which on a card multiplies it at full speed."""
 
@@ -46,7 +50,11 @@ def cards_here() -> tuple[Found, ...]:
     if told.returncode:
         lines = (told.stdout + told.stderr).strip().splitlines()
         raise _failed(lines[-1] if lines else f"ended with {told.returncode}")
-    cards = Counter(_card(row) for row in csv.reader(told.stdout.splitlines(), skipinitialspace=True) if row)
+    try:
+        rows = [row for row in csv.reader(told.stdout.splitlines(), skipinitialspace=True) if row]
+    except csv.Error as error:
+        raise _failed(f"says what is no table: {error}") from None
+    cards = Counter(map(_card, rows))
     if not cards:
         raise _failed("sees no card")
     return tuple(Found(*card, number) for card, number in cards.items())
@@ -57,9 +65,19 @@ def _card(row: list[str]) -> tuple[str, int, tuple[Dtype, ...]]:
     try:
         name, memory, capability = (field.strip() for field in row)
         major, _, minor = capability.partition(".")
-        return name.removeprefix("NVIDIA "), int(memory) * _MIB, _dtypes((int(major), int(minor or 0)))
+        return name.removeprefix("NVIDIA "), _bytes(memory), _dtypes((int(major), int(minor or 0)))
     except ValueError:
-        raise _failed(f"says {', '.join(row)!r}, not {', '.join(QUERY)}") from None
+        said = ", ".join(row)
+        shown = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
+        raise _failed(f"says {shown!r}, not {', '.join(QUERY)}") from None
+
+
+def _bytes(mebibytes: str) -> int:
+    """Raises ValueError for what no card has."""
+    found = int(mebibytes)
+    if not 0 < found <= _MOST_MIB:
+        raise ValueError(mebibytes)
+    return found * _MIB
 
 
 def _dtypes(capability: tuple[int, int]) -> tuple[Dtype, ...]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from serve.cli.options import AsJson, Assignments, ConfigFile, load_settings
+from serve.settings import MOST_STEPS
 
 
 def plan(
@@ -27,7 +28,9 @@ def plan(
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Of the image.", show_default="each model's own")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the image.", show_default="each model's own")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Of the image.", show_default="each model's own")
+    ] = None,
     from_nvidia_smi: Annotated[
         bool, typer.Option("--from-nvidia-smi", help="The cards of this machine in place of classes.")
     ] = False,

@@ -17,6 +17,7 @@ from serve.memory.terms import ModelShape
 from serve.models import resolve
 from serve.models.defaults import usual
 from serve.models.denoiser import Guidance
+from serve.models.folder import local_path
 from serve.models.weight_files import PICKLED
 from serve.settings import GpuClassSettings, ModelSettings
 
@@ -84,11 +85,9 @@ def _published(shape: ModelShape) -> Model:
 
 def _of_source(said: ModelSettings, data_dir: Path) -> Model:
     source = said.source
-    if source != "shapes" and not Path(source).expanduser().exists() and not source.endswith(PICKLED):
-        raise OperatorError(
-            f"--models: {source} is neither a folder nor a file here, and none of {', '.join(published())}", "models"
-        )
     try:
+        if source != "shapes" and not local_path(source).exists() and not source.endswith(PICKLED):
+            raise OperatorError(f"{source} is neither a folder nor a file here, and none of {', '.join(published())}")
         folder = resolve(said, data_dir)
     except OperatorError as error:
         raise OperatorError(f"--models: {error.message.removeprefix('model.source: ')}", "models") from None

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +23,7 @@ from serve.diffusion.scheduler import LatentShape, Row, StepPlan, StepResult, St
 from serve.diffusion.state import Source
 from serve.diffusion.vae_work import Command, VaeWork
 from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
-from serve.rungs import Rung
+from serve.rungs import MEANS, Rung, same_times
 from serve.telemetry.metrics import Metrics
 
 __all__ = ["Engine", "OnPreview", "OnRelief", "OnStep", "Rendered", "Work"]
@@ -52,10 +52,13 @@ class Engine:
         metrics: Metrics,
         niceness: int = 0,
         ladder: Ladder | None = None,
+        on_cores: Callable[[], None] = lambda: None,
     ) -> None:
         """`niceness` is that of both threads: on a CPU, others want to be heard beside them. Where memory runs out, the
-        runner is taken down the `ladder`; without one there is no way down."""
+        runner is taken down the `ladder`; without one there is no way down. Where that leads from a card to the CPU,
+        each of the two threads calls `on_cores`."""
         self._niceness = niceness
+        self._on_cores = on_cores
         self._runner = runner
         self._scheduler = scheduler
         self._profile = profile
@@ -68,7 +71,7 @@ class Engine:
         self._working = False
         self._moved_at = time.monotonic()
         self._ladder = ladder or Ladder()
-        self._shortage = Shortage(self._ladder, metrics, self._make_room, self._relax)
+        self._shortage = Shortage(self._ladder, metrics, self._settle, self._relax)
         self._forwards = Forwards(runner, profile, metrics, self._shortage, self._runs.get, self._fail, self._busy)
         self._vae = VaeWork(
             runner, metrics, self._ladder, self._shortage, self._command, self._here, self._fail, self._lost, niceness
@@ -86,9 +89,15 @@ class Engine:
     def still_s(self) -> float:
         """Seconds in which nothing went on although there was something to do: since a step, a command or what the VAE
         had made was last done with, or since there was anything, or since what the VAE is at began. 0 with nothing in
-        hand. May be read on any thread."""
-        waiting_s = time.monotonic() - self._moved_at if self._in_hand else 0.0
+        hand, or while weights are moved down the ladder. May be read on any thread."""
+        since = max(self._moved_at, self.moving_until)
+        waiting_s = time.monotonic() - since if self._in_hand else 0.0
         return max(waiting_s, self._vae.busy_s)
+
+    @property
+    def moving_until(self) -> float:
+        """`Ladder.moving_until`. May be read on any thread."""
+        return self._ladder.moving_until
 
     @property
     def rung(self) -> Rung:
@@ -247,13 +256,14 @@ class Engine:
 
     def _begun(self, run: Run, row: Row, source: Source | None) -> bool:
         """Whether the row has begun; else its run has failed."""
+        started = time.monotonic()
         try:
             self._runner.begin(row, run.work, source)
         except DeviceLost:
             raise
         except OutOfMemory as error:
             self._shortage.count("begin")
-            if self._shortage.descend("begin", [run]):
+            if self._shortage.make_room("begin", [run], started):
                 return self._begun(run, row, source)
             self._fail(run.id, error)
         except Exception as error:  # noqa: BLE001  as above
@@ -263,12 +273,10 @@ class Engine:
     def _account(self, rows: Sequence[Row], took_s: float) -> None:
         """The step that was just made is part of these images' time. It counts for what failed in it too: whose run is
         gone has no time."""
-        weights = self._ladder.means.weights
         for row in rows:
             if run := self._runs.get(row.run_id):
                 run.stepped(row.index, took_s, len(rows))
-                if weights != "plain":
-                    run.approximate.add(weights)
+                run.approximate.update(self._runner.family.packed)
 
     def _publish(self, result: StepResult) -> None:
         for event in result.events:
@@ -302,15 +310,18 @@ class Engine:
             del self._runs[run.id]
             run.future.set_result(run.rendered(self._ladder.rung))
 
-    def _make_room(self) -> None:
+    def _settle(self) -> float:
         """What works beside the loop ends what it is at: the ladder moves weights, and the step that is tried again
         wants that memory."""
         with self._busy():
-            self._vae.settle()
+            return self._vae.settle()
 
-    def _relax(self) -> None:
-        self._profile.relax()
+    def _relax(self, before: Rung) -> None:
+        self._profile.relax(times=not same_times(before, self.rung))
         self._vae.relax()
+        if MEANS[before].on_card and not MEANS[self.rung].on_card:
+            self._on_cores()
+            self._vae.on_thread(self._on_cores)
 
     def _here(self, run: Run) -> bool:
         return self._runs.get(run.id) is run

@@ -36,14 +36,16 @@ class Forwards:
         self._run_of = run_of
         self._fail = fail
         self._busy = busy
+        self._made_s = 0.0
 
     def step(self, rows: Sequence[Row]) -> tuple[tuple[Row, ...], float]:
-        """One step of these rows, or of the first of them where there was no memory for all: which, and its
-        milliseconds, forwards that failed and were tried again included. Rows whose runs failed in it are among them.
-        Raises DeviceLost."""
-        started = time.monotonic()
+        """One step of these rows, or of the first of them where there was no memory for all: which, and the
+        milliseconds of the forwards that made it. What was tried in vain, and the ways down the ladder, are nobody's
+        steps: a size that met them would wait for its turn as long as they took. Rows whose runs failed in it are among
+        them. Raises DeviceLost."""
+        self._made_s = 0.0
         waiting = self._forward(rows) if rows else set()
-        return tuple(row for row in rows if row not in waiting), (time.monotonic() - started) * 1000
+        return tuple(row for row in rows if row not in waiting), self._made_s * 1000
 
     def _forward(self, rows: Sequence[Row]) -> set[Row]:
         """The rows that wait for the next step. A forward that fails is tried again by halves: whose fault it is fails
@@ -56,12 +58,13 @@ class Forwards:
         except DeviceLost:
             raise
         except OutOfMemory as error:
-            return self._smaller(rows, error, min(most, _lanes(rows)))
+            return self._smaller(rows, error, min(most, _lanes(rows)), started)
         except Exception as error:  # noqa: BLE001  whatever is wrong with the step, the loop goes on
             return self._apart(rows, error)
         for row, reason in failed.items():
             self._fail(row.run_id, reason)
         took_s = time.monotonic() - started
+        self._made_s += took_s
         if not any(run.work.request.step_cache for row in rows if (run := self._run_of(row.run_id))):
             self._profile.learn(rows[0].group.shape, _lanes(rows), took_s * 1000)
         self._metrics.inc("tandem_engine_steps_total")
@@ -82,10 +85,11 @@ class Forwards:
                 waiting |= self._forward(left)
         return waiting
 
-    def _smaller(self, rows: Sequence[Row], error: Exception, lanes: int) -> set[Row]:
+    def _smaller(self, rows: Sequence[Row], error: Exception, lanes: int, started: float) -> set[Row]:
         """No pass of what ran out of memory had more than `lanes`. From now on there are fewer: half of the rows make
         this step, and those that joined or stepped last wait for the next. A row that is alone makes it in passes of
-        fewer lanes; where there is no memory for one lane, on the next rung of the ladder; below the last, it fails."""
+        fewer lanes; where there is no memory for one lane, once more with nothing of the VAE's beside it, then on the
+        next rung of the ladder; below the last, it fails."""
         shape, runs = rows[0].group.shape, [run for row in rows if (run := self._run_of(row.run_id))]
         self._shortage.count("step")
         if len(rows) > 1:
@@ -97,7 +101,7 @@ class Forwards:
             self._profile.limit(shape, lanes)
             self._shortage.tell("step", "fewer_lanes", runs)
             return self._forward(rows)
-        if self._shortage.descend("step", runs):
+        if self._shortage.make_room("step", runs, started):
             return self._forward(rows)
         self._fail(rows[0].run_id, error)
         return set()

@@ -17,6 +17,7 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 ALIGNMENT = 256
 """Bytes: where a tensor may begin, so that kernels read it in their widest loads."""
 PIECE = 256 * 2**20
@@ -129,31 +130,39 @@ class Offload:
         group.slot, slot.group = slot, group
 
 
-def compute_on_cpu(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move the denoiser to the CPU for good, in float32 where it was in float16, which CPUs are slow in. It still reads
-    and gives tensors on `device`, in `dtype`."""
-    cpu, precision = torch.device("cpu"), torch.float32 if dtype == torch.float16 else dtype
-    nn.Module.to(denoiser, cpu, precision)
+def to_cpu(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Move a denoiser of that precision to the CPU, into the one that it is computed in there."""
+    nn.Module.to(denoiser, CPU, _precision(dtype))
+
+
+def bridge(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Have a denoiser that `to_cpu` has moved read and give tensors as it did before: on `device`, in `dtype`. What has
+    another dtype keeps it: a timestep is float32 whatever the weights are, and rounded it would be another one."""
+    precision = _precision(dtype)
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return _moved(args, cpu, precision), _moved(kwargs, cpu, precision)
+        return _moved(args, CPU, dtype, precision), _moved(kwargs, CPU, dtype, precision)
 
     def leave(_: nn.Module, __: Any, output: Any) -> Any:
-        return _moved(output, device, dtype)
+        return _moved(output, device, precision, dtype)
 
     denoiser.register_forward_pre_hook(enter, with_kwargs=True)
     denoiser.register_forward_hook(leave)
-    return denoiser
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The same structure, its tensors on the device, those of floating point in `dtype`."""
+def _precision(dtype: torch.dtype) -> torch.dtype:
+    """On a CPU, which is slow in float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype, into: torch.dtype) -> Any:
+    """The same structure, its tensors on the device, those of `dtype` in the other one."""
     if isinstance(value, torch.Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return value.to(device, into if value.dtype == dtype else None)
     if isinstance(value, tuple | list):
-        return type(value)(_moved(each, device, dtype) for each in value)
+        return type(value)(_moved(each, device, dtype, into) for each in value)
     if isinstance(value, Mapping):
-        return {key: _moved(each, device, dtype) for key, each in value.items()}
+        return {key: _moved(each, device, dtype, into) for key, each in value.items()}
     return value
 
 

@@ -52,6 +52,7 @@ class Profile:
         self._curves = sorted(curves, key=lambda curve: curve.area)
         self._learned: OrderedDict[LatentShape, dict[int, float]] = OrderedDict()
         self._limits: dict[int, float] = {area(shape): SHRINKING * area(shape) for shape in too_large}
+        self._forgotten = False
         self._lock = threading.Lock()
 
     def lanes(self, shape: LatentShape) -> int:
@@ -97,15 +98,23 @@ class Profile:
             self._limits[area(shape)] = min(load, self._limits.get(area(shape), load))
         log.warning("%d lanes at latents of %dx%d ran out of memory: %d from now on", lanes, *shape, self.lanes(shape))
 
-    def relax(self) -> None:
-        """The device has other memory than before: what did not fit may fit now."""
+    def relax(self, *, times: bool) -> None:
+        """The device has other memory than before: what did not fit may fit now. With `times`, steps take other times
+        too: none is known until it was made. The first one of a size is of one image then, so that what larger batches
+        take is known before they are made."""
         with self._lock:
             self._limits.clear()
+            if times:
+                self._forgotten = True
+                self._curves.clear()
+                self._learned.clear()
 
     def _lanes(self, shape: LatentShape) -> int:
         most = 2 * self.max_batch_size
         if self._curves:
             most = min(most, by_curve.cap(self._curves, shape))
+        elif self._forgotten and shape not in self._learned:
+            most = min(most, 2)
         loads = [load for above, load in self._limits.items() if above <= area(shape)]
         return max(1, min([most, *(int(load / area(shape)) for load in loads)]))
 

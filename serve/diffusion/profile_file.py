@@ -27,7 +27,7 @@ from serve.settings import DiffusionSettings
 
 log = logging.getLogger(__name__)
 
-SCHEME = "tandem.profile.2"
+SCHEME = "tandem.profile.3"
 """Version of how profiles are measured and written: another one measures again."""
 
 

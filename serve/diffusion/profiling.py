@@ -15,13 +15,13 @@ from serve.diffusion.profile_file import Measured
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import SHORTEST_MS, LatentShape
 from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
+from serve.memory.planner import USABLE
 from serve.models import ModelFolder
+from serve.rungs import MEANS
 from serve.settings import DiffusionSettings
 
 log = logging.getLogger(__name__)
 
-MEMORY = 0.9
-"""Share of the process's device memory that a measured step, and a decoding beside it, may reach."""
 ROUNDS = 2
 """How often every batch is measured again after the first time."""
 IN_VAIN = 8
@@ -94,7 +94,8 @@ def _curve(
     machine had other work to do hits none of them alone; the shortest counts, for noise only ever adds.
     """
     most, ms, cut = 2 * settings.max_batch_size, dict[int, float](), False
-    beside = _decoding(runner, shape, memory)
+    # Where the VAE decodes between two steps, nothing of it is beside one.
+    beside = _decoding(runner, shape, memory) if MEANS[runner.family.rung].decode == "beside" else 0.0
     for lanes in _batches(most):
         if cut := bool(ms) and not budget.allows(ms[max(ms)] * lanes / max(ms)):
             break
@@ -104,7 +105,7 @@ def _curve(
                 took_ms = min(took_ms, _forward_ms(runner, shape, lanes))
         except OutOfMemory:
             break
-        if memory() + beside > MEMORY and ms:  # one lane that fits is a step: what the VAE lacks then, it tries again
+        if memory() + beside > 1 and ms:  # one lane that fits is a step: what the VAE lacks then, it tries again
             break
         ms[lanes] = took_ms
         if lanes >= IN_VAIN * best_lanes(ms):
@@ -172,10 +173,11 @@ def shapes_to_measure(model: ModelFolder, settings: DiffusionSettings, factor: i
 
 
 def peak_memory(device: torch.device) -> float:
-    """Share of the memory that this process may take of its GPU which was allocated at most since the last call."""
+    """What was allocated at most since the last call, as a share of what this process may take of its GPU: its plan's
+    budget, and never more than a plan would use."""
     if device.type != "cuda":
         return 0.0
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory
-    return peak / (total * torch.cuda.get_per_process_memory_fraction(device))
+    return peak / (total * min(USABLE, torch.cuda.get_per_process_memory_fraction(device)))

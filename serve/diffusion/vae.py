@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from serve.devices import undoing
 from serve.diffusion.families.load import load_part, loading
 from serve.errors import GenerationFailed, NotFinite, OperatorError
 from serve.models import ModelFolder
@@ -104,7 +106,8 @@ class Vae:
     def encodings(self, pictures: Iterable[torch.Tensor], *, side: int | None = None) -> list[Moments]:
         """As `encode`, one by one; the weights change their precision once for all."""
         encoded = []
-        with self._lock, _computing(self._vae, self._encode_dtype), torch.inference_mode():
+        resting = self._decode_dtype
+        with self._lock, _computing(self._vae, self._encode_dtype, resting), torch.inference_mode():
             for pixels in pictures:
                 _one(pixels)
                 with _tiling(self._vae, side or self._tile(*pixels.shape[2:]), self.scale_factor):
@@ -135,8 +138,9 @@ class Vae:
         return pixels
 
     def _decode(self, vae: Any, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        scaling = self._scaling if vae is self._vae else Scaling.of(vae)
-        with _computing(vae, dtype), torch.inference_mode():
+        own = vae is self._vae
+        scaling, resting = (self._scaling, self._decode_dtype) if own else (Scaling.of(vae), self._tiny_dtype)
+        with _computing(vae, dtype, resting), torch.inference_mode():
             latents = scaling.unscale(latents.to(self._device, dtype))
             pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0][0]
             return pixels.float().cpu()
@@ -149,13 +153,24 @@ class Vae:
 
     def leave_card(self) -> None:
         """Compute on the CPU from now on, in float32 instead of float16. Latents come and go as before."""
-        with self._lock:
-            self._device = torch.device("cpu")
-            if self._dtype == torch.float16:
+        with self._lock, undoing(self._lay, "the VAE"):
+            device, upcast = torch.device("cpu"), self._dtype == torch.float16
+            for vae, dtype in self._parts():
+                torch.nn.Module.to(vae, device)
+                _cast(vae, torch.float32 if upcast else dtype)
+            self._device = device
+            if upcast:
                 self._encode_dtype = self._decode_dtype = self._tiny_dtype = torch.float32
-            self._vae = _cast(torch.nn.Module.to(self._vae, self._device), self._decode_dtype)
-            if self._tiny is not None:
-                self._tiny = _cast(torch.nn.Module.to(self._tiny, self._device), self._tiny_dtype)
+
+    def _parts(self) -> list[tuple[Any, torch.dtype]]:
+        """The VAEs, each with the precision that its weights lie in."""
+        own = [(self._vae, self._decode_dtype)]
+        return own if self._tiny is None else [*own, (self._tiny, self._tiny_dtype)]
+
+    def _lay(self) -> None:
+        for vae, dtype in self._parts():
+            torch.nn.Module.to(vae, self._device)
+            _cast(vae, dtype)
 
     def _tile(self, height: int, width: int) -> int | None:
         """The side of the tiles for an image of so many pixels, None where it is computed whole."""
@@ -222,20 +237,27 @@ def _check_tiny(tiny: Any, vae: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _computing(vae: Any, dtype: torch.dtype) -> Iterator[None]:
-    """The VAE in `dtype`, and after it as it was: half-precision weights come back from float32 exactly.
+def _computing(vae: Any, dtype: torch.dtype, resting: torch.dtype) -> Iterator[None]:
+    """The VAE in `dtype`, and after it in `resting`: half-precision weights come back from float32 exactly.
 
-    In place, so that no second copy stays in memory. Only under the VAE's lock.
+    In place, so that no second copy stays in memory. Where there is no memory to come back, some weights stay as they
+    were computed with, and the next call brings them along. Only under the VAE's lock.
     """
-    before = vae.dtype
-    if before == dtype:
-        yield
-        return
     try:
-        _cast(vae, dtype)
+        if not _all_in(vae, dtype):
+            _cast(vae, dtype)
         yield
+    except BaseException as error:
+        _wait(vae.device)
+        traceback.clear_frames(error.__traceback__)  # the activations: coming back takes memory that they have
+        raise
     finally:
-        _cast(vae, before)
+        if not _all_in(vae, resting):
+            _cast(vae, resting)
+
+
+def _all_in(vae: Any, dtype: torch.dtype) -> bool:
+    return all(tensor.dtype == dtype for tensor in vae.parameters())
 
 
 @contextmanager

@@ -30,9 +30,10 @@ class VaeThread:
     def __init__(self, lost: Callable[[BaseException], None], niceness: int = 0) -> None:
         self._lost = lost
         self._niceness = niceness
-        self._tasks: queue.PriorityQueue[tuple[bool, int, Task | None]] = queue.PriorityQueue()
+        self._tasks: queue.PriorityQueue[tuple[bool, int, Task | threading.Event | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._busy_since: float | None = None
+        self._ended_at = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="vae", daemon=True)
         self._thread.start()
@@ -50,12 +51,14 @@ class VaeThread:
     def submit(self, task: Task, *, preview: bool = False) -> None:
         self._tasks.put((preview, next(self._numbers), task))
 
-    def settle(self) -> None:
-        """Return once what was submitted is done, previews aside; at once where the thread has ended."""
+    def settle(self) -> float:
+        """Return once all that was submitted is done, previews too; at once where the thread has ended. When the last
+        of it ended (`time.monotonic`), 0 where there never was any."""
         done = threading.Event()
-        self.submit(done.set)
+        self._tasks.put((True, next(self._numbers), done))
         while not done.wait(_LOOK_S) and self.alive and not self._closed:
             pass
+        return self._ended_at
 
     def close(self) -> None:
         """Begin no other task, and end the thread once the one under way is done. Returns at once."""
@@ -71,6 +74,9 @@ class VaeThread:
             task = self._tasks.get()[2]
             if task is None or self._closed:
                 return
+            if isinstance(task, threading.Event):
+                task.set()
+                continue
             self._busy_since = time.monotonic()
             try:
                 task()
@@ -79,4 +85,5 @@ class VaeThread:
                 self._lost(error)
                 return
             finally:
+                self._ended_at = time.monotonic()
                 self._busy_since = None

@@ -46,7 +46,7 @@ class VaeWork:
     `command` has the loop run something between two steps; `here` says whether the loop still has the run, `fail` ends
     it; `lost` ends the loop, if it hasn't.
 
-    Owns: the VaeThread, and what is known of the sizes that ran out of memory.
+    Owns: the VaeThread, what is known of the sizes that ran out of memory, and how often that was forgotten.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class VaeWork:
         self._here = here
         self._fail = fail
         self._lost = lost
+        self._relaxed = 0
         self._thread = None if runner.family.device.type == "mps" else VaeThread(self._thread_ended, niceness)
 
     @property
@@ -90,15 +91,21 @@ class VaeWork:
         if self._thread is not None:
             self._thread.join(within_s)
 
-    def settle(self) -> None:
-        """Return once the thread has done all that it was given, so that nothing of it is in the memory."""
-        if self._thread is not None:
-            self._thread.settle()
+    def settle(self) -> float:
+        """Return once the thread has done all that it was given, so that nothing of it is in the memory, and who calls
+        is alone with the VAE. When the last of it ended (`time.monotonic`), 0 where there never was any."""
+        return 0.0 if self._thread is None else self._thread.settle()
 
     def relax(self) -> None:
         """There is other memory than before: what ran out of it may be tried as it was first."""
+        self._relaxed += 1
         self._encoding.relax()
         self._decoding.relax()
+
+    def on_thread(self, task: Task) -> None:
+        """Run something on the thread, once it has done what it was given."""
+        if self._thread is not None:
+            self._thread.submit(task)
 
     def encode(self, run: Run, then: Callable[[Run, Source | None], None]) -> None:
         """What the run starts from, for `then`."""
@@ -157,7 +164,7 @@ class VaeWork:
             self._command(self._outcome(piece, left[0]))
         except OutOfMemory as error:
             self._shortage.count(piece.ways.phase)
-            self._command(partial(self._next, piece, left, error))
+            self._command(partial(self._ran_out, piece, left, error, self._relaxed))
         except Exception as error:  # noqa: BLE001  it is told where the run is owned
             self._command(partial(self._failed, piece.run, error))
 
@@ -165,18 +172,27 @@ class VaeWork:
         """On the loop's thread: the memory of the steps is free now."""
         if not self._here(piece.run):
             return
+        started = time.monotonic()
         try:
             command = self._outcome(piece, left[0])
         except OutOfMemory as error:
             self._shortage.count(piece.ways.phase)
-            self._next(piece, left, error)
+            self._next(piece, left, error, started)
         except Exception as error:  # noqa: BLE001  as above
             self._failed(piece.run, error)
         else:
             command()
 
-    def _next(self, piece: _Piece[T], left: Sequence[Way], error: OutOfMemory) -> None:
-        """It ran out of memory in the first of the ways that are left."""
+    def _ran_out(self, piece: _Piece[T], left: Sequence[Way], error: OutOfMemory, relaxed: int) -> None:
+        """It ran out of memory on the thread, when so much had been forgotten: what a rung before had no memory for
+        says nothing of this one, and is begun anew."""
+        if relaxed == self._relaxed:
+            self._next(piece, left, error, time.monotonic())
+        elif self._here(piece.run):
+            self._begin(piece)
+
+    def _next(self, piece: _Piece[T], left: Sequence[Way], error: OutOfMemory, started: float) -> None:
+        """It ran out of memory in the first of the ways that are left, which was begun at `started`."""
         run, phase = piece.run, piece.ways.phase
         if not self._here(run):
             return
@@ -184,7 +200,7 @@ class VaeWork:
         if len(left) > 1:
             left = left[1:]
             self._shortage.tell(phase, left[0].name, [run])
-        elif not self._shortage.descend(phase, [run]):
+        elif not self._shortage.make_room(phase, [run], started):
             self._failed(run, error)
             return
         self._between(piece, left)

@@ -17,7 +17,7 @@ from serve.jobs import records, scripts
 from serve.jobs.base import Fields, Shared, flat
 from serve.jobs.bell import CANCEL
 from serve.jobs.connection import milliseconds
-from serve.jobs.records import Claim, Want, step_of, steps_of
+from serve.jobs.records import Claim, Marks, Want, outdone, step_of, steps_of
 from serve.jobs.renewals import Renewals
 from serve.jobs.terms import Hold
 from serve.settings import JobSettings
@@ -36,7 +36,7 @@ class Claims(Shared):
         self._unanswered: dict[str, str] = {}
 
     async def claim(
-        self, worker: str, wants: Sequence[Want], *, idle: bool = True, unmarked_after_s: float | None = None
+        self, worker: str, wants: Sequence[Want], *, idle: bool = True, marks: Marks = Marks()
     ) -> Claim | Hold | None:
         """Lease a queued job that satisfies the first want which any queued job satisfies; None where none is queued,
         Hold.UNFIT where none satisfies any, Hold.ALONE where that whose turn it is waits until this worker is `idle`.
@@ -45,12 +45,12 @@ class Claims(Shared):
         owners take turns by weight and predicted cost, and an owner's `interactive` jobs go before the `batch` ones,
         the oldest first. `waited_s` counts from when a job last joined the queue, which a retry and a release do again.
         Jobs whose time is over, or not come yet, are passed over. It is one step of Redis and one pass over the queue.
-        A job that `fail` has marked with an amount of memory is for workers with more; after it has waited for
-        `unmarked_after_s`, where that is said, for this one too.
+        A job that `fail` has marked with an amount of memory is for workers with clearly more; after a time that
+        `marks` says for this one too.
         """
-        flat: list[str | int] = [-1 if unmarked_after_s is None else milliseconds(unmarked_after_s)]
+        flat: list[str | int] = [marks.alive, marks.coming, _patience(marks.coming_s), _patience(marks.rest_s)]
         for want in wants:
-            flat += want.model, want.above, want.upto, round(want.waited_s * 1000), want.memory_mb
+            flat += want.model, want.above, want.upto, round(want.waited_s * 1000), outdone(want.memory_mb)
         lease, timeout = milliseconds(self._settings.lease_s), milliseconds(self._settings.timeout_s)
         number = self._unanswered.pop(worker, None) or uuid.uuid4().hex
         asked_at = time.monotonic()
@@ -167,6 +167,11 @@ class Claims(Shared):
         flat = [part for claim, step, state in renewals for part in (claim.job_id, claim.fence, step, state)]
         answers: list[bytes] = await self._run("renew", milliseconds(self._settings.lease_s), *flat)
         return answers
+
+
+def _patience(seconds: float | None) -> int:
+    """In milliseconds; -1 is for ever."""
+    return -1 if seconds is None else milliseconds(seconds)
 
 
 def _held(claim: Claim, answer: bytes) -> bytes:

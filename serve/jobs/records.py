@@ -42,6 +42,9 @@ APPROXIMATE = TypeAdapter(tuple[str, ...])
 ERROR = TypeAdapter(JobError)
 MEMORY = TypeAdapter(MemoryReport)
 
+MORE_PERCENT = 105
+"""Of a card's memory, what another one must have to count as larger."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
@@ -76,13 +79,31 @@ class Claim:
 class Want:
     """What a worker would take: a job for `model` whose images have more than `above` and at most `upto` pixels, and
     which no other worker took in the last `waited_s` seconds. `memory_mb` (1e6 bytes) is what the worker has of its
-    card: a job that ran out of as much or more is not for it. 0 where that is not known."""
+    card: a job is not for it that ran out of as much, within a few percent, or more. 0 where that is not known."""
 
     model: str
     above: int
     upto: int
     waited_s: float = 0.0
     memory_mb: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """How long a worker leaves jobs to others that are marked with as much memory as it has, by their pixels: up to
+    `alive` pixels for ever, because one with more lives that draws them; up to `coming` until they have waited for
+    `coming_s`; beyond both for `rest_s`. None is for ever."""
+
+    alive: int = 0
+    coming: int = 0
+    coming_s: float | None = None
+    rest_s: float | None = None
+
+
+def outdone(memory_mb: int) -> int:
+    """What clearly less memory is below: cards that are sold as the same differ by a few megabytes, and what ran out on
+    one runs out on the other."""
+    return -(-100 * memory_mb // MORE_PERCENT)
 
 
 def steps_of(request: ImageRequest) -> int:

@@ -10,14 +10,20 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from serve.memory.footprint import footprint
 from serve.memory.terms import ModelShape
 from serve.models import ModelFolder
 from serve.models.denoiser_configs import KINDS
-from serve.models.weight_files import read_headers, read_json, weight_files
+from serve.models.image_parts import VAE
+from serve.models.weight_files import read_headers, read_json, refused, weight_files
+from serve.rungs import Rung
 
 TABLE = Path(__file__).parent / "published.json"
 """Written by scripts/model_facts.py."""
+DEFAULTS = TABLE.with_name("defaults.json")
+"""What diffusers' classes take for a field that a configuration does not have; written by the same script."""
 BLOCK = re.compile(r"((?:.*\.)?\w*transformer_blocks\.\d+)\.")
 """How the name of a tensor begins that lies in a repeated block (serve/diffusion/families/speed.py, `blocks`)."""
 TEXT_TOKENS: Mapping[str, int] = {"sd3": 333, "flux": 512, "pixart": 300, "auraflow": 256}
@@ -28,7 +34,28 @@ TEXT_TOKENS: Mapping[str, int] = {"sd3": 333, "flux": 512, "pixart": 300, "auraf
 def published() -> Mapping[str, ModelShape]:
     """By name, the models that people know."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
-    return MappingProxyType({name: ModelShape(name=name, **about) for name, about in table.items()})
+    return MappingProxyType({name: _of_table(name, **about) for name, about in table.items()})
+
+
+def _of_table(name: str, family: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], **about: Any) -> ModelShape:
+    kind = KINDS[family].cls
+    return ModelShape(name=name, family=family, denoiser=complete(kind, denoiser), vae=complete(VAE, vae), **about)
+
+
+def complete(cls: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration as the class of diffusers reads it. Older files lack fields that were added since, and many
+    lack those that are as usual."""
+    found = {**_defaults()[cls], **config}
+    if found["out_channels"] is None:
+        found["out_channels"] = found["in_channels"]
+    return found
+
+
+@cache
+def _defaults() -> Mapping[str, Mapping[str, Any]]:
+    """By class."""
+    found: dict[str, dict[str, Any]] = json.loads(DEFAULTS.read_text(encoding="utf-8"))
+    return found
 
 
 def shape_of(model: ModelFolder) -> ModelShape:
@@ -39,7 +66,7 @@ def shape_of(model: ModelFolder) -> ModelShape:
     longest = [each.row_tokens or each.longest_row for each in model.text]
     tensors = {name: info.shape for name, info in read_headers(weight_files(part)).items()}
     vae = read_headers(weight_files(model.path / "vae"))
-    return ModelShape(
+    shape = ModelShape(
         name=model.name,
         family=model.family,
         **counted(tensors),
@@ -50,9 +77,20 @@ def shape_of(model: ModelFolder) -> ModelShape:
         default_height=denoiser.default_height,
         guided=denoiser.guidance == "classifier_free",
         text_tokens=TEXT_TOKENS.get(model.family) or max(each or 0 for each in longest),
-        denoiser=read_json(part / "config.json"),
-        vae=read_json(model.path / "vae" / "config.json"),
+        denoiser=complete(KINDS[model.family].cls, read_json(part / "config.json")),
+        vae=complete(VAE, read_json(model.path / "vae" / "config.json")),
     )
+    _check(shape, model.path)
+    return shape
+
+
+def _check(shape: ModelShape, folder: Path) -> None:
+    """Configurations that contradict themselves are refused here, where the file can be named: diffusers would not
+    build the model either."""
+    try:
+        footprint(shape, "float32", Rung.RESIDENT, shape.default_width, shape.default_height, shape.lanes)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise refused(f"{folder}: its denoiser's or its VAE's config.json garbles a field ({error})") from error
 
 
 def counted(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

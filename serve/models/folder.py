@@ -43,6 +43,8 @@ _READ_T5 = frozenset({"flux", "pixart", "auraflow"})
 _ZEROES = ("sdxl", "sdxl_refiner")
 """Families whose stock pipelines read zeros for no negative prompt, unless model_index.json says otherwise."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SHOWN = 80
+"""Characters of a path that is none."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -61,6 +63,11 @@ class ModelFolder:
     context_width: int
     zero_empty_negative: bool
     denoiser: Denoiser | None
+
+    @property
+    def created(self) -> int:
+        """When this copy of it was made, in Unix seconds."""
+        return int((self.path / "model_index.json").stat().st_mtime)
 
 
 def resolve(settings: ModelSettings, data_dir: Path, *, text_only: bool = False, setting: str = "model") -> ModelFolder:
@@ -107,10 +114,26 @@ def _as_set(denoiser: Denoiser, settings: ModelSettings) -> Denoiser:
     )
 
 
+def local_path(source: str, setting: str = "model.source") -> Path:
+    """Where that would lie on this machine. Raises OperatorError naming `setting` where it can't even be looked for: in
+    the home of a user who is not here, under a name that is too long, in a folder that may not be read."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except RuntimeError:
+        reason = "there is no such user"
+    except OSError as error:
+        reason = str(error.strerror)
+    else:
+        return path
+    shown = source if len(source) <= _SHOWN else f"{source[:_SHOWN]}..."
+    raise OperatorError(f"{setting}: {' '.join(shown.splitlines())}: {reason}", setting)
+
+
 def _find(settings: ModelSettings, data_dir: Path, text_only: bool) -> tuple[Path, str]:
     """The folder, and the name of a model that is given none."""
     source = settings.source
-    path = Path(source).expanduser()
+    path = local_path(source)
     name = path.stem if path.suffix == ".safetensors" else path.name
     if source == "shapes":
         return SHIPPED, name
@@ -131,7 +154,7 @@ def _from_file(file: Path, settings: ModelSettings, data_dir: Path) -> Path:
     if file.suffix in PICKLED:
         raise refused(f"{file} is pickled, and loading it would run its code; save it as safetensors")
     config = settings.config
-    folder = None if config is None else Path(config).expanduser()
+    folder = None if config is None else local_path(config, "model.config")
     if folder is not None and not folder.is_dir() and not _HUB_ID.fullmatch(str(config)):
         raise OperatorError(f"model.config: {config} is neither a folder nor a hub id", "model.config")
     checkpoint = recognised(file)

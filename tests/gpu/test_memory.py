@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from serve.bench.gpu import CASES, LADDERS
-from serve.bench.gpu_memory import Held, measure_held
+from serve.bench.gpu_memory import Held, empty_card, measure_held
 from serve.bench.gpu_report import WANTED_ERROR
 from serve.devices import CLASS_SLACK, Card
 from serve.memory.classes import BUILT_IN
@@ -47,3 +47,17 @@ def test_a_rung_takes_what_it_is_predicted_to_take(
     cuda: torch.device, card: Card, model: str, gpu_class: str, side: int, rung: Rung
 ) -> None:
     check(held(model, gpu_class, side, card, cuda, rung))
+
+
+def test_nothing_of_a_stream_that_has_ended_counts_against_the_next_cap(cuda: torch.device) -> None:
+    """cuBLAS keeps a workspace of megabytes for each stream that multiplied."""
+    empty_card()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            square = torch.ones(256, 256, device=cuda, dtype=torch.float16)
+            square @ square
+        torch.cuda.synchronize()
+        del square
+    empty_card()
+    assert torch.cuda.memory_allocated() == before

@@ -110,7 +110,7 @@ class House:
             report=self._reported,
             cost_of=partial(cost_here, self.profile, self._runner.family.vae.scale_factor),
             spool_bytes=1 << 30,
-            stall_s=60,
+            stall_s=lambda: 60.0,
         )
         try:
             await until(self._has_told)

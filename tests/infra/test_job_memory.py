@@ -12,11 +12,13 @@ from support.jobs import BROKEN, MODEL, Bench, a_request, on
 
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row
-from serve.domain import JobState, MemoryReport, Relief
+from serve.domain import EncodeUnit, JobState, MemoryReport, Relief
+from serve.encoders.cache import Fetched
 from serve.errors import OutOfMemory
-from serve.jobs.store import Hold, Want
+from serve.jobs.records import Marks
+from serve.jobs.store import Claim, Hold, Want
 from serve.placements import Placement
-from serve.relief import AGED_S, STARTING_S, cards_of
+from serve.relief import AGED_S
 from serve.rungs import Rung
 
 pytestmark = pytest.mark.anyio
@@ -43,10 +45,10 @@ def test_a_marked_job_is_for_more_memory(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         await bench.store.fail(await bench.claimed("a"), BROKEN, retry=True, memory=MARKED)
         assert (await bench.store.get("a")).memory == MARKED
-        for memory_mb in (0, 3999, 4000):
+        for memory_mb in (0, 3999, 4000, 4002, 4200):
             assert await bench.store.claim("small", want(memory_mb)) is Hold.UNFIT
         assert (await bench.store.get("a")).position == 1
-        claim = await bench.store.claim("large", want(4001))
+        claim = await bench.store.claim("large", want(4201))
         assert claim is not None
         assert not isinstance(claim, Hold)
         assert (claim.job_id, claim.memory) == ("a", MARKED)
@@ -84,14 +86,34 @@ def test_a_mark_only_ever_rises_and_other_retries_keep_it(redis_url: str) -> Non
 def test_a_mark_that_nobody_satisfies_counts_no_more_in_the_end(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
         await bench.store.fail(await bench.claimed("a"), BROKEN, retry=True, memory=MARKED)
-        assert await bench.store.claim("small", want(4000), unmarked_after_s=AGED_S) is Hold.UNFIT
+        assert await bench.store.claim("small", want(4000), marks=Marks(rest_s=AGED_S)) is Hold.UNFIT
         now_s, _ = await bench.store._redis.time()
         await bench.store._redis.hset("tandem:job:a", "waiting", round(1000 * (now_s - AGED_S)))
         assert await bench.store.claim("small", want(4000)) is Hold.UNFIT, "somebody larger lives"
-        claim = await bench.store.claim("small", want(4000), unmarked_after_s=AGED_S)
+        claim = await bench.store.claim("small", want(4000), marks=Marks(rest_s=AGED_S))
         assert claim is not None
         assert not isinstance(claim, Hold)
         assert claim.job_id == "a"
+
+    on(redis_url, story)
+
+
+def test_how_long_a_mark_counts_depends_on_the_jobs_pixels(redis_url: str) -> None:
+    """Somebody larger lives for the smallest one, is to come for the next, and nobody is for the last."""
+    marks = Marks(alive=16**2, coming=32**2, coming_s=100.0, rest_s=AGED_S)
+
+    async def story(bench: Bench) -> None:
+        sides = {"living": 16, "coming": 32, "nobody": 48}
+        for job_id, side in sides.items():
+            await bench.store.fail(await bench.claimed(job_id, side=side), BROKEN, retry=True, memory=MARKED)
+        taken = []
+        for waited_s in (AGED_S - 5, AGED_S, 100.0, 10_000.0):
+            now_s, _ = await bench.store._redis.time()
+            for job_id in sides:
+                await bench.store._redis.hset(f"tandem:job:{job_id}", "waiting", round(1000 * (now_s - waited_s)))
+            claim = await bench.store.claim("small", want(4000), marks=marks)
+            taken.append(claim.job_id if isinstance(claim, Claim) else None)
+        assert taken == [None, "nobody", "coming", None]
 
     on(redis_url, story)
 
@@ -148,6 +170,43 @@ async def test_what_one_card_has_no_memory_for_another_draws(house: House) -> No
     )
 
 
+async def test_a_card_on_a_better_rung_draws_it_although_it_takes_smaller_images(house: House) -> None:
+    small, large = cards(house)
+    large = dataclasses.replace(large, max_pixels=small.max_pixels // 4)
+    house.placement, house.placements = small, (small, large)
+    async with house.worker("small", Full(a_runner(house.model), 0)):
+        await house.submit("a")
+        await house.reaches("a", lambda job: job.state is JobState.QUEUED and job.attempt == 1)
+        house.placement = large
+        async with house.worker("large"):
+            job = await house.ended("a")
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    assert job.memory is not None
+    assert job.memory.above_mb == 4000
+
+
+async def test_an_encoder_without_memory_says_nothing_of_this_card(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is tried again, by anybody, and nothing is told of its memory."""
+    seen: list[MemoryReport | None] = []
+
+    async def short(units: Sequence[EncodeUnit]) -> list[Fetched]:
+        seen.append((await house.jobs.get("a")).memory)
+        if len(seen) == 1:
+            raise OutOfMemory("the encoder clip-l: the device ran out of memory")
+        return await house.pool.encode(units)
+
+    monkeypatch.setattr(house, "encode", short)
+    small, large = cards(house)
+    house.placement, house.placements = small, (small, large)
+    async with house.worker("small"):
+        await house.submit("a")
+        job = await house.ended("a")
+    assert seen == [None, None]
+    assert (job.state, job.attempt, job.memory) == (JobState.SUCCEEDED, 2, MemoryReport(rung=Rung.RESIDENT))
+
+
 async def test_without_a_larger_card_it_is_tried_again_and_then_told(house: House) -> None:
     small, _ = cards(house)
     house.placement, house.placements = small, (small,)
@@ -168,9 +227,8 @@ async def test_a_larger_card_that_lives_is_heard_of(house: House, monkeypatch: p
     async with house.worker("large") as other:
         house.placement = small
         async with house.worker("small") as worker:
-            await until(lambda: worker._cards.alive == 11_000)
-            assert worker._cards.unmarked_after_s is None
-            assert other._cards.unmarked_after_s == AGED_S
+            await until(lambda: worker._cards.marks.alive == large.max_pixels)
+            assert other._cards.marks.alive == 0
 
 
 async def test_a_mark_that_only_this_card_is_left_for_is_passed_over_by_it(house: House) -> None:
@@ -182,7 +240,6 @@ async def test_a_mark_that_only_this_card_is_left_for_is_passed_over_by_it(house
         await house.reaches("a", lambda job: job.state is JobState.QUEUED and job.attempt == 1)
     now_s, _ = await house.jobs._redis.time()
     await house.jobs._redis.hset("tandem:job:a", "waiting", round(1000 * (now_s - AGED_S)))
-    assert cards_of(small, house.placements).unmarked_after_s == STARTING_S
     house.placements = (small,)
     async with house.worker("small"):
         job = await house.ended("a")

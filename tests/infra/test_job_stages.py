@@ -117,7 +117,7 @@ def test_clocks_that_differ_make_no_stage_longer_than_its_call(apart_s: float, l
     """The store says when it gave the job away, on a clock of its own."""
     started = round(1000 * (time.time() - apart_s))
     request = records.REQUEST.dump_json(a_request())
-    reply = [b"a", 1, 1, 0, 0, b"1", b"1", str(started).encode(), None, b"1", request, b"[]"]
+    reply = [b"a", 1, 1, 0, 0, b"1", b"1", str(started).encode(), None, b"1", request, b"[]", None]
     claim = records.claim(reply, time.monotonic() - 0.2)
     assert least_s <= claim.claim_s <= most_s
 

@@ -1,16 +1,20 @@
 """A worker in which nothing goes on says so, and one that only waits for others does not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 from support.house import GatedRunner, House, open_house, until
 
 from serve.diffusion.engine import Work
+from serve.diffusion.ladder import Ladder
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import Row
 from serve.domain import JobState
+from serve.errors import OutOfMemory
+from serve.rungs import Rung
 
 pytestmark = pytest.mark.anyio
 
@@ -76,6 +80,39 @@ async def test_a_job_that_the_loop_makes_no_step_of_shows(house: House) -> None:
         assert (await house.jobs.get("a")).state is JobState.RUNNING
         await worker.abandon()
         assert [(await house.jobs.get(job_id)).state for job_id in ("a", "steps")] == [JobState.QUEUED] * 2
+
+
+class Short(Runner):
+    """Has no memory for the first step. `hangs` is asked before the next ones."""
+
+    def __init__(self, runner: Runner, hangs: Callable[[], bool]) -> None:
+        super().__init__(runner.family)
+        self._hangs = hangs
+        self.told: list[bool] = []
+
+    def step(self, rows: Sequence[Row], most: int | None = None) -> dict[Row, Exception]:
+        self.told.append(self._hangs())
+        if len(self.told) == 1:
+            raise OutOfMemory("the device ran out of memory")
+        return super().step(rows, most)
+
+
+async def test_a_way_down_the_memory_ladder_is_no_ailment(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while weights are moved nor right after it, when no job has made a step for as long."""
+    stall_s, ahead_s, real, moving = 5.0, [0.0], time.monotonic, list[bool]()
+    monkeypatch.setattr(time, "monotonic", lambda: real() + sum(ahead_s))
+
+    def descend(rung: Rung) -> None:
+        ahead_s.append(4 * stall_s)
+        moving.append(worker.hangs)
+
+    runner = Short(house.runner, lambda: worker.hangs)
+    ladder = Ladder(Rung.RESIDENT, Rung.VAE_SLICING, descend)
+    async with house.worker(runner=runner, stall_s=stall_s, ladder=ladder) as worker:
+        await house.submit("a", num_inference_steps=2, guidance_scale=1.0)
+        assert (await house.ended("a")).state is JobState.SUCCEEDED
+        assert worker._engine.rung is Rung.VAE_SLICING
+    assert (moving, runner.told) == ([False], [False] * 3)
 
 
 async def test_waiting_for_text_or_for_the_result_store_is_no_ailment(house: House) -> None:

@@ -42,6 +42,7 @@ from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
 from serve.encoders.registry import register
 from serve.errors import LeaseLost
+from serve.health import stall_s
 from serve.jobs.store import Claim, JobStore, Want
 from serve.jobs.terms import Hold
 from serve.models import resolve
@@ -260,7 +261,7 @@ async def serve(plan: WorkerPlan) -> None:
         report=partial(report_of, plan.name, placement, profile, runner.family.vae.scale_factor),
         cost_of=partial(cost_here, profile, runner.family.vae.scale_factor),
         spool_bytes=settings.results.spool_bytes,
-        stall_s=settings.diffusion.stall_s,
+        stall_s=partial(stall_s, settings.diffusion, "cpu"),
         placements=[placement, replace(placement, name="the largest", memory_bytes=plan.largest_mb * 10**6)],
     )
     (folder / f"ready-{plan.name}").touch()

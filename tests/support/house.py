@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import SecretStr
 
 from serve.diffusion.engine import Engine
+from serve.diffusion.ladder import Ladder
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import Row, StepScheduler
@@ -142,6 +143,7 @@ class House:
         spool_bytes: int = 1 << 28,
         stall_s: float = 120.0,
         tracing: Tracing | None = None,
+        ladder: Ladder | None = None,
     ) -> AsyncIterator[Worker]:
         """A replica; it is drained in the end."""
         profile, runner, placement = Profile(4), runner or self.runner, self.placement
@@ -157,14 +159,14 @@ class House:
             jobs=jobs or self.jobs,
             planner=self.planner,
             embeddings=EmbeddingCache(Settings().cache, self.encode, self.metrics, place="diffusion"),
-            engine=Engine(runner, StepScheduler(profile), profile, self.metrics),
+            engine=Engine(runner, StepScheduler(profile), profile, self.metrics, ladder=ladder),
             results=results or self.results,
             metrics=self.metrics,
             batch=lambda: self.batch,
             report=report,
             cost_of=partial(cost_here, profile, factor),
             spool_bytes=spool_bytes,
-            stall_s=stall_s,
+            stall_s=lambda: stall_s,
             tracing=tracing,
             placements=self.placements,
         )

@@ -1,5 +1,8 @@
+import gc
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +14,19 @@ from hypothesis import strategies as st
 from serve.devices import (
     ALLOCATOR_VARIABLES,
     CLASS_SLACK,
+    GpuUsage,
     best_device,
     card_here,
     check_dtype,
     check_memory,
     claim_device,
+    device_errors,
+    gpu_usage,
     grow_segments,
     memory_fraction,
+    undoing,
 )
-from serve.errors import OperatorError
+from serve.errors import DeviceLost, OperatorError, OutOfMemory
 from serve.memory.planner import USABLE
 from serve.settings import EncoderSettings
 
@@ -70,6 +77,55 @@ def test_a_card_smaller_than_its_class_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OperatorError, match=r"11 GB, the GPU here 4.1 GB") as raised:
         check_memory("cuda", 11, "placements.large.gpu_class")
     assert raised.value.param == "placements.large.gpu_class"
+
+
+@pytest.fixture
+def quick_gc() -> Iterator[None]:
+    """Memory that runs out is collected for: what the test process has loaded by now is left out of that."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+@pytest.mark.usefixtures("quick_gc")
+def test_memory_that_runs_out_is_told_as_such_by_whichever_library(error: BaseException) -> None:
+    with pytest.raises(OutOfMemory), device_errors("the denoiser"):
+        raise error
+
+
+def test_a_device_that_fails_otherwise_is_lost() -> None:
+    with pytest.raises(DeviceLost), device_errors("the denoiser"):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.usefixtures("quick_gc")
+def test_what_failed_is_undone_or_the_device_is_lost() -> None:
+    """What it had computed is gone by then: that is the memory which going back takes."""
+    undone: list[bool] = []
+
+    def fails() -> None:
+        loaded = torch.zeros(1)
+        held.append(weakref.ref(loaded))
+        raise torch.OutOfMemoryError("none left")
+
+    held: list[weakref.ref[torch.Tensor]] = []
+    with pytest.raises(torch.OutOfMemoryError), undoing(lambda: undone.append(held[0]() is None), "the VAE"):
+        fails()
+    assert undone == [True]
+    with pytest.raises(DeviceLost, match="the VAE could not be put back"), undoing(fails, "the VAE"):
+        fails()
 
 
 GIB = 2**30
@@ -147,3 +203,24 @@ for child in range(3):
     assert answer.count("nice 19") == 3
     assert answer.count("True /autogroup-") == 3
     assert "nice 19" not in Path("/proc/self/autogroup").read_text(), "who called it is as it was"
+
+
+def test_a_card_that_tells_no_utilization_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML has errors of its own, such as that of a driver that does not know the question."""
+
+    class NVMLError(Exception):
+        pass
+
+    def unknown(card: int) -> int:
+        raise NVMLError("Not Supported")
+
+    values = {"is_initialized": True, "device_count": 1, "get_per_process_memory_fraction": 0.5}
+    values |= {
+        "memory_allocated": 3,
+        "max_memory_allocated": 4,
+        "get_device_properties": SimpleNamespace(total_memory=10),
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "utilization", unknown)
+    assert gpu_usage() == GpuUsage(allocated=3, peak=4, allowed=5, total=10, utilization=None)

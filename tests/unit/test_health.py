@@ -3,6 +3,7 @@
 import pytest
 
 from serve.health import allowed_s, stall_s
+from serve.rungs import Rung
 from serve.settings import DiffusionSettings
 
 
@@ -21,6 +22,11 @@ def test_it_depends_on_the_device_unless_the_operator_says_it(
     device: str, settings: dict[str, object], seconds: float
 ) -> None:
     assert stall_s(DiffusionSettings(**settings), device) == seconds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rung", "seconds"), [(Rung.SEQUENTIAL_OFFLOAD, 20.0), (Rung.CPU, 120.0)])
+def test_a_replica_that_has_left_its_card_has_the_time_of_one_without(rung: Rung, seconds: float) -> None:
+    assert stall_s(DiffusionSettings(), "cuda", rung) == seconds
 
 
 @pytest.mark.parametrize(

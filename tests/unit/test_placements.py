@@ -395,3 +395,13 @@ def test_what_an_order_may_choose_is_what_every_placement_of_its_model_has() -> 
     assert not fleet(tiny, plain).step_cache("m")
     assert not Fleet(()).step_cache("m")
     assert Fleet(()).max_pixels("m") == 0
+
+
+@pytest.mark.parametrize("size", [{}, {"max_pixels": 512 * 512}])
+def test_weights_that_have_no_room_are_refused_however_large_images_may_be(
+    one: Models, size: Mapping[str, int]
+) -> None:
+    tiny = {"tiny": {"memory_gb": 1.5, "dtypes": ["float16"]}}
+    own = {"gpu_class": "tiny", "worst_rung": "resident", **size}
+    said = refusal(one, gpu_classes=tiny, placements={"p": own})
+    assert said.startswith("placements.p.gpu_class: 1.5 GB hold no image of sd15 beside its 1.9 GB of weights")

@@ -114,3 +114,20 @@ def test_the_plan_is_one_line_of_the_log(model: ModelFolder, caplog: pytest.LogC
     (line,) = caplog.messages
     assert line.startswith("shapes on 4.0 GB: resident, 0.")
     assert line.endswith(" GB planned, largest image 1024 x 1024")
+
+
+@pytest.mark.parametrize(("worst", "said"), [("vae_tiling", " pixels"), ("cpu", "draws it on the CPU")])
+def test_a_plan_that_does_not_fit_is_a_warning(
+    model: ModelFolder, shape: ModelShape, caplog: pytest.LogCaptureFixture, worst: str, said: str
+) -> None:
+    """Images that the operator lets in have no room: below a rung that moves weights, or on any."""
+    least = min(peak(shape, rung) for rung in LADDER if MEANS[rung].on_card)
+    usable = peak(shape, Rung.VAE_TILING) if worst == "vae_tiling" else least
+    own = {"max_pixels": 2048 * 2048, "worst_rung": worst}
+    made = planned_here(placed(model, diffusion=own), model, card(usable))
+    assert made.plan is not None
+    assert not made.plan.fits
+    tell_plan(made)
+    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    assert f"no rung down to {worst} has room for an image of 2048 x 2048; " in line
+    assert line.endswith(said)

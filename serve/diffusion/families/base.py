@@ -17,7 +17,7 @@ from serve.devices import device_errors
 from serve.diffusion.families.load import load_part, load_scheduler, loading
 from serve.diffusion.families.speed import remember_signatures
 from serve.diffusion.offload import Offload
-from serve.diffusion.rungs import settle
+from serve.diffusion.rungs import check_library, settle
 from serve.diffusion.vae import Vae, open_vae
 from serve.domain import TextEmbedding
 from serve.models import ModelFolder
@@ -81,6 +81,9 @@ class Family(ABC):
     rung: Rung
     """Of the memory ladder. What it means for the denoiser is done by `serve.diffusion.rungs`."""
     offload: Offload | None = None
+    packed: tuple[str, ...] = ()
+    """What layers of the denoiser have their weights packed to (`serve.quantize.packed`): those of a way down that
+    failed too, so that the rung alone does not say it."""
     compiled: bool = False
     scheduler_class: Any
     """Class of the model's own sampler (diffusers' `SchedulerMixin`)."""
@@ -96,6 +99,7 @@ class Family(ABC):
         rung: Rung = Rung.RESIDENT,
     ) -> None:
         """Raises OperatorError naming `model.source`, `diffusion.tiny_vae` or `diffusion.rung`."""
+        check_library(rung)
         self.model = model
         self.device = device
         self.dtype = dtype

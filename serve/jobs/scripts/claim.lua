@@ -1,19 +1,21 @@
 -- ARGV: settings, worker, number of its claim, lease, time from the first claim until it expires, 1 where the worker
--- holds nothing, milliseconds of waiting after which a job's mark counts no more (-1 for never), then model, above, upto,
--- least milliseconds of waiting and memory of each want, in order.
+-- holds nothing, how long marks count (pixels up to which they always do, pixels up to which they do for so many
+-- milliseconds of waiting, these, and those beyond; -1 for ever), then model, above, upto, least milliseconds of waiting
+-- and what a mark must be below of each want, in order.
 -- Leases the queued job that satisfies the first want which any of them satisfies; of those, the one whose round comes
 -- first, and of one round the oldest. Of an owner's jobs that satisfy a want the first in the queue stands for all. A job
 -- satisfies a want when it is for the want's model, has more than `above` and at most `upto` pixels, has waited so long
 -- since it last joined the queue, may be started by now, and still has time; the sweep ends those that have none. An id
 -- whose record somebody deleted satisfies nothing: the sweep forgets it. A job that ran out of memory is marked with what
--- there was of it (`above_mb`): it satisfies only wants with more.
+-- there was of it (`above_mb`): it satisfies only wants with more, until its mark counts no more.
 -- The last attempt of a job that has lost a worker is made alone: should it be the job that kills them, it takes nobody
 -- along. A worker that holds others is told to wait: 'alone'.
 -- 'unfit' says that jobs are queued, but none that satisfies a want; nothing, that the queue is empty. What is claimed
 -- comes with the number of jobs that are still queued.
 -- The same claim again has the same answer while the job is held: the first one may have been lost.
 local worker, claim, lease, timeout, idle = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
-local unmarked_after = tonumber(ARGV[9])
+local alive, coming = tonumber(ARGV[9]), tonumber(ARGV[10])
+local coming_for, rest_for = tonumber(ARGV[11]), tonumber(ARGV[12])
 
 local function answer(id)
   local attempt, fence, alone = get(id, 'attempt', 'fence', 'alone_now')
@@ -27,16 +29,22 @@ if former_id and get(former_id, 'claim') == worker .. ':' .. claim and HELD[get(
   return {ended, answer(former_id)}
 end
 local wants = {}
-for i = 10, #ARGV, 5 do
+for i = 13, #ARGV, 5 do
   wants[#wants + 1] = {
     model = ARGV[i], above = tonumber(ARGV[i + 1]), upto = tonumber(ARGV[i + 2]), waited = tonumber(ARGV[i + 3]),
-    memory = tonumber(ARGV[i + 4])
+    outdone = tonumber(ARGV[i + 4])
   }
+end
+
+-- Whether the mark of a job of so many pixels that has waited so long still counts.
+local function counts(pixels, waited)
+  local patience = pixels <= alive and -1 or pixels <= coming and coming_for or rest_for
+  return patience < 0 or waited < patience
 end
 
 local function satisfies(want, model, pixels, waited, mark)
   return model == want.model and pixels > want.above and pixels <= want.upto and waited >= want.waited
-      and (not mark or mark < want.memory)
+      and (not mark or mark < want.outdone)
 end
 
 local paid, seen, PAGE = {}, {}, 100
@@ -62,9 +70,10 @@ local function consider(id)
   if not model or not owner or deadline <= now or tonumber(not_before or 0) > now then return end
   if reserved(id) then return end
   local waited = now - (since or now)
-  mark = mark and not (unmarked_after >= 0 and waited >= unmarked_after) and tonumber(mark)
+  pixels = tonumber(pixels or 0)
+  mark = mark and counts(pixels, waited) and tonumber(mark)
   for n = 1, math.min(rank, #wants) do
-    if satisfies(wants[n], model, tonumber(pixels or 0), waited, mark) then
+    if satisfies(wants[n], model, pixels, waited, mark) then
       if seen[n .. owner] then return end
       seen[n .. owner] = true
       paid[owner] = paid[owner] or tonumber(redis.call('ZSCORE', ROUNDS, owner) or 0)

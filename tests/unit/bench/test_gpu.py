@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from support.image_models import BUILDERS
 from typer.testing import CliRunner
 
 from serve.bench.gpu import SECTIONS, Plan, Report, jobs, measure
-from serve.bench.gpu_memory import measure_held
+from serve.bench.gpu_memory import empty_card, measure_held
 from serve.bench.gpu_report import as_json, headline, markdown, sheets, tables
+from serve.bench.machine import this_machine
 from serve.bench.random_models import random_family, random_work
 from serve.bench.shapes import SHAPES, T5_XXL, EncoderShape
 from serve.bench.windows import Budget
@@ -23,7 +25,7 @@ from serve.cli.bench import bench
 from serve.cli.bench_gpu import gpu
 from serve.devices import Card
 from serve.diffusion.runner import Runner
-from serve.errors import OperatorError
+from serve.errors import DeviceLost, OperatorError
 from serve.memory.planner import plan
 from serve.memory.shapes import shape_of
 from serve.memory.terms import ModelShape
@@ -149,6 +151,93 @@ def test_what_fails_is_told_and_the_next_one_is_measured(shape: Callable[[str], 
     assert told == ["steps of flux", "steps of flux"]
     assert report.left_out == ("steps of flux: the denoiser failed on this request",)
     assert [one.lanes for one in report.steps] == [1]
+
+
+class Stumbling:
+    """A measurement that raises what it is given, one thing after the other, and then gives a figure."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def __call__(self, *_: object) -> list[object]:
+        if self.errors:
+            raise self.errors.pop(0)
+        return [object()]
+
+
+def stumbles(monkeypatch: pytest.MonkeyPatch, made: Plan, *errors: Exception) -> Report:
+    monkeypatch.setattr("serve.bench.gpu._held", Stumbling(*errors))
+    return measure(made, lambda what: None)
+
+
+def test_whatever_goes_wrong_costs_one_figure_and_a_lost_card_those_that_are_left(
+    monkeypatch: pytest.MonkeyPatch, shape: Callable[[str], ModelShape]
+) -> None:
+    cases = tuple(("sd15", "4gb", side) for side in (64, 128, 192))
+    made = Plan(
+        device=CPU, card=CARD, shapes={"sd15": shape("sd")}, sections=frozenset({"memory"}), encoders={}, cases=cases
+    )
+    raw = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    report = stumbles(monkeypatch, made, raw, ZeroDivisionError("division\nby zero"))
+    assert report.left_out == (
+        "sd15 at 64 x 64 in 4gb: memory ran out",
+        "sd15 at 128 x 128 in 4gb: ZeroDivisionError: division",
+    )
+    assert (len(report.memory), report.lost) == (1, False)
+    for error in (DeviceLost("the denoiser: the device failed"), torch.AcceleratorError("CUDA error: unspecified")):
+        report = stumbles(monkeypatch, made, error)
+        assert (len(report.left_out), report.memory, report.lost) == (1, (), True)
+    report = stumbles(monkeypatch, made, torch.AcceleratorError("CUDA error: out of memory"))
+    assert (len(report.memory), report.lost) == (2, False)
+
+
+def test_a_picture_that_has_no_memory_to_be_encoded_is_that_cases_trouble(
+    monkeypatch: pytest.MonkeyPatch, shape: Callable[[str], ModelShape]
+) -> None:
+    made = shape("sd")
+    no_room = Stumbling(*[torch.OutOfMemoryError("CUDA out of memory")] * 9)
+    monkeypatch.setattr("serve.diffusion.vae.Vae.encode", no_room)
+    held = measure_held(made, plan(made, 4e9, ("float32",), width=64, height=64), "4gb", CPU)
+    assert held.trouble == "encode: the VAE: the device ran out of memory"
+    assert [phase.phase for phase in held.phases] == ["weights", "step", "decode"]
+
+
+def test_figures_are_written_though_the_card_was_lost_and_the_exit_code_says_so(
+    monkeypatch: pytest.MonkeyPatch, shape: Callable[[str], ModelShape], tmp_path: Path
+) -> None:
+    """So it does where none of the memory that was asked for could be measured."""
+    made = Plan(
+        device=CPU,
+        card=CARD,
+        shapes={"sd15": shape("sd")},
+        sections=frozenset({"memory"}),
+        encoders={},
+        cases=(("sd15", "80gb", 64), ("sd15", "4gb", 64)),
+    )
+    assert not measure(dataclasses.replace(made, cases=made.cases[:1]), print).holds(made.sections)
+    assert Report(machine=this_machine(), card=CARD).holds(frozenset({"steps"}))
+    monkeypatch.setattr("serve.cli.bench_gpu._plan", lambda *_: made)
+    monkeypatch.setattr("serve.bench.gpu.measure_held", Stumbling(DeviceLost("the denoiser: the device failed")))
+    app = typer.Typer()
+    app.command()(gpu)
+    app.command("other")(lambda: None)
+    files = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    done = CliRunner().invoke(app, ["gpu", "--json", str(files[0]), "--markdown", str(files[1])])
+    assert done.exit_code == 1, done.output
+    told = json.loads(files[0].read_text())
+    assert told["lost"]
+    assert told["left_out"][0] == "sd15 at 64 x 64 in 80gb: the card has 24.0 GB"
+    assert "the device failed" in files[1].read_text()
+
+
+def test_what_cublas_keeps_goes_before_the_card_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card tests/gpu holds it."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("cache"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("workspaces"), raising=False)
+    empty_card()
+    assert done == ["workspaces", "cache"]
 
 
 def test_sections_are_made_in_their_order(shape: Callable[[str], ModelShape]) -> None:

@@ -212,6 +212,11 @@ def test_it_needs_no_torch() -> None:
     assert len(json.loads(run.stdout)) == len(published()) * len(BUILT_IN)
 
 
+def test_steps_that_nobody_draws_are_a_mistake(tandem: Tandem, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tandem("plan", "--models", "sd15", "--steps", "1" + "0" * 400) == 2
+    assert "'--steps'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Puts an `nvidia-smi` on PATH that is a script of the shell, and nothing else."""
@@ -282,6 +287,10 @@ def test_sheets_are_of_cards_as_they_are_built() -> None:
         ("exit 0", "nvidia-smi sees no card"),
         ("echo 'NVIDIA GB10, [N/A], 12.1'", "'NVIDIA GB10, [N/A], 12.1', not name, memory.total, compute_cap"),
         ("echo nonsense", "'nonsense', not name"),
+        ("echo 'NVIDIA card, -5, 8.6'", "'NVIDIA card, -5, 8.6', not name"),
+        ("echo 'NVIDIA card, 0, 8.6'", "'NVIDIA card, 0, 8.6', not name"),
+        (f"echo 'NVIDIA card, 1{'0' * 400}, 8.6'", "...', not name"),
+        ("head -c 200000 /dev/zero | tr '\\0' x; echo ', 4096, 8.6'", "says what is no table: field larger than"),
     ],
 )
 def test_a_driver_that_fails_is_one_line(
@@ -318,6 +327,11 @@ def test_mistakes_are_one_line_that_names_them(
         ("--size: 4096 pixels a side are the most", "--models", "sd15", "--size", "4104x512"),
         ("name one or the other", "--classes", "4gb", "--from-nvidia-smi"),
         ("below worst_rung", "--set", "diffusion.rung=cpu"),
+        ("--models: ~nosuchuser/x: there is no such user", "--models", "~nosuchuser/x"),
+        (f"--models: {'a' * 80}...: File name too long", "--models", "a" * 5000),
+        ("gpu_classes.x.memory_gb: Input should be a finite number", "--set", "gpu_classes.x.memory_gb=inf"),
+        ("gpu_classes.x.memory_gb: Input should be less than", "--set", "gpu_classes.x.memory_gb=1e308"),
+        ("model.num_inference_steps: Input should be less", "--set", f"model.num_inference_steps=1{'0' * 400}"),
     ):
         refused(tandem, capsys, said, *arguments)
     monkeypatch.setenv("PATH", str(tmp_path))

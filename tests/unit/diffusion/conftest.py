@@ -1,5 +1,6 @@
 """The shipped model's parts, loaded once for the room's tests."""
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,14 @@ def work(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callab
         return Work(run_id, request, compose(plan, embeddings), image, mask)
 
     return make
+
+
+@pytest.fixture
+def quick_gc() -> Iterator[None]:
+    """Memory that runs out is collected for: what the test process has loaded by now is left out of that."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -15,24 +19,28 @@ from PIL import Image
 from support.parity import difference, drawn
 
 from serve.devices import device_errors
+from serve.diffusion.curves import Curve
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.diffusion.ladder import Ladder, first_that_loads
+from serve.diffusion.ladder import DESCENT_S, Ladder, first_that_loads
 from serve.diffusion.profile import Profile
 from serve.diffusion.run import Picture
-from serve.diffusion.rungs import descend
+from serve.diffusion.rungs import check_library, descend
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.diffusion.scheduler import Row, StepScheduler
 from serve.diffusion.state import Source
+from serve.diffusion.vae_thread import VaeThread
 from serve.diffusion.vae_ways import Way, Ways
 from serve.domain import ImageRequest, Relief, StepEvent
-from serve.errors import GenerationFailed, OutOfMemory
+from serve.errors import GenerationFailed, OperatorError, OutOfMemory
 from serve.models import ModelFolder
+from serve.quantize import load_library
 from serve.rungs import LADDER, Rung
 from serve.settings import DiffusionSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MakeWork = Callable[..., Work]
 Short = Callable[[str, int, int | None], bool]
+pytestmark = pytest.mark.usefixtures("quick_gc")
 
 
 def ignore(event: StepEvent) -> None:
@@ -102,6 +110,24 @@ class Told:
 
     def measures(self, run_id: str) -> list[str]:
         return [each.measure for each in self.relief[run_id]]
+
+
+class Clock:
+    """`time.monotonic`, put `ahead_s`."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+        self._real = time.monotonic
+
+    def monotonic(self) -> float:
+        return self._real() + self.ahead_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
+    return clock
 
 
 @contextmanager
@@ -294,12 +320,138 @@ def test_a_descent_waits_for_what_the_vae_is_at(runner: Runner, work: MakeWork) 
     assert told.measures("second") == ["vae_slicing"]
 
 
-def test_images_of_packed_weights_are_labelled(runner: Runner, work: MakeWork) -> None:
-    way = Steps()
-    starved = Starved(runner, lambda phase, size, side: phase == "step" and Rung.INT8 not in way.taken)
-    with an_engine(starved, way, Rung.INT8) as (engine, _):
-        result = engine.submit(work("a", num_inference_steps=1), ignore).result(60)
-    assert (result.rung, result.approximate) == (Rung.INT8, ("int8",))
+def test_images_of_packed_weights_are_labelled(
+    model: ModelFolder, work: MakeWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that a packing which failed has left behind too, on a rung that has none."""
+    own, left = open_runner(model, DiffusionSettings(device="cpu", torch_threads=1)), [True] * 2
+    functional = load_library().functional
+    real = functional.quantize_blockwise
+
+    def scarce(*args: object, **options: object) -> object:
+        if not left:
+            raise torch.OutOfMemoryError("none left")
+        left.pop()
+        return real(*args, **options)
+
+    monkeypatch.setattr(functional, "quantize_blockwise", scarce)
+    starved = Starved(own, lambda phase, size, side: phase == "step" and not own.family.packed)
+    small = {"width": 32, "height": 32, "num_inference_steps": 1}
+    with an_engine(starved, lambda rung: descend(own.family, rung), Rung.INT8) as (engine, _):
+        assert isinstance(engine.submit(work("first", **small), ignore).exception(60), OutOfMemory)
+        result = engine.submit(work("second", **small), ignore).result(60)
+    assert (result.rung, result.approximate) == (Rung.ATTENTION_SLICING, ("int8",))
+
+
+def test_a_way_down_is_no_hang_and_no_step_of_whom_it_was_for(runner: Runner, work: MakeWork, clock: Clock) -> None:
+    """It takes minutes, in which nothing else can go on. Charged to the size that met it, that size would wait for its
+    next turn as long."""
+    gate, still = Event(), list[float]()
+
+    def way(rung: Rung) -> None:
+        for _ in range(2):
+            clock.ahead_s += 0.75 * DESCENT_S
+            still.append(engine.still_s)
+
+    def short(phase: str, size: int, side: int | None) -> bool:
+        assert gate.wait(60)
+        return phase == "step" and not still
+
+    starved = Starved(runner, short)
+    small = {"guidance_scale": 1.0, "width": 32}
+    with an_engine(starved, way, Rung.VAE_SLICING) as (engine, _):
+        met = engine.submit(work("met", num_inference_steps=3, height=32, **small), ignore)
+        other = engine.submit(work("other", num_inference_steps=12, height=64, **small), ignore)
+        gate.set()
+        spent = met.result(60).spent
+        assert engine.moving_until > time.monotonic() - 60
+        other.result(60)
+    assert still[0] < 60, "it is under way"
+    assert still[1] > 0.4 * DESCENT_S, "it hangs"
+    assert spent.steps_s < 60
+    assert spent.batch_s > 1.4 * DESCENT_S
+    assert starved.stepped[-1] == ["other"]
+    assert starved.stepped.index(["other"]) < len(starved.stepped) - starved.stepped[::-1].index(["met"])
+
+
+def test_a_step_is_tried_again_without_what_worked_beside_it(runner: Runner, work: MakeWork) -> None:
+    """Nothing is given up for it, neither its image nor a rung."""
+    decoding, gate, way, told = Event(), Event(), Steps(), Told()
+
+    def short(phase: str, size: int, side: int | None) -> bool:
+        if phase == "decode" and not decoding.is_set():
+            decoding.set()
+            assert gate.wait(60)
+        if phase == "step" and decoding.is_set() and not gate.is_set():
+            gate.set()
+            return True
+        return False
+
+    small = {"width": 32, "height": 32, "num_inference_steps": 1}
+    with an_engine(Starved(runner, short), way, Rung.CPU) as (engine, metrics):
+        first = submit(engine, told, work("first", **small))
+        assert decoding.wait(60)
+        second = submit(engine, told, work("second", guidance_scale=1.0, **small))
+        assert len(second.result(60).images) == len(first.result(60).images) == 1
+        assert metrics.value("tandem_engine_out_of_memory_total") == 1
+    assert (way.taken, told.relief) == ([], {"first": [], "second": []})
+
+
+def test_what_ran_out_beside_the_steps_of_a_rung_before_is_begun_anew(runner: Runner, work: MakeWork) -> None:
+    """The loop hears of it after the way down, which has more memory for it: on the CPU's rung the VAE works beside the
+    steps again. Both threads compute there as one that begins there has them."""
+    decoding, stepping, way, told, on_cores = Event(), Event(), Steps(refused=LADDER[1:-1]), Told(), set[str]()
+
+    def short(phase: str, size: int, side: int | None) -> bool:
+        if phase == "decode" and not way.taken:
+            decoding.set()
+            return stepping.wait(60)
+        if phase == "step" and decoding.is_set() and not way.taken:
+            stepping.set()
+            return True
+        return False
+
+    small = {"width": 32, "height": 32, "num_inference_steps": 1, "guidance_scale": 1.0}
+    starved, profile = Starved(runner, short), Profile(4, [Curve((4, 4), {1: 1e-3, 8: 1e-3}, 1)])
+    ladder = Ladder(Rung.RESIDENT, Rung.CPU, way)
+    engine = Engine(
+        starved,
+        StepScheduler(profile),
+        profile,
+        InProcessMetrics(),
+        ladder=ladder,
+        on_cores=lambda: on_cores.add(current_thread().name),
+    )
+    first = submit(engine, told, work("first", **small))
+    assert decoding.wait(60)
+    second = submit(engine, told, work("second", **small))
+    assert len(second.result(60).images) == len(first.result(60).images) == 1
+    engine.stop()
+    assert way.taken == [Rung.CPU]
+    assert starved.threads["decode"] == {"vae"}
+    assert told.relief == {"first": [], "second": [Relief("step", "cpu")]}
+    assert on_cores == {"engine", "vae"}
+    assert profile.step_ms((4, 4), 1) > 0.01, "what the card took is forgotten"
+
+
+def test_a_descent_is_alone_with_the_vae() -> None:
+    """Previews that wait are given first: the map behind them, and the weights that move, are not for two threads."""
+    given: list[str] = []
+    thread = VaeThread(lambda error: None)
+
+    def first() -> None:
+        while thread._tasks.qsize() < 2:  # until who settles waits as well
+            assert not ended.is_set()
+        given.append("first")
+
+    ended = Event()
+    thread.submit(first, preview=True)
+    thread.submit(lambda: given.append("second"), preview=True)
+    assert thread.settle() > 0
+    ended.set()
+    assert given == ["first", "second"]
+    thread.close()
+    thread.join(60)
 
 
 def test_down_the_real_ladder_the_image_in_hand_stays_what_it_was(model: ModelFolder, work: MakeWork) -> None:
@@ -336,6 +488,56 @@ def test_what_a_model_is_loaded_on() -> None:
 
     with pytest.raises(RuntimeError, match="kernel"):
         first_that_loads(Rung.RESIDENT, Rung.CPU, broken, metrics)
+
+
+def test_what_was_loaded_is_gone_before_the_next_rung_is_tried() -> None:
+    """Models are full of cycles, which nobody would look for yet."""
+
+    class Loaded:
+        def __init__(self) -> None:
+            self.me = self
+
+    held: list[weakref.ref[Loaded]] = []
+
+    def load(rung: Rung) -> str:
+        if held:
+            return "gone" if held[0]() is None else "there"
+        loaded = Loaded()
+        held.append(weakref.ref(loaded))
+        raise OutOfMemory("no memory")
+
+    gc.disable()
+    try:
+        assert first_that_loads(Rung.RESIDENT, Rung.VAE_SLICING, load, InProcessMetrics()) == "gone"
+    finally:
+        gc.enable()
+
+
+def test_a_rung_whose_library_is_missing_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless it is the one that the operator names, or the last one."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    metrics = InProcessMetrics()
+
+    def load(rung: Rung) -> Rung:
+        check_library(rung)
+        return rung
+
+    assert first_that_loads(Rung.INT8, Rung.SEQUENTIAL_OFFLOAD, load, metrics) is Rung.OFFLOAD
+    told = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert [each.partition(" is left out: ")[0] for each in told] == ["rung int8", "rung int4"]
+    assert first_that_loads(Rung.INT4, Rung.OFFLOAD, load, metrics, asked=Rung.INT8) is Rung.OFFLOAD
+    for worst, asked in ((Rung.INT4, None), (Rung.CPU, Rung.INT8)):
+        with pytest.raises(OperatorError, match=r"diffusion.rung: int8 needs the package bitsandbytes") as refused:
+            first_that_loads(Rung.INT8, worst, load, metrics, asked)
+        assert refused.value.param == "diffusion.rung"
+
+    def broken(rung: Rung) -> Rung:
+        raise OperatorError("model.source: it is cut", "model.source")
+
+    with pytest.raises(OperatorError, match="it is cut"):
+        first_that_loads(Rung.INT8, Rung.CPU, broken, metrics)
 
 
 def test_the_machines_own_memory_runs_out_as_a_cards() -> None:

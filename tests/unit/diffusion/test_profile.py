@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from diffusers import AuraFlowTransformer2DModel, SD3Transformer2DModel
 from hypothesis import given
 from PIL import Image
@@ -19,6 +22,7 @@ from serve.diffusion.run import Picture
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
 from serve.models import ModelFolder, check_folder
+from serve.rungs import Rung
 from serve.settings import DiffusionSettings
 
 Ms = Callable[[tuple[int, int], int], float]
@@ -301,7 +305,7 @@ class Memory:
         return peak
 
 
-@pytest.mark.parametrize(("decoding", "lane", "cap"), [(2.0, 0.04, 8), (0.3, 0.04, 4), (0.55, 0.1, 1), (0.2, 0.5, 1)])
+@pytest.mark.parametrize(("decoding", "lane", "cap"), [(2.0, 0.05, 8), (0.3, 0.06, 4), (0.55, 0.1, 1), (0.2, 0.5, 1)])
 def test_what_decoding_takes_costs_lanes_but_no_curve(
     timed: Callable[[Ms], TimedRunner], model: ModelFolder, tmp_path: Path, decoding: float, lane: float, cap: int
 ) -> None:
@@ -325,6 +329,58 @@ def test_what_decoding_takes_costs_lanes_but_no_curve(
     profile = open_profile(runner, model, small, tmp_path, memory)
     assert profile.step_ms((16, 16), 1) == 10.0
     assert profile.lanes((16, 16)) == cap
+
+
+@pytest.mark.parametrize(("rung", "cap"), [(Rung.RESIDENT, 4), (Rung.VAE_SLICING, 16)])
+def test_as_many_lanes_are_measured_as_were_planned(
+    timed: Callable[[Ms], TimedRunner], model: ModelFolder, tmp_path: Path, rung: Rung, cap: int
+) -> None:
+    """SDXL on 11 GB, in GB of its budget: two images a step where the VAE decodes beside it. Between two steps it costs
+    no lanes, and nothing is decoded to know how many."""
+    budget, memory = 9.9, Memory(5.47 / 9.9)
+
+    def ms(shape: tuple[int, int], lanes: int) -> float:
+        memory.peak = max(memory.peak, (5.47 + 0.33 * lanes / 2) / budget)
+        return 10.0
+
+    def decode(latents: Latents, side: int | None = None) -> Picture:
+        assert rung is Rung.RESIDENT
+        memory.peak = max(memory.peak, (5.47 + 3.76) / budget)
+        return Image.new("RGB", (8, 8))
+
+    runner = timed(ms)
+    runner.family = copy(runner.family)
+    runner.family.rung = rung
+    runner.decode = decode  # type: ignore[method-assign]
+    small = SETTINGS.model_copy(update={"max_pixels": 128 * 128})
+    assert open_profile(runner, model, small, tmp_path, memory).lanes((16, 16)) == cap
+
+
+@pytest.mark.parametrize(("allowed", "share"), [(1.0, 1.0), (0.9, 1.0), (0.5, 1.8)])
+def test_memory_is_a_share_of_the_budget_or_of_what_a_plan_would_use(
+    monkeypatch: pytest.MonkeyPatch, allowed: float, share: float
+) -> None:
+    """A budget has its margin of the card already."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 9e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**10))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: allowed)
+    assert profiling.peak_memory(torch.device("cuda")) == pytest.approx(share)
+
+
+def test_where_steps_take_another_time_none_is_known(timed: Callable[[Ms], TimedRunner]) -> None:
+    """And a size begins with one image, however many took part in a step before."""
+    shape = (16, 16)
+    profile = Profile(4, [Curve(shape, {1: 10.0, 8: 20.0}, 4)], too_large=[(64, 64)])
+    profile.learn(shape, 4, 12.0)
+    profile.limit(shape, 4)
+    profile.relax(times=False)
+    assert (profile.lanes(shape), profile.step_ms(shape, 4)) == (4, 12.0)
+    profile.relax(times=True)
+    assert (profile.lanes(shape), profile.step_ms(shape, 4), profile.curves(9)) == (2, 0.0, ())
+    profile.learn(shape, 2, 60_000.0)
+    assert profile.step_ms(shape, 2) == 60_000.0, "the first one is believed, however slow"
+    assert (profile.lanes(shape), profile.step_ms(shape, 8)) == (8, 240_000.0)
 
 
 def test_a_size_of_which_none_fits_is_bound_to_one(

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from support.image_models import BUILDERS
 
 from serve.bench.footprints import allocated
 from serve.devices import use_threads
-from serve.diffusion import rungs
+from serve.diffusion import rungs, vae
 from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family
 from serve.diffusion.families.speed import blocks
@@ -21,15 +22,16 @@ from serve.diffusion.rungs import descend
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import Row
 from serve.diffusion.synthetic import synthetic_lanes
-from serve.errors import GenerationFailed, OperatorError, OutOfMemory
+from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemory
 from serve.models import ModelFolder, check_folder
-from serve.quantize import BlockwiseLinear, load_library
+from serve.quantize import BlockwiseLinear, load_library, packed
 from serve.rungs import LADDER, MEANS, Rung
 from serve.settings import DiffusionSettings
 
 MakeWork = Callable[..., Work]
 CPU = torch.device("cpu")
 SETTINGS = DiffusionSettings(device="cpu", torch_threads=1)
+pytestmark = pytest.mark.usefixtures("quick_gc")
 EXACT = [rung for rung in LADDER if MEANS[rung].weights == "plain"]
 BELOW = LADDER[1:]
 """Every rung that something can go down to."""
@@ -62,15 +64,17 @@ def check(family: Family, expected: torch.Tensor) -> None:
     """Near `expected` as its rung promises, and with the weights that it says."""
     error = float((output(family) - expected).norm() / expected.norm())
     means = MEANS[family.rung]
-    packed = [m.bits for m in family.denoiser.modules() if isinstance(m, BlockwiseLinear)]
+    bits = [m.bits for m in family.denoiser.modules() if isinstance(m, BlockwiseLinear)]
     inside = [m for block in blocks(family.denoiser) for m in block.modules() if isinstance(m, torch.nn.Linear)]
     assert (family.offload is None) is (means.offload == "none")
     assert family.vae.tile == means.tile
     if means.weights == "plain":
-        assert not packed
+        assert not bits
+        assert not family.packed
         assert error < 1e-5
     else:
-        assert set(packed) == {8 if means.weights == "int8" else 4}
+        assert family.packed == (means.weights,)
+        assert set(bits) == {8 if means.weights == "int8" else 4}
         assert not inside, "every linear layer of the blocks is packed"
         assert 0 < error < (0.05 if means.weights == "int8" else 1)
 
@@ -196,6 +200,95 @@ def test_weights_that_are_gone_leave_the_family_as_it_was(tmp_path: Path) -> Non
         assert torch.equal(output(family), expected)
     descend(family, Rung.INT4)
     assert family.rung == Rung.INT4
+
+
+@pytest.mark.parametrize(("to", "dtype"), [(Rung.OFFLOAD, torch.float32), (Rung.CPU, torch.float16)])
+def test_layers_that_a_failed_packing_has_left_are_known_and_go_with_the_next_rung(
+    folders: Mapping[str, ModelFolder], to: Rung, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = open_family(folders["sd"], CPU, dtype, SETTINGS, Rung.RESIDENT)
+    expected, functional, left = output(family), load_library().functional, [True] * 5
+    real = functional.quantize_blockwise
+
+    def scarce(*args: object, **options: object) -> object:
+        if not left:
+            raise torch.OutOfMemoryError("none left")
+        left.pop()
+        return real(*args, **options)
+
+    monkeypatch.setattr(functional, "quantize_blockwise", scarce)
+    with pytest.raises(OutOfMemory):
+        descend(family, Rung.INT8)
+    assert (family.rung, family.packed) == (Rung.RESIDENT, ("int8",))
+    assert not torch.equal(output(family), expected)
+    descend(family, to)
+    assert family.packed == packed(family.denoiser) == ()
+    assert float((output(family) - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_timesteps_reach_the_cpu_as_they_are(folders: Mapping[str, ModelFolder]) -> None:
+    """bfloat16 has no 958, and what a U-Net is told is the next one that it has: of another noise level."""
+    family = open_family(folders["sd"], CPU, torch.bfloat16, SETTINGS, Rung.RESIDENT)
+    lanes = [replace(lane, timestep=torch.tensor(958.3)) for lane in synthetic_lanes(family, (8, 12), 2)]
+    with torch.inference_mode():
+        expected = family.predict(lanes)
+        descend(family, Rung.CPU)
+        assert torch.equal(family.predict(lanes), expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "fails"),
+    [
+        (Rung.RESIDENT, "the denoiser"),
+        (Rung.RESIDENT, "the VAE"),
+        (Rung.INT8, "the VAE"),
+        (Rung.OFFLOAD, "the denoiser"),
+    ],
+)
+def test_a_way_to_the_cpu_that_fails_leaves_the_family_as_it_was(
+    folders: Mapping[str, ModelFolder], start: Rung, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16, which it is no more in by then."""
+    family = open_family(folders["sd"], CPU, torch.float16, SETTINGS, start)
+    before, (module, name) = output(family), (rungs, "to_cpu") if fails == "the denoiser" else (vae, "_cast")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, done_but_failed_once(getattr(module, name)))
+        with pytest.raises(OutOfMemory):
+            descend(family, Rung.CPU)
+    assert family.rung == start
+    assert torch.equal(output(family), before)
+    assert (family.offload is not None) is (start is Rung.OFFLOAD)
+    descend(family, Rung.CPU)
+    assert family.offload is None
+    assert {each.dtype for each in family.denoiser.parameters()} == {torch.float32}
+
+
+def done_but_failed_once(work: Callable[..., object]) -> Callable[..., object]:
+    left = [True]
+
+    def once(*args: object) -> object:
+        found = work(*args)
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("none left")
+        return found
+
+    return once
+
+
+@pytest.mark.parametrize("start", [Rung.RESIDENT, Rung.INT8])
+def test_a_family_that_can_not_go_back_either_is_lost(
+    folders: Mapping[str, ModelFolder], start: Rung, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half here and half there it computes nothing: the replica has to be replaced, not to go on."""
+    family = opened(folders["sd"], start)
+
+    def none_left(*args: object) -> object:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(rungs, "_lay", none_left)
+    with pytest.raises(DeviceLost, match="the denoiser could not be put back as it was"):
+        descend(family, Rung.OFFLOAD)
 
 
 @pytest.mark.parametrize("start", [Rung.RESIDENT, Rung.INT8, Rung.OFFLOAD])

@@ -1,6 +1,7 @@
 """Pixels <-> latents: what the stock pipelines compute, in the precision that they compute it in; a VAE that overflows
 is asked once more in float32, and a picture of not-a-number is nobody's."""
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -237,13 +238,93 @@ def test_weights_that_are_replaced_outlive_their_copies(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         vae_module, "_wait", lambda device: (held.append([not each.expired() for each in before]), wait(device))
     )
-    with vae_module._computing(ours._vae, torch.float32):
+    with vae_module._computing(ours._vae, torch.float32, torch.float16):
         assert [all(each) for each in held] == [True], "the device is waited for while they are held"
         assert all(each.expired() for each in before), "and then they go"
         before = weights()
         held.clear()
     assert [all(each) for each in held] == [True]
     assert all(each.expired() for each in before)
+
+
+class Failing(torch.nn.Module):
+    """Runs out of memory: `forward` with an activation in its frame, or a cast, so often."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.forwards = self.casts = 0
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.forwards:
+            self.forwards -= 1
+            activation = x.clone()
+            self.held.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("none left")
+        found: torch.Tensor = self.model(x)
+        return found
+
+    def _apply(self, fn: object, recurse: bool = True) -> torch.nn.Module:
+        if self.casts == 1:
+            self.casts = 0
+            raise torch.OutOfMemoryError("none left")
+        self.casts = max(0, self.casts - 1)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def failing_vae() -> tuple[Vae, Failing]:
+    """One that overflows in float16 as it is decoded, and fails in its last layer."""
+    model = overflowing(torch.float16)
+    last = model.decoder.conv_out = Failing(model.decoder.conv_out)
+    return Vae(model, CPU, torch.float16), last
+
+
+def test_weights_that_had_no_memory_to_come_back_come_back_with_the_next_call() -> None:
+    """Half of them in float32 is a VAE that can compute nothing, but says that it is in float16."""
+    ours, last = failing_vae()
+    latents = noise(1, 4, 6, 10, dtype=torch.float16)
+    expected = ours.decode(latents)
+    last.casts = 2  # to float32, and the way back
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.decode(latents)
+    assert {each.dtype for each in ours._vae.parameters()} == {torch.float16, torch.float32}
+    assert torch.equal(ours.decode(latents), expected)
+    assert {each.dtype for each in ours._vae.parameters()} == {torch.float16}
+
+
+def test_activations_are_let_go_before_the_weights_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, last = failing_vae()
+    last.forwards, alive, cast = 1, [], vae_module._cast
+    ours._decode_dtype = torch.float32
+    vae_module._cast(ours._vae, torch.float16)
+    ours._decode_dtype = torch.float16
+    monkeypatch.setattr(
+        vae_module,
+        "_cast",
+        lambda vae, dtype: (alive.extend(each() is not None for each in last.held), cast(vae, dtype)),
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        ours._decode(ours._vae, noise(1, 4, 6, 10, dtype=torch.float16), torch.float32)
+    assert alive == [False]
+
+
+@pytest.mark.usefixtures("quick_gc")
+def test_a_vae_that_can_not_leave_the_card_stays_as_it_was(sd: Path, tmp_path: Path) -> None:
+    settings = DiffusionSettings(tiny_vae=str(tiny_vae(tmp_path / "tiny")), channels_last=False)
+    ours = open_vae(check_folder(sd, "sd"), CPU, torch.float16, settings)
+    latents = noise(1, 4, 6, 10, dtype=torch.float16)
+    expected = [ours.decode(latents, tiny=tiny) for tiny in (False, True)]
+    part = ours._tiny.decoder.layers
+    part[-1] = Failing(part[-1])
+    for casts in (1, 2):  # as it moves, and as it changes its precision
+        part[-1].casts = casts
+        with pytest.raises(torch.OutOfMemoryError):
+            ours.leave_card()
+        assert {each.dtype for each in (*ours._vae.parameters(), *ours._tiny.parameters())} == {torch.float16}
+        assert all(torch.equal(ours.decode(latents, tiny=tiny), expected[tiny]) for tiny in (False, True))
+    ours.leave_card()
+    assert {each.dtype for each in (*ours._vae.parameters(), *ours._tiny.parameters())} == {torch.float32}
 
 
 def test_many_encodings_change_the_precision_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,18 @@
 """The table of published models: what is known of them, what diffusers makes of them, and what a folder tells."""
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from support.published_folders import published_model
 
+from serve.errors import OperatorError
+from serve.memory.flops import decoding, forward
+from serve.memory.planner import plan
 from serve.memory.shapes import published, shape_of
 from serve.models import SHIPPED, resolve
 from serve.settings import ModelSettings
@@ -59,6 +65,46 @@ def test_the_shipped_model_has_a_shape() -> None:
     # Stored in two or four bytes a number, behind headers of a few kilobytes.
     for numbers, size in zip((shape.parameters, shape.vae_parameters), stored, strict=True):
         assert any(0 <= size - numbers * width < 100_000 for width in (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("part", "lacking"),
+    [
+        ("unet", ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim")),
+        ("vae", ("layers_per_block", "force_upcast", "out_channels")),
+    ],
+)
+def test_a_configuration_may_lack_what_is_as_usual(tmp_path: Path, part: str, lacking: Sequence[str]) -> None:
+    """diffusers takes its own defaults then; of the U-Net they are those of Stable Diffusion 1.5."""
+    model = resolve(ModelSettings(source=str(shutil.copytree(SHIPPED, tmp_path / "model"))), Path())
+    file = model.path / part / "config.json"
+    config = json.loads(file.read_text())
+    for field in lacking:
+        config.pop(field, None)
+    if part == "unet":
+        config["block_out_channels"] = [320, 640, 1280, 1280]
+    file.write_text(json.dumps(config))
+    shape = shape_of(model)
+    plan(shape, 4e9, ("float16",))
+    forward(shape, 128, 128)
+    decoding(shape, 128, 128, 1024)
+    if part == "unet":
+        usual = published()["sd15"].denoiser
+        assert [list(shape.denoiser[field]) for field in lacking[:2]] == [usual[field] for field in lacking[:2]]
+
+
+@pytest.mark.parametrize(
+    ("part", "garbled"), [("unet", {"down_block_types": ["DownBlock2D"]}), ("vae", {"layers_per_block": "two"})]
+)
+def test_a_configuration_that_contradicts_itself_is_one_line(
+    tmp_path: Path, part: str, garbled: Mapping[str, object]
+) -> None:
+    model = resolve(ModelSettings(source=str(shutil.copytree(SHIPPED, tmp_path / "model"))), Path())
+    file = model.path / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **garbled}))
+    with pytest.raises(OperatorError, match=r"model\.source: .*config\.json garbles a field") as refused:
+        shape_of(model)
+    assert refused.value.param == "model.source"
 
 
 @pytest.mark.slow
