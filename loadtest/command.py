@@ -27,8 +27,7 @@ from loadtest.screen import Screen, here, print_figures
 from loadtest.servers import TANDEM, Budget, serving
 from loadtest.trace import Catalog, fetch_catalog, trace
 from loadtest.workload import Workload, load, names
-from serve.cli.answers import KEY_VARIABLE
-from serve.cli.client import bearer
+from serve.cli.client import KEY_VARIABLE, bearer
 from serve.cli.extras import want
 from serve.errors import OperatorError
 

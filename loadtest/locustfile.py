@@ -19,8 +19,7 @@ from loadtest.sender.process import end_with_parent
 from loadtest.sender.wire import Broken, Wire
 from loadtest.trace import read_catalog, trace
 from loadtest.workload import Workload, load
-from serve.cli.answers import KEY_VARIABLE
-from serve.cli.client import bearer
+from serve.cli.client import KEY_VARIABLE, bearer
 from serve.errors import OperatorError
 
 

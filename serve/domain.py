@@ -90,19 +90,30 @@ class Task(enum.StrEnum):
     INPAINT = "inpaint"
 
 
+class ResizeMode(enum.StrEnum):
+    """How a picture to start from comes to the job's size: without regard to its ratio; filled with it, what juts out
+    cut off; or all of it in the middle, its edges repeated around it. They are A1111's 0, 1 and 2."""
+
+    STRETCH = "stretch"
+    CROP = "crop"
+    FILL = "fill"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """What the client asked for, complete: every default is filled in, so that a retry repeats it exactly.
 
-    `width` and `height` are pixels. Image i of `num_images` uses the seed `seed + i`. `guidance_scale` is the w of
+    `width` and `height` are pixels. Image i of `num_images` uses the seed `seed_of(i)`. `guidance_scale` is the w of
     classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); at or below 1 there is none.
     FLUX reads it as a number that it was distilled on instead; its classifier-free guidance is `true_cfg_scale`, which
     is None for every other family.
 
     `scheduler` is a name of `serve.models.samplers`, None the model's own sampler. `image` and `mask` are keys of the
     result store: PNG files of exactly `width` x `height`, RGB and L (white is repainted). `strength`, in (0, 1], is the
-    share of the steps that an image to start from goes through; None without one. `use_t5` False leaves the T5 of
-    SD 3 unread.
+    share of the steps that an image to start from goes through; None without one. `mask_blur` (pixels) has what the
+    mask leaves black stay the image's own, with an edge of that softness: `serve.diffusion.paste`; None for pixels that
+    are all the VAE's. `variation_strength` above 0 is the share of another seed's noise in what the image starts from:
+    `serve.diffusion.noise`. `use_t5` False leaves the T5 of SD 3 unread.
 
     `prompt` and `negative_prompt` are as they are drawn: templates are filled in, random choices made. `composed` is
     the number of noise predictions beside the negative one's (`AND`). `template` and `arm` say which configured prompt
@@ -129,6 +140,9 @@ class ImageRequest:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    mask_blur: float | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
     prompt_syntax: Syntax = Syntax.A1111
     prompt_weighting: Weighting = Weighting.A1111
     long_prompt: LongPrompt = LongPrompt.CHUNK
@@ -144,6 +158,14 @@ class ImageRequest:
     template: str | None = None
     arm: str | None = None
     salt: str = ""
+
+    def seed_of(self, index: int) -> int:
+        """Of image `index`. Variations, as in A1111, are all of one seed."""
+        return self.seed if self.variation_strength else self.seed + index
+
+    def variation_seed_of(self, index: int) -> int | None:
+        """Whose noise is mixed into image `index`; None where none is."""
+        return self.variation_seed + index if self.variation_strength and self.variation_seed is not None else None
 
     @property
     def cfg_scale(self) -> float:

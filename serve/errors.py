@@ -5,6 +5,7 @@
     │   ├── InvalidRequest       a field is wrong; `param` names it
     │   │   └── Conflict         the id or Idempotency-Key was used for another order
     │   ├── PayloadTooLarge      the body is over the limit
+    │   ├── UnsupportedMediaType the body is of a kind that is not read
     │   ├── ModelNotFound        `model` names nothing that is served
     │   ├── JobNotFound          no such job, or no such image of it
     │   ├── JobGone              the order was served; its record's time is over
@@ -65,6 +66,10 @@ class Conflict(InvalidRequest):
 
 class PayloadTooLarge(ClientError):
     code = "payload_too_large"
+
+
+class UnsupportedMediaType(ClientError):
+    code = "unsupported_media_type"
 
 
 class ModelNotFound(ClientError):

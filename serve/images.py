@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from serve.domain import ResizeMode
 from serve.errors import InvalidRequest
 from serve.image_files import TooMuch, kind_of, walk, webp_size
 from serve.settings import LimitSettings
@@ -97,23 +98,39 @@ def inspect(field: str, data: bytes, limits: LimitSettings) -> Upload:
     return Upload(field, file.data, kind, file.orientation, width, height)
 
 
-def image_png(upload: Upload, width: int, height: int) -> bytes:
-    """The picture as an RGB PNG of width x height, resized as diffusers does it (Lanczos).
+def image_png(upload: Upload, width: int, height: int, mode: ResizeMode = ResizeMode.STRETCH) -> bytes:
+    """The picture as an RGB PNG of width x height, resized (Lanczos) as diffusers does it, or as `mode` says.
 
     As there, transparency is dropped and not blended with anything; colour profiles are not read; of 16 bits the upper
     8 are kept. Raises InvalidRequest for a file that is broken.
     """
     with _Guard(upload.field):
         image = _pixels(upload).convert("RGB")
-        return _png(_resized(image, width, height))
+        return _png(_resized(image, width, height, mode))
 
 
-def mask_png(upload: Upload, width: int, height: int) -> bytes:
-    """The mask as an L PNG of width x height whose pixels are 0 or 255, made as diffusers does it: resized (Lanczos),
-    then black below one half. Raises InvalidRequest for a file that is broken."""
+def mask_png(
+    upload: Upload, width: int, height: int, mode: ResizeMode = ResizeMode.STRETCH, *, invert: bool = False
+) -> bytes:
+    """The mask as an L PNG of width x height whose pixels are 0 or 255, made as diffusers does it: resized (Lanczos)
+    like its image, then black below one half; `invert` swaps the two. Raises InvalidRequest for a file that is
+    broken."""
+    below, above = (255, 0) if invert else (0, 255)
     with _Guard(upload.field):
-        grey = _resized(_pixels(upload).convert("L"), width, height)
-        return _png(grey.point([0] * WHITE_FROM + [255] * (256 - WHITE_FROM)))
+        grey = _resized(_pixels(upload).convert("L"), width, height, mode)
+        return _png(grey.point([below] * WHITE_FROM + [above] * (256 - WHITE_FROM)))
+
+
+def cut_out_png(upload: Upload) -> bytes | None:
+    """A mask as an L PNG of the picture's own size, 255 where the picture is more than half transparent and 0
+    elsewhere; None where that is nowhere. Raises InvalidRequest for a file that is broken."""
+    with _Guard(upload.field):
+        with _OPEN[upload.format](io.BytesIO(upload.data)) as image:
+            if not image.has_transparency_data:  # most have not, and need not be decoded
+                return None
+        opaque = _pixels(upload).convert("RGBA").getchannel("A")
+        mask = opaque.point([255] * WHITE_FROM + [0] * (256 - WHITE_FROM))
+        return _png(mask) if mask.getbbox() else None
 
 
 class _Guard:
@@ -182,8 +199,24 @@ def _pixels(upload: Upload) -> Image.Image:
     return image if held is None else image.transpose(held)
 
 
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+def _resized(image: Image.Image, width: int, height: int, mode: ResizeMode) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    if mode is ResizeMode.CROP:
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if mode is ResizeMode.FILL:
+        return _filled(image, width, height)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
+    """All of the picture in its own ratio in the middle; its outermost rows or columns are repeated to the edges."""
+    scale = min(width / image.width, height / image.height)
+    inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    pixels = np.asarray(image.resize(inner, Image.Resampling.LANCZOS))
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    around = [(top, height - inner[1] - top), (left, width - inner[0] - left), (0, 0)]
+    return Image.fromarray(np.pad(pixels, around[: pixels.ndim], mode="edge"))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -9,14 +9,15 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve.domain import ImageRequest
+from serve.domain import ImageRequest, ResizeMode
 from serve.errors import BackendUnavailable, JobNotFound
-from serve.images import Upload, image_png, inspect, mask_png, written_file
+from serve.images import Upload, cut_out_png, image_png, inspect, mask_png, written_file
 from serve.jobs.store import JobStore
-from serve.orders import Given, NewImage
+from serve.orders import NewImage
 from serve.results.keys import input_key, split
 from serve.results.store import ResultStore
 from serve.settings import LimitSettings
+from serve.starting import Given
 
 DECODINGS = 2
 """Files that one process reads or decodes at a time, which bounds the memory and the cores that they take."""
@@ -29,10 +30,12 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Pictures:
     """What one submission of a job starts from. The nonce keeps apart what two submissions under one id store: each may
-    delete its own."""
+    delete its own. `mode` is how they come to the job's size; `mask_invert` has the mask's black repainted."""
 
     job_id: str
     uploads: Sequence[Upload]
+    mode: ResizeMode = ResizeMode.STRETCH
+    mask_invert: bool = False
     nonce: str = field(default_factory=lambda: secrets.token_hex(_NONCE_BYTES))
 
     @property
@@ -69,6 +72,12 @@ class Inputs:
         texts = (("image", new.image), ("mask", new.mask))
         return [await self._upload(name, text, owner) for name, text in texts if text is not None]
 
+    async def cut_out(self, field: str, text: str, owner: str) -> bytes | None:
+        """A mask, as a PNG: what is transparent in the picture that the text holds or names. None where nothing is.
+        Raises as `read` does."""
+        upload = await self._upload(field, text, owner)
+        return await self._worked(cut_out_png, upload)
+
     async def key(self, job_id: str, name: str, owner: str) -> str:
         """Of a picture of an owner's job, in the result store. JobNotFound where the job has none of that name."""
         job = await self._jobs.get(job_id, owner)
@@ -91,17 +100,17 @@ class Inputs:
             data = await self._worked(written_file, name, text, self._limits)
         return await self._worked(inspect, name, data, self._limits)
 
-    async def _worked(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def _worked(self, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """In a thread, which whoever goes away can't stop: until it has ended, it counts."""
         async with self._decoding:
-            return await settled(asyncio.to_thread(work, *arguments))
+            return await settled(asyncio.to_thread(work, *arguments, **options))
 
     async def keep(self, pictures: Pictures, width: int, height: int) -> None:
         """Store them at that size; where this fails or is cancelled, they are deleted again. Raises InvalidRequest for
         a file that is broken, BackendUnavailable."""
         try:
             for upload in pictures.uploads:
-                data = await self._decoded(upload, width, height)
+                data = await self._decoded(pictures, upload, width, height)
                 await settled(self._results.put(pictures.keys[upload.field], data, PNG))
         except BaseException:
             await settled(self.discard(pictures))
@@ -113,8 +122,10 @@ class Inputs:
             with contextlib.suppress(BackendUnavailable):
                 await self._results.delete(key)
 
-    async def _decoded(self, upload: Upload, width: int, height: int) -> bytes:
-        return await self._worked(mask_png if upload.field == "mask" else image_png, upload, width, height)
+    async def _decoded(self, pictures: Pictures, upload: Upload, width: int, height: int) -> bytes:
+        if upload.field == "mask":
+            return await self._worked(mask_png, upload, width, height, pictures.mode, invert=pictures.mask_invert)
+        return await self._worked(image_png, upload, width, height, pictures.mode)
 
 
 async def settled(work: Coroutine[Any, Any, T]) -> T:

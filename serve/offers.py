@@ -10,6 +10,7 @@ from serve.domain import Task
 from serve.models import Denoiser, ModelFolder
 from serve.models.denoiser import Guidance
 from serve.models.presets import presets
+from serve.models.quality import quality_steps
 from serve.models.samplers import sampler_names
 from serve.orders import longest_side
 from serve.placements import Fleet
@@ -20,11 +21,12 @@ from serve.settings import LimitSettings
 class ModelInfo:
     """A model that is drawn with, and the defaults of an order. Sizes are pixels, multiples of `size_multiple`.
 
-    `max_pixels` is the largest image that a GPU here holds, `aspect_ratios` the sizes that fit into it. `guidance` says
-    what `guidance_scale` means to the model.
+    `created` is when this server's copy was made, in Unix seconds. `max_pixels` is the largest image that a GPU here
+    holds, `aspect_ratios` the sizes that fit into it. `guidance` says what `guidance_scale` means to the model.
     """
 
     id: str
+    created: int
     family: str
     tasks: tuple[Task, ...]
     default_width: int
@@ -36,6 +38,7 @@ class ModelInfo:
     schedulers: tuple[str, ...]
     guidance: Guidance
     default_num_inference_steps: int
+    quality_steps: Mapping[str, int]
     default_guidance_scale: float
     default_strength: float
     step_cache: bool
@@ -68,6 +71,7 @@ def model_info(model: ModelFolder, denoiser: Denoiser, fleet: Fleet, limits: Lim
     sizes = presets(denoiser, model.family, max_side=limits.max_side)
     return ModelInfo(
         id=model.name,
+        created=model.created,
         family=model.family,
         tasks=tuple(task for task in Task if task in denoiser.tasks),
         default_width=denoiser.default_width,
@@ -79,6 +83,7 @@ def model_info(model: ModelFolder, denoiser: Denoiser, fleet: Fleet, limits: Lim
         schedulers=sampler_names(denoiser.process),
         guidance=denoiser.guidance,
         default_num_inference_steps=denoiser.default_num_inference_steps,
+        quality_steps=quality_steps(denoiser.default_num_inference_steps, limits.max_num_inference_steps),
         default_guidance_scale=denoiser.default_guidance_scale,
         default_strength=denoiser.default_strength,
         step_cache=fleet.step_cache(model.name),

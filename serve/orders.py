@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from serve.domain import ImageRequest, Priority, Task
+from serve.domain import ImageRequest, Priority, ResizeMode
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.models import Denoiser, ModelFolder
 from serve.models.presets import AUTO, auto, presets
@@ -16,11 +16,11 @@ from serve.placements import Fleet
 from serve.prompts.parse import parse
 from serve.results.encode import quality_of
 from serve.settings import LimitSettings, TemplateSettings
+from serve.starting import Given, check_fit, mask_blur_of, shape_of, strength_of, task_of
 from serve.wording import NewPrompt, worded
 
 MAX_SEED = 2**32 - 1
 """Seeds fit into 32 bits, so that every client language can hold them."""
-_NEEDS = {Task.TXT2IMG: "text alone", Task.IMG2IMG: "an image", Task.INPAINT: "an image and a mask"}
 
 T = TypeVar("T")
 
@@ -29,9 +29,10 @@ T = TypeVar("T")
 class NewImage(NewPrompt):
     """An image order as a client writes it; None takes the model's or the server's default (a random seed).
 
-    `image` and `mask` are files as text (`serve.images`), or name a picture that this server keeps. A size off the
-    model's grid is refused unless `round_size`. `priority` and `webhook` (a URL that hears of the job's end) are how it
-    is queued, not what is drawn.
+    `image` and `mask` are files as text (`serve.images`), or name a picture that this server keeps; `resize_mode` is
+    how both come to the job's size, `mask_invert` has the mask's black repainted. A size off the model's grid is
+    refused unless `round_size`. `priority` and `webhook` (a URL that hears of the job's end) are how it is queued, not
+    what is drawn.
     """
 
     model: str | None = None
@@ -48,6 +49,11 @@ class NewImage(NewPrompt):
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    mask_blur: float | None = None
+    mask_invert: bool = False
+    resize_mode: ResizeMode = ResizeMode.STRETCH
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
     clip_skip: int | None = None
     use_t5: bool = True
     preview_every: int = 0
@@ -59,15 +65,6 @@ class NewImage(NewPrompt):
     priority: Priority = Priority.INTERACTIVE
     webhook: str | None = None
     salt: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What an order's `image` or `mask` stands for: the result key that its pixels will have, and its own size."""
-
-    key: str
-    width: int
-    height: int
 
 
 def complete(
@@ -92,17 +89,19 @@ def complete(
     within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
     within("guidance_scale", guidance, 0.0, limits.max_guidance_scale)
     within("num_images", new.num_images, 1, limits.max_num_images)
-    last = MAX_SEED + 1 - new.num_images  # image i has the seed seed + i
-    seed = secrets.randbelow(last + 1) if new.seed is None else new.seed
-    within("seed", seed, 0, last)
-    text = worded(new, templates or {}, limits, seed=seed, num_inference_steps=steps)
+    seed = _seed("seed", new.seed, new.num_images)
+    within("variation_strength", new.variation_strength, 0.0, 1.0)
+    variation_seed = _seed("variation_seed", new.variation_seed, new.num_images)
+    from_image = new.image is not None  # it may be left to show what the picture does
+    text = worded(new, templates or {}, limits, seed=seed, num_inference_steps=steps, may_be_empty=from_image)
     parse(text.negative_prompt or "", "negative_prompt", text.syntax)  # also where, without guidance, nobody reads it
     within("preview_every", new.preview_every, 0, steps)
     if new.scheduler is not None and new.scheduler not in sampler_names(denoiser.process):
         raise InvalidRequest(f"scheduler: {model.name} has {', '.join(sampler_names(denoiser.process))}", "scheduler")
     if new.scheduler is not None and steps > (most := SAMPLERS[new.scheduler].most_steps or steps):
         raise InvalidRequest(f"num_inference_steps: {new.scheduler} makes at most {most}", "num_inference_steps")
-    task = _task(new, model.name, denoiser, given)
+    task = task_of(given, model.name, denoiser)
+    check_fit(task, new.resize_mode, mask_invert=new.mask_invert)
     width, height = size_of(new, model, denoiser, fleet, limits, given.get("image"))
     return ImageRequest(
         model=model.name,
@@ -118,7 +117,10 @@ def complete(
         scheduler=new.scheduler,
         image=given["image"].key if new.image is not None else None,
         mask=given["mask"].key if new.mask is not None else None,
-        strength=_strength(new, task, denoiser, steps),
+        strength=strength_of(new.strength, task, denoiser, steps),
+        mask_blur=mask_blur_of(new.mask_blur, task),
+        variation_seed=variation_seed if new.variation_strength else None,
+        variation_strength=float(new.variation_strength),
         prompt_syntax=text.syntax,
         prompt_weighting=new.prompt_weighting,
         long_prompt=new.long_prompt,
@@ -160,20 +162,13 @@ def drawn(name: str | None, models: Mapping[str, ModelFolder]) -> tuple[ModelFol
     return model, model.denoiser
 
 
-def _task(new: NewImage, name: str, denoiser: Denoiser, given: Mapping[str, Given]) -> Task:
-    """What is asked for, if the model can do it."""
-    if new.mask is not None and new.image is None:
-        raise InvalidRequest("mask: there is no image that it is for", "mask")
-    if new.mask is not None and _shape(given["mask"]) != _shape(given["image"]):
-        raise InvalidRequest(f"mask is {_shape(given['mask'])}, the image {_shape(given['image'])}", "mask")
-    task = Task.TXT2IMG if new.image is None else Task.IMG2IMG if new.mask is None else Task.INPAINT
-    if task not in denoiser.tasks:
-        wants_mask = task is Task.IMG2IMG and Task.INPAINT in denoiser.tasks
-        no_mask = task is Task.INPAINT and Task.IMG2IMG in denoiser.tasks
-        field = "mask" if wants_mask or no_mask else "image"
-        able = " or ".join(words for kind, words in _NEEDS.items() if kind in denoiser.tasks)
-        raise InvalidRequest(f"{field}: {name} draws from {able}", field)
-    return task
+def _seed(field: str, seed: int | None, num_images: int) -> int:
+    """By default a random one. Image i of the order may have it plus i."""
+    last = MAX_SEED + 1 - num_images
+    if seed is None:
+        return secrets.randbelow(last + 1)
+    within(field, seed, 0, last)
+    return seed
 
 
 def size_of(
@@ -221,7 +216,7 @@ def _image_size(new: NewImage, denoiser: Denoiser, limits: LimitSettings, image:
     for written, side in zip((new.width, new.height), own, strict=True):
         if written is None and not grid <= side <= most:
             raise InvalidRequest(
-                f"image is {_shape(image)}; sides of {grid} to {most} are drawn, so say width and height", "image"
+                f"image is {shape_of(image)}; sides of {grid} to {most} are drawn, so say width and height", "image"
             )
     return _written_size(new, denoiser, limits, own)
 
@@ -253,19 +248,6 @@ def _nearest(pixels: int, grid: int, most: int) -> tuple[int, ...]:
     return tuple(sorted(around, key=lambda side: abs(side - pixels)))
 
 
-def _strength(new: NewImage, task: Task, denoiser: Denoiser, steps: int) -> float | None:
-    if new.image is None:
-        if new.strength is not None:
-            raise InvalidRequest("strength: there is no image to start from", "strength")
-        return None
-    strength = _default(new.strength, 1.0 if task is Task.INPAINT else denoiser.default_strength)
-    if not 0 < strength <= 1:
-        raise InvalidRequest("strength must be above 0 and at most 1", "strength")
-    if int(steps * strength) < 1:  # as the stock pipelines count them
-        raise InvalidRequest(f"strength {strength:g} of {steps} steps leaves none; ask for more of either", "strength")
-    return float(strength)
-
-
 def _true_cfg_scale(new: NewImage, model: ModelFolder, denoiser: Denoiser, limits: LimitSettings) -> float | None:
     """Models that were distilled on a guidance scale have the classifier-free kind beside it, off by default."""
     if denoiser.guidance == "classifier_free":
@@ -290,10 +272,6 @@ def _tiny_vae(new: NewImage, model: ModelFolder, fleet: Fleet) -> bool:
     if new.tiny_vae and not fleet.tiny_vae(model.name):
         raise InvalidRequest(f"tiny_vae: {model.name} has none here (diffusion.tiny_vae)", "tiny_vae")
     return new.tiny_vae
-
-
-def _shape(given: Given) -> str:
-    return f"{given.width} x {given.height}"
 
 
 def _default(value: T | None, default: T) -> T:

@@ -27,7 +27,7 @@ from serve.urls import shown_url, without_user
 TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements", "prompts.templates")
 """Fields of the tree that hold a table or a list, by their dotted names."""
 NO_SETTINGS = (f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}KEY")
-"""The settings file, and a client's API key (serve/cli/answers.py)."""
+"""The settings file, and a client's API key (serve/cli/client.py)."""
 
 Name = tuple[str, ...]
 """The way to a field through the tree, written with dots. A name in a table may itself have a dot."""

@@ -9,20 +9,24 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from serve.callers import Caller, Limit
-from serve.domain import Arrival, EncodeUnit, Job, JobEvent, JobState, Tier
+from serve.domain import Arrival, EncodeUnit, ImageRef, Job, JobEvent, JobState, Tier
 from serve.encoders.cache import EmbeddingCache
 from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
 from serve.fleet import PlaceInfo, place_info
 from serve.inputs import Inputs
+from serve.jobs.calls import Calls
 from serve.jobs.events import end_of, follow
 from serve.jobs.store import JobStore
 from serve.jobs.terms import JobPage, Submitted
 from serve.lately import Lately
 from serve.models import ModelFolder
+from serve.models.quality import quality_steps
 from serve.offers import ModelInfo, SelfTest, model_info, step_times
 from serve.once import Once
+from serve.options import Options, Style, kept, read, styles_of
 from serve.orders import NewImage, drawn, size_of, within
 from serve.placements import Fleet
 from serve.prompts.plan import Planner
@@ -115,6 +119,7 @@ class ImageService:
         self._results = results
         self._pools = pools
         self._metrics = metrics
+        self._templates = prompts.templates
         self._benchmark = benchmark
         self._measuring = asyncio.Lock()
         self._inputs = Inputs(jobs, results, limits)
@@ -125,6 +130,16 @@ class ImageService:
         self._withdrawing: set[asyncio.Task[None]] = set()
         self._asking: asyncio.Task[dict[str, PoolState]] | None = None
         self._asked_at = 0.0
+
+    @property
+    def calls(self) -> Calls:
+        """What callers have under way of synchronous calls that take several jobs."""
+        return self._jobs
+
+    @property
+    def max_num_images(self) -> int:
+        """Most pictures of one order."""
+        return self._limits.max_num_images
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What images can be ordered from; empty on a server that only encodes text."""
@@ -159,6 +174,18 @@ class ImageService:
                 task.add_done_callback(lambda _: self._ahead.pop(job_id, None))
         return accepted.submitted
 
+    async def cut_out(self, new: NewImage, field: str, caller: Caller) -> bytes | None:
+        """A mask for `submit`, as a PNG: white where the picture in the order's field, `image` or `mask`, is
+        transparent. None where it nowhere is. Raises as `submit` does for an order that has no place in the queue, or
+        whose picture can't be read."""
+        await self._door.look(new, caller)
+        return await self._inputs.cut_out(field, getattr(new, field), caller.owner)
+
+    def quality_steps(self, model: str | None) -> Mapping[str, int]:
+        """Denoising steps by a word of quality. Raises ModelNotFound."""
+        _, denoiser = drawn(model, self._models)
+        return quality_steps(denoiser.default_num_inference_steps, self._limits.max_num_inference_steps)
+
     async def quote(self, new: NewImage, caller: Caller) -> Quote:
         """What the order would come to now; nothing is queued, kept or charged. Raises as `submit` does, but for
         QueueFull, which the answer tells."""
@@ -182,6 +209,18 @@ class ImageService:
     async def limits(self, caller: Caller) -> tuple[Limit, ...]:
         """What is left of the caller's allowance; empty where it has no bounds."""
         return await self._jobs.limits(caller.owner, caller.allowance)
+
+    async def options(self, caller: Caller) -> Options:
+        """What the caller has set for orders in A1111's dialect."""
+        return kept(await self._jobs.options(caller.owner), tuple(self._models))
+
+    async def set_options(self, caller: Caller, given: Mapping[str, Any]) -> None:
+        """Options that there are not are passed over. Raises InvalidRequest, ModelNotFound."""
+        await self._jobs.set_options(caller.owner, read(given, tuple(self._models)))
+
+    def styles(self) -> dict[str, Style]:
+        """The templates that A1111's clients can use, by name."""
+        return styles_of(self._templates)
 
     async def wait(self, job_id: str, state: JobState) -> Job:
         """The job when it has ended; for who has just ordered it, and was told that it is in `state`. Raises
@@ -219,6 +258,14 @@ class ImageService:
         key = await self._inputs.key(job_id, name, caller.owner)
         url = self._results.url(key)
         return StoredImage(content_type=content_type(key), url=url, data=None if url else await self._results.get(key))
+
+    def signed_url(self, ref: ImageRef) -> str | None:
+        """Where the picture of a job can be fetched for a while without a key; None where the store can't say."""
+        return self._results.url(ref.key)
+
+    async def picture(self, job_id: str, name: str, caller: Caller) -> bytes:
+        """The file itself, wherever it is kept; `name` as in `image`."""
+        return await self._results.get(await self._inputs.key(job_id, name, caller.owner))
 
     async def benchmark(
         self, model: str | None = None, width: int | None = None, height: int | None = None, steps: int = 5

@@ -188,7 +188,7 @@ def _entry(claim: Claim, index: int, file: EncodedFile, data: bytes) -> Entry:
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         content_type=file.content_type,
-        seed=claim.request.seed + index,
+        seed=claim.request.seed_of(index),
         width=claim.request.width,
         height=claim.request.height,
     )

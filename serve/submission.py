@@ -127,7 +127,7 @@ class Intake:
         self, new: NewImage, caller: Caller, once: Once | None, fingerprint: str | None, arrival: Arrival | None
     ) -> Accepted:
         job_id = (once and once.job_id) or uuid.uuid4().hex
-        await self._look(new, caller)
+        await self.look(new, caller)
         draft = await self._drafted(job_id, new, caller)
         terms = _terms(new, caller, draft.estimate, fingerprint, once, arrival)
         if draft.pictures.uploads:  # decoding and storing them is what a refusal must not cost
@@ -185,7 +185,7 @@ class Intake:
             return None
         return Submitted(job=job, replayed=True, limits=await self.jobs.limits(caller.owner, caller.allowance))
 
-    async def _look(self, new: NewImage, caller: Caller) -> None:
+    async def look(self, new: NewImage, caller: Caller) -> None:
         """What can be refused without a look at the pictures and the prompt is refused here. A full queue too: the
         script that logs the job decides, but for whom it refuses pictures were decoded and stored. Where there are none
         that is worth a question of its own only while the store refuses."""
@@ -201,7 +201,8 @@ class Intake:
                 raise
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
-        pictures = Pictures(job_id, await self.inputs.read(new, caller.owner))
+        uploads = await self.inputs.read(new, caller.owner)
+        pictures = Pictures(job_id, uploads, new.resize_mode, new.mask_invert)
         request = await read_aside(
             new.characters,
             lambda: complete(new, self.models, self.fleet, self.limits, pictures.given, self.templates),

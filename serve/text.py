@@ -120,9 +120,9 @@ class TextService:
         self._templates = templates or {}
         self._concepts = concepts
 
-    def models(self) -> dict[str, str]:
-        """Family of each model whose text is encoded here, by the model's name."""
-        return {name: model.family for name, model in self._models.items()}
+    def models(self) -> Mapping[str, ModelFolder]:
+        """Those whose text is encoded here, by name."""
+        return self._models
 
     async def concepts(self) -> dict[str, tuple[ConceptInfo, ...]]:
         """What each model knows by `<name>`, by the model's name."""

@@ -81,9 +81,10 @@ def worded(
     *,
     seed: int,
     num_inference_steps: int,
+    may_be_empty: bool = False,
 ) -> Worded:
-    """The same order with the same seed gives the same texts, in every process. Raises InvalidRequest that names the
-    field at fault, and the place in it."""
+    """The same order with the same seed gives the same texts, in every process. `may_be_empty`: the prompt may say
+    nothing. Raises InvalidRequest that names the field at fault, and the place in it."""
     _check_sizes(new, limits)
     form = _of_template(new, templates, seed) if new.template is not None else _own(new)
     for name in form.variables:
@@ -104,7 +105,7 @@ def worded(
             base = scheduled(base, entries, num_inference_steps, "schedule", form.syntax)
         below = None if negative is None else written(_tree("negative_prompt", negative, form.syntax))
         texts, syntax = (written(base), below), Syntax.A1111
-    _check(*texts, limits)
+    _check(*texts, limits, may_be_empty)
     return Worded(prompt=texts[0], negative_prompt=texts[1], syntax=syntax, template=new.template, arm=form.arm)
 
 
@@ -235,8 +236,8 @@ def _check_size(field: str, value: str | Pieces | None, limits: LimitSettings) -
             check_length(f"{field}.{at}.text", piece["text"], limits)
 
 
-def _check(prompt: str, negative: str | None, limits: LimitSettings) -> None:
-    if not prompt.strip():
+def _check(prompt: str, negative: str | None, limits: LimitSettings, may_be_empty: bool) -> None:
+    if not prompt.strip() and not may_be_empty:
         raise InvalidRequest("prompt is empty", "prompt")
     for field, text in (("prompt", prompt), ("negative_prompt", negative or "")):
         check_length(field, text, limits)

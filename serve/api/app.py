@@ -7,7 +7,7 @@ from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from serve import __version__
-from serve.api import errors, health, jobs, native, prompts, text
+from serve.api import document, errors, health, imagen, jobs, native, openai, prompts, sdapi, text
 from serve.api.arrivals import Arrivals
 from serve.api.auth import Doorkeeper
 from serve.api.middleware import BodyLimit, RequestIds
@@ -43,9 +43,12 @@ def create_app(
     app.state.keys = keys
     app.state.salted_keys = settings.keys.salt
     app.state.salt_header = settings.cache.salt_header
+    app.state.limits = settings.limits
     app.state.streams = Streams(settings.http.max_streams)
+    app.state.http = settings.http
     app.state.job_timeout_s = settings.jobs.queue_ttl_s + settings.jobs.timeout_s
     errors.install(app)
+    document.install(app)
     # The last one added is the outermost.
     http = settings.http
     app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes, max_bodies_bytes=http.max_bodies_bytes)
@@ -54,8 +57,11 @@ def create_app(
     app.add_middleware(Arrivals, tracing=tracing)
     app.include_router(jobs.router)
     app.include_router(native.router)
+    app.include_router(openai.router)
     app.include_router(text.router)
     app.include_router(prompts.router)
+    app.include_router(sdapi.router)
+    app.include_router(imagen.router)
     app.include_router(health.router)
     app.add_api_route("/", _home, include_in_schema=False)
     return app

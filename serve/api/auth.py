@@ -16,13 +16,13 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from serve.api.dialects import GUARDED, below
 from serve.api.errors import respond_to
 from serve.callers import Caller, Scope
 from serve.errors import Forbidden, TandemError, Unauthorized
 from serve.keys import KeyStore
 
 _CALLER = "tandem.caller"
-_GUARDED = "/v1"
 _NO_KEY = "this server wants an API key: Authorization: Bearer <key>"
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="key", description="An API key, where the server wants one.")
@@ -31,17 +31,17 @@ _header = APIKeyHeader(name="x-api-key", auto_error=False, scheme_name="x-api-ke
 
 class Doorkeeper:
     """Refuses whoever has no valid key with 401 before the body is read: who is not known holds none of the room for
-    bodies. All of `/v1` is guarded; what asks for `caller` elsewhere is too, when its route begins."""
+    bodies. All dialects are guarded; what asks for `caller` elsewhere is too, when its route begins."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _guarded(scope):
+        if scope["type"] == "http" and below(scope, *GUARDED):
             try:
                 await _identified(Request(scope))
             except TandemError as error:
-                await respond_to(error)(scope, receive, send)
+                await respond_to(error, scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -126,10 +126,3 @@ async def _found(request: Request) -> Caller:
         # The proxy's tenants stay apart behind one key too.
         salt=".".join(filter(None, (key.id if salted else "", tenant))),
     )
-
-
-def _guarded(scope: AsgiScope) -> bool:
-    """The mount may stand in front of the path or not: servers differ."""
-    path: str = scope["path"]
-    below = path.removeprefix(scope.get("root_path", "").rstrip("/"))
-    return any(each == _GUARDED or each.startswith(f"{_GUARDED}/") for each in (path, below))

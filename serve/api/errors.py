@@ -2,8 +2,9 @@
 
     {"error": {"message": str, "type": str, "param": str | null, "code": str}}
 
-`type` says whose turn it is: `invalid_request_error` the client's, `unavailable_error` the same request later,
-`server_error` the operator's. `param` names the field at fault. Nothing that an exception from elsewhere says gets out.
+The dialects of others word it as their clients expect it (`serve.api.dialects`). `type` says whose turn it is:
+`invalid_request_error` the client's, `unavailable_error` the same request later, `server_error` the operator's. `param`
+names the field at fault. Nothing that an exception from elsewhere says gets out.
 """
 
 from __future__ import annotations
@@ -17,19 +18,42 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from serve import errors, service
 from serve.api import ratelimits, streams
+from serve.api.dialects import ErrorBody, ErrorDetail, error_body
 from serve.telemetry.logs import escape
 
 log = logging.getLogger(__name__)
+
+_HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+_INTERNAL = "internal error; the server's log has the details"
+_MAX_PARAM = 100
+
+
+class StillRunning(errors.TandemError):
+    """A synchronous call that takes longer than connections are held open for. Its job goes on, at `location`."""
+
+    code = "still_running"
+    location = ""
+
+
+class JobEnded(errors.TandemError):
+    """The job of a synchronous call ended without pictures; `status` says whose fault it was."""
+
+    def __init__(self, message: str, code: str, status: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
 
 STATUS: Mapping[type[errors.TandemError], int] = {
     errors.ClientError: 400,
     errors.InvalidRequest: 422,
     errors.PayloadTooLarge: 413,
+    errors.UnsupportedMediaType: 415,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
     errors.JobGone: 410,
@@ -41,25 +65,9 @@ STATUS: Mapping[type[errors.TandemError], int] = {
     errors.Unavailable: 503,
     errors.RateLimited: 429,
     errors.GenerationFailed: 500,
+    StillRunning: 504,
 }
 """Subclasses follow their nearest ancestor. A class without one here is internal: a 500 whose message stays inside."""
-
-_HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
-_INTERNAL = "internal error; the server's log has the details"
-_MAX_PARAM = 100
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: ErrorDetail
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -78,17 +86,23 @@ def detail(status: int, message: str, code: str, param: str | None = None) -> Er
 
 
 def respond(
-    status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    scope: Scope,
+    status: int,
+    message: str,
+    code: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    return _answer(status, detail(status, message, code, param), headers)
+    """`scope` is the request's: its path says which dialect it speaks."""
+    return _answer(scope, status, detail(status, message, code, param), headers)
 
 
-def _answer(status: int, error: ErrorDetail, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(ErrorBody(error=error).model_dump(), status_code=status, headers=headers)
+def _answer(scope: Scope, status: int, error: ErrorDetail, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error_body(scope, error), status_code=status, headers=headers)
 
 
-def internal_error() -> JSONResponse:
-    return respond(500, _INTERNAL, errors.TandemError.code)
+def internal_error(scope: Scope) -> JSONResponse:
+    return respond(scope, 500, _INTERNAL, errors.TandemError.code)
 
 
 def install(app: FastAPI) -> None:
@@ -99,31 +113,41 @@ def install(app: FastAPI) -> None:
 
 def public(error: errors.TandemError) -> tuple[int, ErrorDetail]:
     """Status and body of an error of ours. An internal one is logged and answered without its message."""
-    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), None)
+    if isinstance(error, JobEnded):
+        return error.status, detail(error.status, error.message, error.code)
+    status = status_of(type(error))
     if status is None:
         log.error("internal error reached the client: %s", error, exc_info=error)
         return 500, detail(500, _INTERNAL, errors.TandemError.code)
     return status, detail(status, error.message, error.code, error.param)
 
 
-def respond_to(error: errors.TandemError) -> JSONResponse:
+def status_of(kind: type[errors.TandemError]) -> int | None:
+    """None of what is internal."""
+    return next((STATUS[each] for each in kind.__mro__ if each in STATUS), None)
+
+
+def respond_to(error: errors.TandemError, scope: Scope) -> JSONResponse:
     status, body = public(error)
-    headers = {}
+    headers: dict[str, str] = {}
     if status in (429, 503):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
-    if isinstance(error, errors.QueueFull):
-        # Clients that retry at once would triple the load of a server that has just said that it is full.
+    if isinstance(error, errors.QueueFull | StillRunning | JobEnded):
+        # Clients that retry at once would triple the load of a server that has just said that it is full, or ask again
+        # for what has been tried, or goes on.
         headers["x-should-retry"] = "false"
+    if isinstance(error, StillRunning):
+        headers["Location"] = error.location
     if isinstance(error, errors.RateLimited):
         headers |= ratelimits.headers(error.limits)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return _answer(status, body, headers)
+    return _answer(scope, status, body, headers)
 
 
 async def _tandem_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.TandemError)
-    return respond_to(error)
+    return respond_to(error, request.scope)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -133,23 +157,25 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     place, *fields = (str(part) for part in first["loc"])
     if first["type"] == "json_invalid":
-        return respond(400, f"the body is not JSON: {first['ctx']['error']}", "invalid_json", "body")
+        return respond(request.scope, 400, f"the body is not JSON: {first['ctx']['error']}", "invalid_json", "body")
     if isinstance(first["input"], bytes):
-        return respond(415, "send JSON, with Content-Type: application/json", "unsupported_media_type", "body")
+        return respond(
+            request.scope, 415, "send JSON, with Content-Type: application/json", "unsupported_media_type", "body"
+        )
     # Of a query parameter that came several times, it does not matter which is wrong.
     param = ".".join(fields[:1] if place == "query" else fields) or place
     if place == "path" and request.method != "PUT":
-        return respond(404, f"nothing has this {param}", errors.JobNotFound.code, param)
+        return respond(request.scope, 404, f"nothing has this {param}", errors.JobNotFound.code, param)
     reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
-    return respond(422, f"{escape(param)[:_MAX_PARAM]}: {reason}", errors.InvalidRequest.code, param)
+    return respond(request.scope, 422, f"{escape(param)[:_MAX_PARAM]}: {reason}", errors.InvalidRequest.code, param)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     """What Starlette and FastAPI raise themselves: no such route or method, an unreadable or too large body."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, errors.TandemError):
-        return respond_to(error.__cause__)
+        return respond_to(error.__cause__, request.scope)
     status = error.status_code
     param = "body" if status == 400 else None
     message = f"{request.method} {escape(request.url.path)[:_MAX_PARAM]}: {error.detail}"
-    return respond(status, message, _HTTP_CODES.get(status, "http_error"), param, error.headers)
+    return respond(request.scope, status, message, _HTTP_CODES.get(status, "http_error"), param, error.headers)

@@ -9,14 +9,17 @@ from fastapi import Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from serve.api.auth import Generates
-from serve.api.errors import ErrorBody, public
+from serve.api.dialects import ErrorBody
+from serve.api.errors import public
 from serve.api.parts import JobId, OpenStreams, Service
 from serve.api.schemas import EventView, PreviewView
 from serve.domain import JobEvent, JobState
 from serve.errors import TandemError
 
 Events = AsyncGenerator[JobEvent, None]
-LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,19}-[0-9]{1,19}$")]
+LastEventId = Annotated[
+    str | None, Header(pattern=r"^[0-9]{1,19}-[0-9]{1,19}$", description="Begin behind the event of this id.")
+]
 Previews = Annotated[bool, Query(description="Whether previews are sent.")]
 
 RETRY_MS = 2000

@@ -25,7 +25,7 @@ class JobList(Schema):
     """Send it as `cursor` for the page behind this one; null at the end."""
 
 
-class PlacementView(Schema):
+class FittingPlacement(Schema):
     """A kind of replica. `gpu_class` is null where it runs on any node."""
 
     name: str
@@ -63,7 +63,7 @@ class QuoteView(Schema):
     """Place in the queue at worst: fair turns between callers and `interactive` can only bring it forward."""
     eta_s: float
     """Predicted seconds until it ends, from that place."""
-    placements: tuple[PlacementView, ...]
+    placements: tuple[FittingPlacement, ...]
     """Where it can be drawn."""
     would_be_refused: RefusalView | None
     """Null where it would be queued."""
@@ -86,7 +86,7 @@ class QuoteView(Schema):
             cost_known=quote.known,
             position=quote.position,
             eta_s=round(quote.eta_s, 3),
-            placements=tuple(PlacementView(name=each.name, gpu_class=each.gpu_class) for each in quote.placements),
+            placements=tuple(FittingPlacement(name=each.name, gpu_class=each.gpu_class) for each in quote.placements),
             would_be_refused=refusal
             and RefusalView(code=refusal.code, message=refusal.message, retry_after_s=refusal.retry_after_s),
         )

@@ -15,9 +15,9 @@ from serve.api.events import EventStream, OpenEvents, stream
 from serve.api.job_schemas import JobList, QuoteView
 from serve.api.parts import GUARDED, JobId, OpenStreams, Root, Service
 from serve.api.schemas import JobOrder, JobView
-from serve.api.waiting import ended, told_of
+from serve.api.waiting import Waiting, ended, told_of
 from serve.callers import Caller
-from serve.domain import JobState
+from serve.domain import Job, JobState
 from serve.errors import InvalidRequest
 from serve.once import Once
 from serve.orders import NewImage
@@ -84,7 +84,8 @@ async def create_job(
     """Queue a job. Once this answers, the job survives a restart of any part of the server.
 
     With `?wait=true` it answers when the job has ended; whoever hangs up before cancels it, unless an `Idempotency-Key`
-    lets them ask for it again. With `?dry_run=true` it answers what the order would come to.
+    lets them ask for it again. What takes longer than `http.wait_s` is a 202 too, and goes on. With `?dry_run=true` it
+    answers what the order would come to.
     """
     if dry_run:
         return await _quoted(order, service, caller)
@@ -180,7 +181,26 @@ async def _ordered(
     wait: bool,
 ) -> Response | JobView:
     if wait:
-        return await ended(request, service, new, caller, once, root)
+        return await _ended(new, service, root, caller, request, once)
     submitted = await service.submit(new, caller, once, arrival_of(request))
     response.headers.update(told_of(submitted, root))
     return JobView.of(submitted.job, root)
+
+
+async def _ended(
+    new: NewImage, service: ImageService, root: str, caller: Caller, request: Request, once: Once | None
+) -> Response:
+    """The job when it has ended; one that takes too long as it is then, with a 202."""
+
+    async def render(job: Job, waiting: Waiting) -> Response:
+        return _told(job, root)
+
+    async def late() -> Response:
+        return _told(await service.get(answer.job_id, caller), root, 202)
+
+    answer = await ended(request, service, new, caller, render, once, late)
+    return answer
+
+
+def _told(job: Job, root: str, status: int = 200) -> Response:
+    return Response(JobView.of(job, root).model_dump_json(), status, media_type="application/json")

@@ -51,7 +51,7 @@ class RequestIds:
             log.exception("unexpected error", extra={"request_id": request_id, "path": scope["path"]})
             if started:
                 raise
-            await internal_error()(scope, receive, labelled)
+            await internal_error(scope)(scope, receive, labelled)
 
 
 class BodyLimit:
@@ -76,9 +76,9 @@ class BodyLimit:
         # Twenty digits decide; Python would refuse to read thousands of them.
         size = int(announced[:20]) if announced.isdecimal() else 0
         if size > self.max_bytes:
-            return await respond_to(too_large)(scope, receive, send)
+            return await respond_to(too_large, scope)(scope, receive, send)
         if size > self.room.left:
-            return await respond_to(full)(scope, receive, send)
+            return await respond_to(full, scope)(scope, receive, send)
         body = scope[_BODY] = _Body(self.room)
 
         async def bounded() -> Message:

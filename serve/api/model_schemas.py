@@ -25,11 +25,15 @@ class ConceptView(Schema):
 class ModelView(Schema):
     """A served model, what it can be asked for, and what an order to it gets by default. Sizes are pixels.
 
-    All but the first five are null or empty for a model whose text alone is served (`POST /v1/embeddings`).
+    All but the first seven are null or empty for a model whose text alone is served (`POST /v1/embeddings`).
     """
 
     id: str
     object: Literal["model"] = "model"
+    created: int
+    """When this server's copy of it was made, in Unix seconds."""
+    owned_by: Literal["tandem"] = "tandem"
+    """There for OpenAI's clients."""
     family: str
     images: bool
     """Whether jobs may name it."""
@@ -52,6 +56,8 @@ class ModelView(Schema):
     guidance: Guidance | None = None
     """What `guidance_scale` is to the model: the weight of classifier-free guidance, an input, or nothing."""
     default_num_inference_steps: int | None = None
+    quality_steps: dict[str, int] = {}
+    """Denoising steps by the `quality` of OpenAI's dialect; `medium` are the model's own."""
     default_guidance_scale: float | None = None
     default_strength: float | None = None
     step_cache: bool | None = None

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import RedirectResponse
 
 from serve.api import ratelimits
@@ -16,10 +16,16 @@ from serve.api.fleet_schemas import FleetView, PlacementView
 from serve.api.job_schemas import LimitsView
 from serve.api.model_schemas import BenchmarkOrder, BenchmarkReport, ConceptView, ModelList, ModelView
 from serve.api.parts import GUARDED, ImageName, JobId, Service, Text
+from serve.errors import ModelNotFound
 from serve.results.keys import CONTENT_TYPES
+from serve.service import ImageService
+from serve.telemetry.logs import escape
+from serve.text import TextService
 
 router = APIRouter(prefix="/v1", tags=["native"], responses=documented(401, 403, 503), dependencies=GUARDED)
 
+_LONGEST_NAME = 256
+ModelName = Annotated[str, Path(alias="id", max_length=_LONGEST_NAME)]
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -34,7 +40,11 @@ _FILE = {"schema": {"type": "string", "format": "binary"}}
     },
 )
 async def get_image(
-    job_id: JobId, name: ImageName, service: Service, caller: Generates, if_none_match: Annotated[str, Header()] = ""
+    job_id: JobId,
+    name: ImageName,
+    service: Service,
+    caller: Generates,
+    if_none_match: Annotated[str, Header(description="The `ETag` of a copy.")] = "",
 ) -> Response:
     """One image of a finished job by its index; `image` and `mask` are what the job starts from."""
     image = await service.image(job_id, name, caller)
@@ -52,6 +62,19 @@ async def get_image(
 @router.get("/models")
 async def list_models(service: Service, texts: Text, caller: Uses) -> ModelList:
     """The models that this server draws with, then those whose text alone it encodes."""
+    return ModelList(data=tuple((await _models(service, texts)).values()))
+
+
+@router.get("/models/{id:path}", responses=documented(404))
+async def get_model(model: ModelName, service: Service, texts: Text, caller: Uses) -> ModelView:
+    """One of them."""
+    models = await _models(service, texts)
+    if model not in models:
+        raise ModelNotFound(f"model {escape(model)[:_LONGEST_NAME]!r} is not served here", "model")
+    return models[model]
+
+
+async def _models(service: ImageService, texts: TextService) -> dict[str, ModelView]:
     known = {
         name: tuple(ConceptView(name=each.name, vectors=dict(each.vectors), fault=each.fault) for each in found)
         for name, found in (await texts.concepts()).items()
@@ -60,10 +83,10 @@ async def list_models(service: Service, texts: Text, caller: Uses) -> ModelList:
         info.id: ModelView(images=True, concepts=known.get(info.id, ()), **asdict(info)) for info in service.models()
     }
     others = {
-        name: ModelView(id=name, family=family, images=False, concepts=known[name])
-        for name, family in texts.models().items()
+        name: ModelView(id=name, created=folder.created, family=folder.family, images=False, concepts=known[name])
+        for name, folder in texts.models().items()
     }
-    return ModelList(data=tuple((others | drawn)[name] for name in {**drawn, **others}))
+    return {name: (others | drawn)[name] for name in {**drawn, **others}}
 
 
 @router.get("/fleet")

@@ -15,6 +15,7 @@ from serve.api.auth import KEYED
 from serve.api.streams import Streams
 from serve.errors import InvalidRequest
 from serve.service import ImageService
+from serve.settings import LimitSettings
 from serve.telemetry.logs import escape
 from serve.text import TextService
 
@@ -37,6 +38,11 @@ async def _root(request: Request) -> str:
 async def _streams(request: Request) -> Streams:
     streams: Streams = request.app.state.streams
     return streams
+
+
+async def _limits(request: Request) -> LimitSettings:
+    limits: LimitSettings = request.app.state.limits
+    return limits
 
 
 async def _known_query(request: Request) -> None:
@@ -62,5 +68,6 @@ Service = Annotated[ImageService, Depends(_service)]
 Text = Annotated[TextService, Depends(_text)]
 OpenStreams = Annotated[Streams, Depends(_streams)]
 Root = Annotated[str, Depends(_root)]
+Limits = Annotated[LimitSettings, Depends(_limits)]
 JobId = Annotated[str, Path(alias="id", pattern=r"^[0-9a-f]{32}$")]
 ImageName = Annotated[str, Path(alias="index", pattern=r"^([0-9]{1,4}|image|mask)$")]

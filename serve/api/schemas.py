@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from serve.api.errors import ErrorDetail
+from serve.api.dialects import ErrorDetail
 from serve.api.fields import FiniteNumber, Name, Schema, Text
 from serve.api.prompt_schemas import PromptOrder
 from serve.domain import (
@@ -21,6 +21,7 @@ from serve.domain import (
     MemoryReport,
     Note,
     Priority,
+    ResizeMode,
     Syntax,
     Timings,
     TokenCount,
@@ -66,6 +67,19 @@ class JobOrder(PromptOrder):
     """What to repaint of the image: white is drawn anew, black stays. As large as the image; written like it."""
     strength: FiniteNumber | None = None
     """Share of the steps that the image goes through, above 0 and at most 1: at 1 little of it is left."""
+    mask_blur: FiniteNumber | None = None
+    """0 to 64: what the mask leaves is the image's own pixels, and the edge fades over so many (0 is a hard edge). By
+    default all pixels are decoded ones, as in diffusers."""
+    mask_invert: bool = False
+    """Repaint what is black in the mask, and keep what is white."""
+    resize_mode: Annotated[ResizeMode, Field(strict=False)] = ResizeMode.STRETCH
+    """How image and mask come to the size that is drawn: `stretch`; `crop` fills it in their own ratio and cuts what
+    juts out; `fill` shows all of them and repeats their edges."""
+    variation_seed: int | None = None
+    """The seed whose noise `variation_strength` mixes in; by default random. Image i uses `variation_seed + i`, and all
+    of them `seed`."""
+    variation_strength: FiniteNumber = 0.0
+    """0 to 1: how far from the picture of `seed` to that of `variation_seed`."""
     clip_skip: int | None = None
     """Layers of CLIP to leave out at its end, as in diffusers: 1 is what A1111 calls 2."""
     use_t5: bool = True
@@ -109,6 +123,9 @@ class CompleteOrder(Schema):
     image: str | None
     mask: str | None
     strength: float | None
+    mask_blur: float | None
+    variation_seed: int | None
+    variation_strength: float
     clip_skip: int | None
     use_t5: bool
     preview_every: int

@@ -28,7 +28,7 @@ from serve.cli.bench_prompts import prompts as bench_prompts
 from serve.cli.bench_service import service
 from serve.cli.bench_soak import soak
 from serve.cli.cache import cache
-from serve.cli.client import Client, local_url
+from serve.cli.client import Client, hint, local_url
 from serve.cli.jobs import jobs
 from serve.cli.keys import keys
 from serve.cli.learn import learn
@@ -296,5 +296,5 @@ def main() -> None:
         app(prog_name="tandem")
     except TandemError as error:
         wait = f"; try again in {error.retry_after_s:g} s" if error.retry_after_s else ""
-        print(f"tandem: {' '.join(error.message.split())}{wait}", file=sys.stderr)
+        print(f"tandem: {' '.join(error.message.split())}{hint(error)}{wait}", file=sys.stderr)
         sys.exit(2)

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serve.cli.answers import Pool, RemoteJob
 from serve.cli.child import ChildServer
 from serve.cli.client import Client
 from serve.cli.screen import job_bars, run_job
 from serve.cli.sheet import Picture, contact_sheet
 from serve.cli.wishes import WISHES, Wish
+from serve.client import Job, Pool
 from serve.domain import JobState
 from serve.errors import OperatorError
 from serve.settings import Settings
@@ -42,7 +42,7 @@ class Made:
     """A wish and what came of it. `seen` is what the judge says of the picture, `accepted` whether that is the wish."""
 
     wish: Wish
-    job: RemoteJob
+    job: Job
     image: Image.Image | None
     seen: str
     accepted: bool
@@ -131,9 +131,9 @@ async def _make(client: Client) -> list[Made]:
     return [made[wish] for wish in WISHES]
 
 
-def _judged(wish: Wish, job: RemoteJob, image: Image.Image | None) -> Made:
+def _judged(wish: Wish, job: Job, image: Image.Image | None) -> Made:
     if job.state is not JobState.SUCCEEDED or image is None:
-        return Made(wish, job, None, job.error or job.state.value, False)
+        return Made(wish, job, None, job.error.message if job.error else job.state.value, False)
     if job.model != "shapes":
         return Made(wish, job, image, "not judged: another model", True)
     reading = read(image)
@@ -164,7 +164,7 @@ def _table(made: Sequence[Made]) -> Table:
     for column in ("time", "steps", "memory", "Redis", "encoder"):
         table.add_column(column, justify="right", no_wrap=True)
     for number, one in enumerate(made, 1):
-        cache, total = one.job.cache, one.job.total_s
+        cache, total = one.job.cache, one.job.timings.total_s
         text = Text(f"{number}. {one.wish.label}\n   ").append(f"{one.wish.point}; judge: ", style="dim")
         table.add_row(
             text.append(one.seen, style="green" if one.accepted else "red"),

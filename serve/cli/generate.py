@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from serve.cli.answers import RemoteJob
 from serve.cli.client import Client
 from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
+from serve.client import Job
 from serve.domain import JobState
 from serve.errors import OperatorError
 from serve.telemetry.logs import escape
@@ -46,16 +46,16 @@ async def generate(client: Client, order: Mapping[str, Any], out: Path, *, as_js
     return 0 if job.state is JobState.SUCCEEDED else 1
 
 
-def _report(job: RemoteJob, files: list[Path]) -> None:
+def _report(job: Job, files: list[Path]) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for index, path in enumerate(files):
         console.print(f"{path}  (seed {job.seed + index})")
     if job.state is not JobState.SUCCEEDED:
-        console.print(f"{job.state}: {job.error or 'no picture'}", style="red")
-    if approximate := job.raw.get("approximate"):
-        console.print(f"approximate: {', '.join(approximate)}", style="yellow")
-    for note in job.raw.get("notes") or ():
-        console.print(f"{note['field']}: {escape(note['message'])}")
+        console.print(f"{job.state}: {job.error.message if job.error else 'no picture'}", style="red")
+    if job.approximate:
+        console.print(f"approximate: {', '.join(job.approximate)}", style="yellow")
+    for note in job.notes:
+        console.print(f"{note.field}: {escape(note.message)}")
     for line in (*cut_lines(job), cache_line(job)):
         if line:
             console.print(line)
@@ -71,14 +71,13 @@ def _picture(field: str, name: str | None) -> str | None:
         raise OperatorError(f"--{field} {name}: {error.strerror}", field) from None
 
 
-def _paths(out: Path, job: RemoteJob) -> list[Path]:
+def _paths(out: Path, job: Job) -> list[Path]:
     if not _is_file(out):
-        kinds = [image.get("content_type", "image/png") for image in job.raw.get("images", ())]
-        ends = [{"image/jpeg": "jpg", "image/webp": "webp"}.get(kind, "png") for kind in kinds]
+        ends = [{"image/jpeg": "jpg", "image/webp": "webp"}.get(each.content_type, "png") for each in job.images]
         return [out / f"tandem-{job.id[:8]}-{index}.{end}" for index, end in enumerate(ends)]
-    if job.images == 1:
+    if len(job.images) == 1:
         return [out]
-    return [out.with_stem(f"{out.stem}-{index}") for index in range(job.images)]
+    return [out.with_stem(f"{out.stem}-{index}") for index in range(len(job.images))]
 
 
 def _is_file(out: Path) -> bool:

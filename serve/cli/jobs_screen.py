@@ -91,7 +91,10 @@ def _facts(story: Story) -> Iterator[tuple[str, str | Text]]:
     yield "order", _order(request)
     if request.image is not None:
         mask = "" if request.mask is None else f", mask {request.mask}"
-        yield "starts from", f"{request.image}{mask}, strength {request.strength}"
+        blur = "" if request.mask_blur is None else f", mask blur {request.mask_blur:g}"
+        yield "starts from", f"{request.image}{mask}, strength {request.strength}{blur}"
+    if request.variation_seed is not None:
+        yield "varied", f"by seed {request.variation_seed}, strength {request.variation_strength:g}"
     key = job.owner or "anybody (without a key)" if story.key is None else f"{story.key} ({job.owner})"
     yield "ordered by", f"{plain(key)}, {job.priority}"
     yield "predicted", f"{job.cost_ms / 1000:.1f} s of a replica"

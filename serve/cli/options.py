@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from serve.cli.answers import KEY_VARIABLE
-from serve.cli.client import Client, local_url
+from serve.cli.client import KEY_VARIABLE, Client, local_url
 from serve.cli.running import run
 from serve.domain import LongPrompt, Syntax, Weighting
 from serve.errors import OperatorError

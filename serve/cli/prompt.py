@@ -19,7 +19,7 @@ async def prompt(client: Client, prompts: Sequence[str], order: Mapping[str, Any
     if len(prompts) > 1:
         return await _compare(client, prompts, order, as_json=as_json)
     async with client:
-        found = await client.analyze({**order, "prompt": prompts[0] if prompts else None})
+        found = await client.post("/v1/prompts/analyze", {**order, "prompt": prompts[0] if prompts else None})
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -33,7 +33,7 @@ async def _compare(client: Client, prompts: Sequence[str], order: Mapping[str, A
     if others := [name for name, value in order.items() if value is not None and name != "model"]:
         raise OperatorError(f"prompt: several prompts are compared as plain text, without {others[0]}", others[0])
     async with client:
-        found = await client.compare({"prompts": list(prompts), "model": order.get("model")})
+        found = await client.post("/v1/prompts/similarity", {"prompts": list(prompts), "model": order.get("model")})
     if as_json:
         print(json.dumps(found, indent=2))
     else:

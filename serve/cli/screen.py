@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from serve.cli import answers
-from serve.cli.answers import RemoteJob
+from serve import client as api
 from serve.cli.client import Client
+from serve.client import Job
 from serve.domain import JobState
 from serve.errors import TandemError
 
@@ -42,10 +42,10 @@ def job_bars(console: Console) -> Iterator[Progress]:
             bars.stop()
 
 
-async def run_job(client: Client, order: Mapping[str, Any], label: str, bars: Progress) -> RemoteJob:
+async def run_job(client: Client, order: Mapping[str, Any], label: str, bars: Progress) -> Job:
     """Queue a job, show its place in the queue and its steps, return it when it has ended. Whoever stops waiting
     cancels it on the server."""
-    creating = asyncio.create_task(client.create(order))
+    creating = asyncio.create_task(client.submit(**order))
     try:
         job = await asyncio.shield(creating)
         bars.start()
@@ -67,12 +67,12 @@ async def run_job(client: Client, order: Mapping[str, Any], label: str, bars: Pr
 class _Line:
     """A job's bar."""
 
-    def __init__(self, bars: Progress, label: str, job: RemoteJob) -> None:
+    def __init__(self, bars: Progress, label: str, job: Job) -> None:
         self._bars = bars
         self._bar = bars.add_task(label, total=job.steps, state="", color="cyan")
         self.show(job, place(job))
 
-    def show(self, progress: answers.Progress, words: str) -> None:
+    def show(self, progress: api.Progress, words: str) -> None:
         self.state = progress.state
         color = COLORS.get(progress.state, "cyan")
         self._bars.update(self._bar, completed=progress.step, total=progress.steps, state=words, color=color)
@@ -91,7 +91,7 @@ async def _keep_place(client: Client, job_id: str, line: _Line) -> None:
                     line.show(job, place(job))
 
 
-def place(job: RemoteJob) -> str:
+def place(job: Job) -> str:
     """`3rd in the queue, about 12 s` of a job that waits; else its state."""
     if job.position is None or job.state is not JobState.QUEUED:
         return job.state.value
@@ -112,7 +112,7 @@ def span(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def cache_line(job: RemoteJob) -> str:
+def cache_line(job: Job) -> str:
     """Where the job's text came from, in words; empty if the server did not say."""
     cache = job.cache
     if cache is None:
@@ -120,7 +120,7 @@ def cache_line(job: RemoteJob) -> str:
     return f"text units: {cache.memory} from memory, {cache.redis} from Redis, {cache.encoded} encoded"
 
 
-def cut_lines(job: RemoteJob) -> list[str]:
+def cut_lines(job: Job) -> list[str]:
     """One line for each text that did not fit into the encoder's row."""
     return [
         f"{cut.field} has {cut.tokens} tokens, {cut.limit} fit into {cut.encoder}; cut: {cut.text!r}"

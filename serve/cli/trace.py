@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from serve.cli.answers import RemoteJob
 from serve.cli.client import Client
 from serve.cli.trace_screen import shown_means, shown_trace
+from serve.client import Job
 from serve.domain import JobState, Timings
 from serve.errors import OperatorError
 from serve.stages import STAGES, explained, stages, wall_s
 
 _ID = re.compile(r"[0-9a-f]{32}")
-_TIMINGS = TypeAdapter(Timings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +32,7 @@ class Trace:
     """A job's stages as far as they are known. `wall_s` and `explained` are None before its end. `gap` is what lies in
     no stage, before `told`: None where the stages hold it all. `ahead` was beside the stages."""
 
-    job: RemoteJob
+    job: Job
     timings: Timings
     bars: tuple[Bar, ...]
     ahead: Bar | None
@@ -44,8 +41,8 @@ class Trace:
     gap: Bar | None
 
     @classmethod
-    def of(cls, job: RemoteJob) -> Trace:
-        timings = _TIMINGS.validate_python(job.raw.get("timings") or {})
+    def of(cls, job: Job) -> Trace:
+        timings = job.timings
         wall, told = wall_s(timings), stages(timings)
         bars: list[Bar] = []
         end = 0.0
@@ -86,7 +83,10 @@ async def trace(client: Client, ids: Sequence[str], last: int | None, *, as_json
     """The stages of one job, or the means of several: those that are named, or the `last` that succeeded."""
     _check(ids, last)
     async with client:
-        jobs = [await client.get(each) for each in ids] if last is None else await client.newest(last)
+        if last is None:
+            jobs = [await client.get(each) for each in ids]
+        else:
+            jobs = [job async for job in client.jobs([JobState.SUCCEEDED], last)]
     traces = [Trace.of(job) for job in jobs]
     if as_json:
         told = [_as_json(each) for each in traces]
@@ -124,7 +124,7 @@ def _as_json(one: Trace) -> dict[str, Any]:
     return {
         "id": job.id,
         "state": JobState(job.state).value,
-        "attempt": job.raw.get("attempt"),
+        "attempt": job.attempt,
         "stages": [{"stage": bar.stage, "starts_s": bar.starts_s, "seconds": bar.seconds} for bar in one.bars],
         "wall_s": one.wall_s,
         "explained": one.explained,

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from serve.cli.answers import RemoteText
 from serve.cli.client import Client
+from serve.client import Encoded
+from serve.client.answers import told
 from serve.errors import ClientError, Forbidden, GenerationFailed, OperatorError, Unauthorized, Unavailable
 
 PATIENCE_S = 60.0
@@ -44,7 +45,7 @@ class _Tally:
     failures: list[tuple[int, str]] = field(default_factory=list)
     heard: float = field(default_factory=time.monotonic)
 
-    def add(self, text: RemoteText) -> None:
+    def add(self, text: Encoded) -> None:
         self.done += 1
         self.memory += text.cache.memory
         self.redis += text.cache.redis
@@ -126,7 +127,7 @@ async def _one(client: Client, line: Line, tally: _Tally) -> None:
     """A busy server is asked again when it said; a refusal is this line's and goes into the report."""
     while True:
         try:
-            return tally.add(await client.encode(line.order))
+            return tally.add(told(Encoded, await client.post("/v1/embeddings", {**line.order, "output": "report"})))
         except (Unauthorized, Forbidden):
             raise  # as it would be for every other line
         except (ClientError, GenerationFailed) as error:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from serve.diffusion.families.base import Family, Lane
+from serve.diffusion.noise import varied
 from serve.diffusion.samplers import Track
 from serve.diffusion.step_cache import StepCache
 from serve.diffusion.texts import Sides, Texts
@@ -81,11 +82,14 @@ def start_from_image(
 def _start(
     family: Family, request: ImageRequest, index: int, shape: tuple[int, int], image: Moments | None = None
 ) -> Start:
-    generator = torch.Generator("cpu").manual_seed(request.seed + index)
+    generator = torch.Generator("cpu").manual_seed(request.seed_of(index))
     latents = None if image is None else image.sample(generator)
     size = (1, _denoiser(family).latent_channels, *shape)
-    noise = torch.randn(size, generator=generator, dtype=family.dtype).to(family.device)
-    return Start(generator, noise, latents)
+    noise = torch.randn(size, generator=generator, dtype=family.dtype)
+    seed = request.variation_seed_of(index)
+    if seed is not None:
+        noise = varied(noise, seed, request.variation_strength)
+    return Start(generator, noise.to(family.device), latents)
 
 
 def _denoiser(family: Family) -> Denoiser:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from serve.diffusion.ladder import Ladder, Shortage
+from serve.diffusion.paste import pasted
 from serve.diffusion.run import Picture, Run
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.state import Source
@@ -113,7 +114,7 @@ class VaeWork:
 
     def decode(self, run: Run, latents: Latents, then: Callable[[Run, Picture], None]) -> None:
         """The finished image, for `then`."""
-        self._begin(_Piece(run, self._decoding, lambda side: self._decoded(latents, side), then))
+        self._begin(_Piece(run, self._decoding, lambda side: pasted(self._decoded(latents, side), run.work), then))
 
     def preview(self, run: Run, event: StepEvent) -> None:
         """Make and tell a preview of each image that is still being drawn, if one is due."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,10 +37,12 @@ Stamp = tuple[str, int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConceptInfo:
-    """`vectors` counts those of each role of the model; `fault` says why the model can't use it, None where it can."""
+    """`vectors` counts those of each role of the model, `widths` the numbers in one of them; `fault` says why the model
+    can't use it, None where it can."""
 
     name: str
     vectors: Mapping[str, int]
+    widths: Mapping[str, int] = field(default_factory=dict)
     fault: str | None = None
 
 
@@ -139,10 +141,11 @@ class ModelConcepts:
 
     def _info(self, name: str, file: ConceptFile) -> ConceptInfo:
         try:
-            counts = {role: ref.vectors for role, ref in refs(self._fitted(name, file)).items()}
+            placed = self._fitted(name, file)
         except ConceptFault as fault:
             return ConceptInfo(name=name, vectors={}, fault=str(fault))
-        return ConceptInfo(name=name, vectors=counts)
+        counts = {role: ref.vectors for role, ref in refs(placed).items()}
+        return ConceptInfo(name=name, vectors=counts, widths={role: each.width for role, each in placed.items()})
 
     def _fitted(self, name: str, file: ConceptFile) -> dict[str, Vectors]:
         if file.fault is not None:

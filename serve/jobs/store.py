@@ -6,8 +6,10 @@ Redis Cluster, because a claim chooses among jobs that would lie on different sh
 
 from __future__ import annotations
 
+from serve.jobs.calls import Calls
 from serve.jobs.claims import Claims
 from serve.jobs.integrity import violations
+from serve.jobs.options import KeptOptions
 from serve.jobs.records import Claim, Want
 from serve.jobs.submissions import Submissions
 from serve.jobs.terms import Hold, Terms
@@ -16,7 +18,7 @@ from serve.jobs.upkeep import Upkeep
 __all__ = ["Claim", "Hold", "JobStore", "Terms", "Want"]
 
 
-class JobStore(Submissions, Claims, Upkeep):
+class JobStore(Submissions, Claims, Upkeep, KeptOptions, Calls):
     """The jobs, as every process of the server sees them. Every method may raise BackendUnavailable."""
 
     async def check_integrity(self) -> None:

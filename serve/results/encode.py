@@ -18,8 +18,9 @@ from PIL import Image
 
 from serve.domain import ImageRequest
 from serve.errors import InvalidRequest
+from serve.results.infotext import as_text
 from serve.results.keys import CONTENT_TYPES
-from serve.results.png import JSON_CHUNK, as_text, encode_png, text_chunks
+from serve.results.png import JSON_CHUNK, encode_png, text_chunks
 from serve.results.png16 import encode_png16
 
 FORMATS = ("png", "jpeg", "webp")

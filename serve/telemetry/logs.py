@@ -14,6 +14,8 @@ from typing import IO
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _ROOTS = ("serve", "deployments")
+_FORMS = "python_multipart"
+"""Warns of each form that it can't read. Who sent it is told; strangers don't write the log."""
 
 
 def escape(text: str) -> str:
@@ -57,3 +59,4 @@ def configure(level: str = "info", stream: IO[str] | None = None) -> None:
         logger.handlers = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
+    logging.getLogger(_FORMS).setLevel(logging.ERROR)

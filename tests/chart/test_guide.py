@@ -176,22 +176,6 @@ def test_on_head_asks_the_cluster_that_serves(tmp_path: Path, serves: str, comes
     assert done.stdout.strip() == f"exec -i -c ray-head pod/{head}-head -- serve status"
 
 
-def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "monitoring.md", ROOT / "k8s" / "README.md"], ids=str)
-def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8"))
-    assert links
-    for path, anchor in links:
-        target = (page.parent / path).resolve() if path else page
-        assert target.exists(), path
-        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
-
-
 def test_the_named_alerts_exist() -> None:
     rules = (ROOT / "helm" / "tandem" / "files" / "rules" / "tandem.yaml").read_text(encoding="utf-8")
     told = set(re.findall(r"\bTandem[A-Z]\w+", PAGE))

@@ -132,6 +132,29 @@ async def test_a_masked_job_repaints_what_is_white(house: House) -> None:
     assert apart(picture.crop(painted), a_scene().crop(painted)) > 14
 
 
+async def test_of_a_masked_job_with_a_blur_the_rest_is_stored_to_the_bit(house: House) -> None:
+    keys = {field: f"a/{field}-00000000.png" for field in ("image", "mask")}
+    await house.results.put(keys["image"], png(a_scene()), "image/png")
+    await house.results.put(keys["mask"], png(a_mask()), "image/png")
+    async with house.worker():
+        await house.submit("a", **keys, strength=1.0, prompt="a green square on a yellow background", mask_blur=2.0)
+        job = await house.ended("a")
+    picture, kept, painted = await house.picture(job), (72, 0, 128, 128), (0, 0, 48, 128)
+    assert picture.crop(kept).tobytes() == a_scene().crop(kept).tobytes()
+    assert apart(picture.crop(painted), a_scene().crop(painted)) > 14
+    assert read_parameters(await house.results.get(job.images[0].key))["mask_blur"] == 2.0
+
+
+async def test_variations_are_told_by_their_own_seeds(house: House) -> None:
+    async with house.worker():
+        await house.submit("a", seed=7, variation_seed=3, variation_strength=0.02, num_images=2)
+        job = await house.ended("a")
+    assert [image.seed for image in job.images] == [7, 7]
+    told = [read_parameters(await house.results.get(image.key)) for image in job.images]
+    assert [(each["seed"], each["variation_seed"]) for each in told] == [(7, 3), (7, 4)]
+    assert apart(await house.picture(job, 0), await house.picture(job, 1)) > 0
+
+
 async def test_an_image_is_stored_in_the_form_that_was_ordered(house: House) -> None:
     async with house.worker():
         await house.submit("a", output_format="jpeg", output_compression=80, num_images=2)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from serve.diffusion.engine import Work
+from serve.diffusion.paste import pasted
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.samplers import FlowMatchHeun
 from serve.domain import Conditioning, ImageRequest, Schedule, Task
@@ -36,7 +37,7 @@ def drawn(runner: Runner, work: Work) -> list[Image.Image]:
         runner.begin(row, work, source)
         for _ in range(row.steps):
             assert not runner.step([row])
-        image = runner.decode(runner.release(row))
+        image = pasted(runner.decode(runner.release(row)), work)
         assert isinstance(image, Image.Image), "16 bits are compared as numbers"
         images.append(image)
     return images

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from serve.domain import ResizeMode
 from serve.errors import InvalidRequest
 from serve.image_files import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from serve.images import image_png, inspect, mask_png, written_file
@@ -99,6 +100,58 @@ def test_a_mask_is_made_as_diffusers_does_it(size: tuple[int, int]) -> None:
     mask = Image.open(io.BytesIO(mask_png(inspect("mask", saved(grey), LIMITS), *SIZE)))
     assert mask.mode == "L"
     assert (np.asarray(mask) == stock * 255).all()
+
+
+@pytest.mark.parametrize("size", [(70, 50), (50, 70), (300, 9), (9, 300), (70, 47)])
+@pytest.mark.parametrize("target", [(24, 16), (16, 24), (32, 32), (96, 80)])
+def test_a_picture_that_is_cropped_keeps_its_ratio_and_fills_the_size(
+    size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    upload = inspect("image", saved(picture(size=size)), LIMITS)
+    ours = np.asarray(Image.open(io.BytesIO(image_png(upload, *target, ResizeMode.CROP))), dtype=int)
+    scale = max(target[0] / size[0], target[1] / size[1])
+    shown = target[0] / scale, target[1] / scale
+    left, top = max(0.0, (size[0] - shown[0]) / 2), max(0.0, (size[1] - shown[1]) / 2)
+    box = (left, top, left + shown[0], top + shown[1])
+    expected = picture(size=size).resize(target, Image.Resampling.LANCZOS, box=box)
+    assert np.abs(ours - np.asarray(expected, dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize(("size", "target"), [((70, 50), (24, 40)), ((50, 70), (41, 24)), ((300, 8), (16, 24))])
+def test_a_picture_that_is_filled_up_is_all_there_and_its_edges_go_on(
+    size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    upload = inspect("image", saved(picture(size=size)), LIMITS)
+    ours = Image.open(io.BytesIO(image_png(upload, *target, ResizeMode.FILL)))
+    scale = min(target[0] / size[0], target[1] / size[1])
+    inner = [max(1, round(side * scale)) for side in size]
+    left, top = [(whole - part) // 2 for whole, part in zip(target, inner, strict=True)]
+    shown = ours.crop((left, top, left + inner[0], top + inner[1]))
+    whole = picture(size=size).resize((inner[0], inner[1]), Image.Resampling.LANCZOS)
+    assert shown.tobytes() == whole.tobytes()
+    pixels, middle = np.asarray(ours), np.asarray(shown)
+    if inner[0] == target[0]:
+        assert min(top, target[1] - top - inner[1]) > 0
+        assert (pixels[:top] == middle[:1]).all()
+        assert (pixels[top + inner[1] :] == middle[-1:]).all()
+    else:
+        assert min(left, target[0] - left - inner[0]) > 0
+        assert (pixels[:, :left] == middle[:, :1]).all()
+        assert (pixels[:, left + inner[0] :] == middle[:, -1:]).all()
+
+
+@pytest.mark.parametrize("mode", ResizeMode)
+def test_a_mask_lies_on_its_image_whatever_becomes_of_both(mode: ResizeMode) -> None:
+    white = np.zeros((50, 70), np.uint8)
+    white[10:30, 20:60] = 255
+    grey = Image.fromarray(white)
+    image = image_png(inspect("image", saved(grey.convert("RGB")), LIMITS), 40, 64, mode)
+    upload = inspect("mask", saved(grey), LIMITS)
+    mask = np.asarray(Image.open(io.BytesIO(mask_png(upload, 40, 64, mode))))
+    assert (mask == np.where(np.asarray(Image.open(io.BytesIO(image)))[..., 0] >= 128, 255, 0)).all()
+    assert 0.05 < (mask == 255).mean() < 0.6
+    turned = np.asarray(Image.open(io.BytesIO(mask_png(upload, 40, 64, mode, invert=True))))
+    assert (turned == 255 - mask).all()
 
 
 def test_nothing_of_the_file_but_its_pixels_survives() -> None:
@@ -287,8 +340,11 @@ def refusing(field: str) -> Iterator[None]:
     data=st.sampled_from(FILES),
     changes=st.lists(st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=6)), max_size=6),
     cut=st.none() | st.integers(0, 5000),
+    mode=st.sampled_from(ResizeMode),
 )
-def test_no_file_breaks_the_decoder(data: bytes, changes: list[tuple[int, bytes]], cut: int | None) -> None:
+def test_no_file_breaks_the_decoder(
+    data: bytes, changes: list[tuple[int, bytes]], cut: int | None, mode: ResizeMode
+) -> None:
     broken = bytearray(data)
     for place, value in changes:
         place %= len(broken)
@@ -296,7 +352,7 @@ def test_no_file_breaks_the_decoder(data: bytes, changes: list[tuple[int, bytes]
     with refusing("image"):
         upload = inspect("image", bytes(broken[:cut]), LIMITS)
         for make in (image_png, mask_png):
-            assert Image.open(io.BytesIO(make(upload, *SIZE))).size == SIZE
+            assert Image.open(io.BytesIO(make(upload, *SIZE, mode))).size == SIZE
 
 
 @given(text=st.text(max_size=60) | st.binary(max_size=60).map(lambda data: base64.b64encode(data).decode()))

@@ -1,5 +1,6 @@
 """Orders become complete requests, or are refused by the name of the field at fault."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 from hypothesis import given as given_
 from hypothesis import strategies as st
 
-from serve.domain import Task
+from serve.domain import ResizeMode, Task
 from serve.errors import InvalidRequest, ModelNotFound
+from serve.jobs.records import REQUEST
 from serve.models import SHIPPED, Denoiser, ModelFolder, check_folder
-from serve.orders import Given, NewImage, complete
+from serve.orders import NewImage, complete
 from serve.placements import Fleet, Placement
 from serve.settings import DiffusionSettings, LimitSettings
+from serve.starting import Given
 
 SHAPES = check_folder(SHIPPED, "shapes")
 LIMITS = LimitSettings()
@@ -138,12 +141,62 @@ def test_strength() -> None:
     refused("strength", strength=0.5)
 
 
+def test_an_image_may_say_alone_what_is_drawn() -> None:
+    assert order(prompt="", image=(64, 64)).prompt == ""
+    refused("prompt", prompt="")
+
+
 def test_an_image_and_its_mask() -> None:
     request = order(image=(64, 64), mask=(64, 64))
     assert request.task is Task.INPAINT
     assert (request.image, request.mask) == (f"{'0' * 32}/image.png", f"{'0' * 32}/mask.png")
     assert "64 x 72" in refused("mask", image=(64, 64), mask=(64, 72))
     refused("mask", mask=(64, 64))
+
+
+def test_what_a_mask_means() -> None:
+    pictures: dict[str, Any] = {"image": (64, 64), "mask": (64, 64)}
+    assert order(**pictures).mask_blur is None
+    assert [order(**pictures, mask_blur=blur).mask_blur for blur in (0, 2.5, 64)] == [0.0, 2.5, 64.0]
+    for wrong in (-0.1, 64.5, float("nan")):
+        refused("mask_blur", **pictures, mask_blur=wrong)
+    refused("mask_blur", image=(64, 64), mask_blur=0)
+    refused("mask_blur", mask_blur=4)
+
+
+@pytest.mark.parametrize("mode", [ResizeMode.CROP, ResizeMode.FILL])
+def test_what_is_asked_of_pictures_wants_them(mode: ResizeMode) -> None:
+    with_both = order(image=(64, 64), mask=(64, 64), mask_invert=True, resize_mode=mode)
+    assert replace(with_both, seed=0) == replace(order(image=(64, 64), mask=(64, 64)), seed=0)  # done at the door
+    assert order(image=(64, 64), resize_mode=mode).task is Task.IMG2IMG
+    refused("resize_mode", resize_mode=mode)
+    refused("mask_invert", image=(64, 64), mask_invert=True)
+    refused("mask_invert", mask_invert=True)
+
+
+def test_variations_are_of_one_seed() -> None:
+    request = order(seed=7, variation_seed=2**32 - 3, variation_strength=0.25, num_images=3)
+    assert [request.seed_of(i) for i in range(3)] == [7, 7, 7]
+    assert [request.variation_seed_of(i) for i in range(3)] == [2**32 - 3, 2**32 - 2, 2**32 - 1]
+    plain = order(seed=7, variation_seed=9, num_images=3)
+    assert (plain.variation_seed, plain.variation_strength) == (None, 0.0)
+    assert [plain.seed_of(i) for i in range(3)] == [7, 8, 9]
+    assert plain.variation_seed_of(1) is None
+    drawn = {order(seed=7, variation_strength=1).variation_seed for _ in range(3)}
+    assert len(drawn) > 1
+    assert all(seed is not None and 0 <= seed < 2**32 for seed in drawn)
+    for wrong in (-0.1, 1.1, float("nan")):
+        refused("variation_strength", variation_strength=wrong)
+    refused("variation_seed", variation_seed=2**32 - 1, num_images=2)
+    refused("variation_seed", variation_seed=-1)
+
+
+def test_a_record_from_before_a_field_has_its_default() -> None:
+    request = order(image=(64, 64), mask=(64, 64))
+    record = json.loads(REQUEST.dump_json(request))
+    for name in ("mask_blur", "variation_seed", "variation_strength"):
+        del record[name]
+    assert REQUEST.validate_json(json.dumps(record)) == request
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import httpx
 import pytest
 from pydantic import SecretStr
 from support.jobs import ANY
+from support.speaking import Speaking, speaking_on
 
 from serve.api.app import create_app
 from serve.domain import EncodeUnit, ImageRef
+from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetch, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
@@ -210,6 +212,13 @@ def stand_on() -> StandOn:
 async def stand(redis_url: str, tmp_path: Path) -> AsyncIterator[Stand]:
     async with _stand_on(redis_url, tmp_path) as stand:
         yield stand
+
+
+@pytest.fixture(scope="module")
+def speaking(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Speaking]:
+    """A stand for the tests of one file, whose every order is drawn."""
+    with speaking_on(_stand_on, redis_server.url, tmp_path_factory.mktemp("speaking")) as speaking:
+        yield speaking
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,6 +25,12 @@ SIZE = (72, 64)
 def file(kind: str = "PNG", size: tuple[int, int] = SIZE, mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def png_of(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -58,6 +65,25 @@ async def test_the_request_of_a_job_that_started_from_an_image_repeats_it(stand:
     assert again["request"] == job["request"] | {"image": f"{again['id']}/image"}
     pictures = [(await stand.client.get(f"/v1/images/{each}/image")).content for each in (job["id"], again["id"])]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("mode", ["crop", "fill"])
+async def test_image_and_mask_are_kept_as_they_are_to_be_used(stand: Any, mode: str) -> None:
+    """And repeating the request changes neither once more."""
+    left = Image.new("L", (100, 200), 255)
+    left.paste(0, (0, 0, 50, 200))
+    pictures = {"image": text(file(size=(100, 200))), "mask": text(png_of(left))}
+    size = {"width": 64, "height": 64}
+    job = await stand.create(**pictures, **size, resize_mode=mode, mask_invert=True, mask_blur=4, seed=1)
+    assert job["request"]["mask_blur"] == 4.0
+    again = await stand.create(**job["request"])
+    for each in (job["id"], again["id"]):
+        kept = [(await stand.client.get(f"/v1/images/{each}/{field}")).content for field in ("image", "mask")]
+        image, mask = [np.asarray(decoded(data)) for data in kept]
+        # A gradient from the top to the bottom: of a crop the upper and lower quarters are gone.
+        assert (image.shape, image[0].max() < 30) == ((64, 64, 3), mode == "fill")
+        assert (mask[:, :31] == 255).all()
+        assert (mask[:, 33:] == 0).all()
 
 
 async def test_a_picture_that_was_drawn_is_the_next_one_s_start(stand: Any) -> None:
@@ -97,6 +123,11 @@ async def test_a_picture_that_is_gone_names_the_field(stand: Any, refused: Any) 
         ({"image": text(file()), "strength": 0.1, "num_inference_steps": 5}, "strength"),
         ({"image": text(file(size=(4000, 64)))}, "image"),
         ({"mask": text(file())}, "mask"),
+        ({"mask_blur": 4}, "mask_blur"),
+        ({"image": text(file()), "mask_invert": True}, "mask_invert"),
+        ({"resize_mode": "crop"}, "resize_mode"),
+        ({"image": text(file()), "resize_mode": "latent"}, "resize_mode"),
+        ({"image": text(file()), "variation_strength": 1.5}, "variation_strength"),
     ],
 )
 async def test_a_bad_image_is_refused_by_name_and_leaves_nothing(

@@ -25,7 +25,11 @@ ROUTES = [
     ("GET", f"/v1/jobs/{NOBODY}/events", GENERATE),
     ("DELETE", f"/v1/jobs/{NOBODY}", GENERATE),
     ("GET", f"/v1/images/{NOBODY}/0", GENERATE),
+    ("POST", "/v1/images/generations", GENERATE),
+    ("POST", "/v1/images/edits", GENERATE),
+    ("POST", "/v1/images/variations", GENERATE),
     ("GET", "/v1/models", EITHER),
+    ("GET", f"/v1/models/{NOBODY}", EITHER),
     ("GET", "/v1/fleet", EITHER),
     ("GET", "/v1/limits", EITHER),
     ("POST", "/v1/embeddings", EMBED),
@@ -43,8 +47,10 @@ async def keyed(redis_url: str, tmp_path: Path, stand_on: Any) -> AsyncIterator[
         yield stand
 
 
-def body_of(method: str) -> dict[str, str] | None:
-    return {"prompt": "a"} if method in ("POST", "PUT") else None
+def body_of(method: str, path: str) -> dict[str, str] | None:
+    """An order that is queued, or else refused at once: OpenAI's calls answer when the picture is there."""
+    prompt = "" if path.startswith("/v1/images") else "a"
+    return {"prompt": prompt} if method in ("POST", "PUT") else None
 
 
 async def test_the_table_of_scopes_has_every_route(stand: Any) -> None:
@@ -58,17 +64,17 @@ async def test_the_table_of_scopes_has_every_route(stand: Any) -> None:
 async def test_every_route_wants_a_key_with_its_scope(
     keyed: Any, refused: Any, method: str, path: str, scopes: set[Scope]
 ) -> None:
-    answer = await keyed.client.request(method, path, json=body_of(method))
+    answer = await keyed.client.request(method, path, json=body_of(method, path))
     assert refused(answer, 401, None)["code"] == "unauthorized"
     assert answer.headers["www-authenticate"] == "Bearer"
     lacking = await keyed.key(scopes=set(Scope) - scopes)
-    answer = await keyed.client.request(method, path, json=body_of(method), headers=lacking)
+    answer = await keyed.client.request(method, path, json=body_of(method, path), headers=lacking)
     error = refused(answer, 403, None)
     assert error["code"] == "forbidden"
     assert all(scope in error["message"] for scope in scopes)
     for scope in scopes:  # any of them will do
         headers = await keyed.key(scopes={scope})
-        allowed = await keyed.client.request(method, path, json=body_of(method), headers=headers)
+        allowed = await keyed.client.request(method, path, json=body_of(method, path), headers=headers)
         assert allowed.status_code not in (401, 403)
         assert allowed.status_code < 500 or path == "/v1/cache"  # which needs a Redis of its own
 

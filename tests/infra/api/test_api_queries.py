@@ -8,9 +8,10 @@ import pytest
 pytestmark = pytest.mark.anyio
 
 
-async def test_an_unknown_query_parameter_is_refused_by_every_route(stand: Any, refused: Any) -> None:
+async def test_an_unknown_query_parameter_is_refused_by_every_native_route(stand: Any, refused: Any) -> None:
     schema = (await stand.client.get("/openapi.json")).json()
-    routes = [(method, path) for path, methods in schema["paths"].items() for method in methods if "/v1" in path]
+    found = [(method, path, told) for path, methods in schema["paths"].items() for method, told in methods.items()]
+    routes = [(method, path) for method, path, told in found if path.startswith("/v1") and told["tags"] != ["openai"]]
     assert len(routes) >= 13
     for method, path in routes:
         place = path.replace("{id}", "0" * 32).replace("{index}", "0")

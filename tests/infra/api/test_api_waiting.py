@@ -22,6 +22,7 @@ from serve.domain import JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable
 from serve.jobs.store import JobStore
+from serve.settings import HttpSettings
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}
@@ -246,3 +247,24 @@ async def test_a_repeated_order_whose_job_has_ended_is_answered_at_once(stand: A
     async with asyncio.timeout(4):  # less than who hears nothing takes to look again
         again = await stand.client.post("/v1/jobs?wait=true", json=ORDER, headers=key)
     assert (again.json()["id"], again.json()["state"]) == (first["id"], "succeeded")
+
+
+async def test_what_takes_too_long_is_answered_before_a_proxy_cuts_it(
+    stand_on: Any, redis_url: str, tmp_path: Path
+) -> None:
+    async with stand_on(redis_url, tmp_path, http=HttpSettings(wait_s=0.2)) as stand:
+        answer = await stand.client.post("/v1/jobs?wait=true", json=ORDER)
+        job = answer.json()
+        assert (answer.status_code, job["state"]) == (202, "queued")
+        assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+        assert (await stand.jobs.get(job["id"])).state is JobState.QUEUED
+
+
+async def test_the_operator_may_let_jobs_outlive_their_callers(stand_on: Any, redis_url: str, tmp_path: Path) -> None:
+    async with stand_on(redis_url, tmp_path, http=HttpSettings(cancel_on_disconnect=False)) as stand:
+        gone = asyncio.Event()
+        answering = carried(stand.app, json.dumps(ORDER).encode(), gone)
+        job_id = await queued(stand)
+        gone.set()
+        await answering
+        assert (await stand.jobs.get(job_id)).state is JobState.QUEUED

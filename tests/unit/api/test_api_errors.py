@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
 from serve import errors, service
-from serve.api.errors import STATUS, install
+from serve.api.errors import STATUS, StillRunning, install
 from serve.api.middleware import BodyLimit, RequestIds, release_body
 from serve.api.ratelimits import UNITS
 from serve.api.streams import TooManyStreams
@@ -23,7 +23,7 @@ from serve.settings import HttpSettings, LimitSettings
 
 TREE = [
     each
-    for each in (*vars(errors).values(), *vars(service).values(), TooManyStreams)
+    for each in (*vars(errors).values(), *vars(service).values(), TooManyStreams, StillRunning)
     if inspect.isclass(each) and issubclass(each, errors.TandemError)
 ]
 EXPECTED = {
@@ -50,6 +50,7 @@ EXPECTED = {
     service.NotOffered: 404,
     service.Busy: 429,
     TooManyStreams: 429,
+    StillRunning: 504,
 }
 LIMIT = 1000
 
@@ -290,3 +291,18 @@ def test_a_body_that_fails_gives_its_room_back() -> None:
         assert (await call(app, "POST", "/echo", content=b"x" * LIMIT)).json() == LIMIT
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/nothing", {"error"}),
+        ("/sdapi/v1/nothing", {"error", "detail", "body", "errors", "param"}),
+        ("/internal/nothing", {"error", "detail", "body", "errors", "param"}),
+        ("/status/nothing", {"detail", "param"}),
+        ("/statuses", {"error"}),
+    ],
+)
+def test_each_dialect_words_errors_its_own_way(path: str, fields: set[str]) -> None:
+    for method in ("GET", "POST"):
+        assert set(ask(failing_app(), method, path).json()) == fields

@@ -66,6 +66,8 @@ def test_a_full_order_is_taken_as_it_stands() -> None:
     order |= {"aspect_ratio": "16:9", "round_size": True, "true_cfg_scale": 2.5, "scheduler": "euler_a"}
     order |= {"use_t5": False, "step_cache": 0.1, "tiny_vae": True}
     order |= {"image": "data:image/png;base64,AAAA", "mask": f"{'0' * 32}/mask", "strength": 1, "preview_every": 5}
+    order |= {"mask_blur": 2.5, "mask_invert": True, "resize_mode": "fill"}
+    order |= {"variation_seed": 2**40, "variation_strength": 0.5}
     order |= {"output_format": "webp", "output_compression": 80, "bit_depth": 8}
     order |= {"priority": "batch", "webhook": "https://example.com/told?of=this"}
     order |= OF_PROMPTS
@@ -267,7 +269,8 @@ def test_a_finished_job_names_its_images_under_the_mount_and_hides_their_keys() 
 def test_the_request_of_a_job_is_an_order_that_repeats_it() -> None:
     salted = dataclasses.replace(job().request, clip_skip=1, salt="0123456789abcdef")
     view = json.loads(JobView.of(job(request=salted), "").model_dump_json())
-    beside = {"aspect_ratio", "round_size", "priority", "webhook", "schedule", "variables"}
+    beside = {"aspect_ratio", "round_size", "mask_invert", "resize_mode", "priority", "webhook"}
+    beside |= {"schedule", "variables"}
     again = parse(json.dumps(view["request"])).model_dump(exclude=beside)
     assert again | {"composed": 1, "salt": salted.salt} == dataclasses.asdict(salted)
 

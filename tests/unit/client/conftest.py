@@ -96,7 +96,11 @@ class Script:
 
     def _images(self, order: dict[str, Any]) -> list[dict[str, Any]]:
         kind = f"image/{order.get('output_format', 'png')}"
-        return [{"index": index, "content_type": kind} for index in range(order.get("num_images", 1))]
+        same = {"width": 8, "height": 8, "bytes": 70, "content_type": kind}
+        return [
+            {"index": index, "url": f"/v1/images/{JOB_ID}/{index}", "seed": 5 + index} | same
+            for index in range(order.get("num_images", 1))
+        ]
 
     async def create(self, request: Request) -> Response:
         if self.refusal is not None:

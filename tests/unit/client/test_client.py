@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from serve.cli.answers import Pool, Progress
 from serve.cli.client import Client, local_url
+from serve.client import AsyncClient, NotTandem, Pool, Progress
 from serve.domain import CacheReport, JobState, Truncation
 from serve.errors import (
     ClientError,
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.anyio
 STEPS = 4
 
 
-def client(url: str, patience_s: float = 5.0) -> Client:
-    return Client(url, patience_s=patience_s, poll_s=0.01)
+def client(url: str, patience_s: float = 5.0, busy_s: float = 0.0) -> AsyncClient:
+    return AsyncClient(url, patience_s=patience_s, busy_s=busy_s, poll_s=0.01)
 
 
 async def followed(script: Any) -> list[Progress]:
     async with client(script.url) as server:
-        job = await server.create({"prompt": "a red circle", "seed": None})
+        job = await server.submit("a red circle", seed=None)
         return [progress async for progress in server.follow(job.id)]
 
 
@@ -73,7 +73,7 @@ async def test_a_server_that_goes_away_is_borne_for_a_while_only(nowhere: str) -
 
 async def test_a_job_that_is_forgotten_ends_the_following_at_once(script: Any) -> None:
     async with client(script.url, patience_s=60) as server:
-        job = await server.create({"prompt": "a red circle"})
+        job = await server.submit("a red circle")
         script.refusal = refusal(404, "job_id")
         with pytest.raises(JobNotFound):
             async for _ in server.follow(job.id):
@@ -82,11 +82,12 @@ async def test_a_job_that_is_forgotten_ends_the_following_at_once(script: Any) -
 
 async def test_the_finished_job_tells_everything(script: Any) -> None:
     async with client(script.url) as server:
-        job = await server.create({"prompt": "a red circle", "num_images": 2})
+        job = await server.submit("a red circle", num_images=2)
         async for _ in server.follow(job.id):
             pass
         job = await server.get(job.id)
-        assert (job.state, job.images, job.total_s, job.model, job.seed) == (JobState.SUCCEEDED, 2, 1.5, "shapes", 5)
+        assert (job.state, len(job.images), job.timings.total_s) == (JobState.SUCCEEDED, 2, 1.5)
+        assert (job.model, job.seed) == ("shapes", 5)
         assert job.cache == CacheReport(memory=1, encoded=1)
         assert job.truncated == (Truncation(field="prompt", encoder="clip-l", tokens=80, limit=75, text=" and more"),)
         assert (await server.image(job.id, 1)).startswith(b"\x89PNG"), "the redirect to the store is followed"
@@ -99,11 +100,11 @@ async def test_the_finished_job_tells_everything(script: Any) -> None:
         (refusal(400), ClientError, "the reason"),
         (refusal(404, "model"), JobNotFound, "the reason"),
         (refusal(500), GenerationFailed, "the reason"),
-        (refusal(401), Unauthorized, "the reason; name a key with --key or in TANDEM_KEY"),
+        (refusal(401), Unauthorized, "the reason"),
         (refusal(403), Forbidden, "the reason"),
         (refusal(429), RateLimited, "the reason"),
-        (HTMLResponse("<h1>It works!</h1>", 404), OperatorError, "is not a Tandem server"),
-        (JSONResponse(["x"], 503), OperatorError, "is not a Tandem server"),
+        (HTMLResponse("<h1>It works!</h1>", 404), NotTandem, "is not a Tandem server"),
+        (JSONResponse(["x"], 503), NotTandem, "is not a Tandem server"),
     ],
 )
 async def test_a_refusal_becomes_the_error_that_it_is(
@@ -112,22 +113,22 @@ async def test_a_refusal_becomes_the_error_that_it_is(
     script.refusal = answer
     async with client(script.url) as server:
         with pytest.raises(error, match=message):
-            await server.create({"prompt": ""})
+            await server.submit("")
 
 
 async def test_a_full_server_says_when_to_come_back(script: Any) -> None:
     script.refusal = refusal(503, **{"Retry-After": "7"})
     async with client(script.url) as server:
         with pytest.raises(Unavailable) as full:
-            await server.create({"prompt": "a red circle"})
+            await server.submit("a red circle")
     assert full.value.retry_after_s == 7
 
 
 async def test_an_order_whose_answer_was_lost_is_sent_again_under_its_key(script: Any) -> None:
     script.lost = 2
     async with client(script.url) as server:
-        await server.create({"prompt": "a red circle"})
-        await server.create({"prompt": "a red circle"})
+        await server.submit("a red circle")
+        await server.submit("a red circle")
     assert len(script.orders) == 2, "one for each call"
     first, *again, other = script.idempotency_keys
     assert again == [first, first]
@@ -138,7 +139,7 @@ async def test_an_order_that_was_lost_is_given_up_after_a_while_and_said_to_be_u
     script.lost = 10**6
     async with client(script.url, patience_s=0.1) as server:
         with pytest.raises(OperatorError, match="may be queued all the same"):
-            await server.create({"prompt": "a red circle"})
+            await server.submit("a red circle")
     assert len(script.orders) == 1
 
 
@@ -147,36 +148,37 @@ async def test_a_full_queue_is_an_answer_to_an_order_that_was_lost(script: Any) 
     script.lost, script.after_loss = 1, JSONResponse({"error": error}, 503, {"Retry-After": "7"})
     async with client(script.url, patience_s=60) as server:
         with pytest.raises(QueueFull, match="100 jobs"):
-            await server.create({"prompt": "a red circle"})
+            await server.submit("a red circle")
 
 
 async def test_nothing_is_sent_again_to_a_server_that_is_not_there(nowhere: str) -> None:
     async with client(nowhere, patience_s=60) as server:
         with pytest.raises(OperatorError, match="no server answers"):
-            await asyncio.wait_for(server.create({"prompt": "a red circle"}), 10)
+            await asyncio.wait_for(server.submit("a red circle"), 10)
 
 
 async def test_the_key_goes_with_every_request(script: Any) -> None:
     script.key = "tdm_abc_def"
-    async with Client(script.url, f" {script.key}\n", poll_s=0.01) as server:
-        job = await server.create({"prompt": "a red circle"})
+    async with AsyncClient(script.url, f" {script.key}\n", poll_s=0.01) as server:
+        job = await server.submit("a red circle")
         async for _ in server.follow(job.id):
             pass
         await server.get(job.id)
         await server.image(job.id, 0)
-        await server.encode({"prompt": "a red circle"})
+        await server.encode("a red circle")
         await server.cache()
     assert script.shown_keys == {"Bearer tdm_abc_def"}
     async with client(script.url) as server:
         with pytest.raises(Unauthorized):
-            await server.create({"prompt": "a red circle"})
+            await server.submit("a red circle")
 
 
 @pytest.mark.parametrize("key", ["tdm_a b", "tdm_\n x", "ключ", "a\x00b"])
 async def test_what_can_be_no_key_is_refused_and_not_repeated(key: str) -> None:
-    with pytest.raises(OperatorError, match="TANDEM_KEY: that is not an API key") as refused:
-        Client("http://127.0.0.1", key)
-    assert key not in str(refused.value)
+    for kind, name in ((AsyncClient, "key"), (Client, "--key or TANDEM_KEY")):
+        with pytest.raises(OperatorError, match=f"^{name}: that is not an API key") as refused:
+            kind("http://127.0.0.1", key)
+        assert key not in str(refused.value)
 
 
 async def test_pools_are_told_ready_or_not_and_nothing_else_is_mistaken_for_a_server(script: Any, nowhere: str) -> None:
@@ -198,7 +200,7 @@ async def test_the_environment_s_proxy_is_not_asked_for_loopback(script: Any, mo
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://[::bad", "http://x:99999"])
 async def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(OperatorError, match="is not an http"):
-        Client(url)
+        AsyncClient(url)
 
 
 @pytest.mark.parametrize(

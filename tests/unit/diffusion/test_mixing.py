@@ -35,6 +35,9 @@ common = {
     "seed": st.integers(0, 2**32 - 2),
     "strength": st.sampled_from([0.35, 0.7, 1.0]),
     "source": sources,
+    "mask_blur": st.sampled_from([None, 0.0, 3.0]),
+    "variation_seed": st.integers(0, 2**32 - 2),
+    "variation_strength": st.sampled_from([0.0, 0.0, 0.3]),
     "cancelled": st.integers(0, 9).map(lambda n: n == 0),
 }
 
@@ -64,6 +67,8 @@ def check(runner: Runner, jobs: Sequence[Work], leaving: set[str], max_batch_siz
 def inputs(values: dict[str, Any], grid: Callable[[int, int], Image.Image] = picture) -> dict[str, Any]:
     """`source` as the images that a job starts from, with its strength."""
     source, size = values.pop("source"), (values["width"], values["height"])
+    if source != "mask":
+        values["mask_blur"] = None
     if source == "none":
         values["strength"] = None
         return {}

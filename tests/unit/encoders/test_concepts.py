@@ -251,7 +251,8 @@ def test_the_list_tells_vectors_by_role_and_faults(tmp_path: Path, models: Mappi
     put(tmp_path, "both", clip_l=vectors(2, L), clip_g=vectors(3, G))
     put(tmp_path, "broken", emb_params=torch.full((1, L), float("nan")))
     both, broken = ConceptFolder(tmp_path).of(models["sdxl"]).list()
-    assert both == ConceptInfo(name="both", vectors={"text_encoder": 2, "text_encoder_2": 3})
+    widths = {"text_encoder": L, "text_encoder_2": G}
+    assert both == ConceptInfo(name="both", vectors={"text_encoder": 2, "text_encoder_2": 3}, widths=widths)
     assert broken.name == "broken"
     assert not broken.vectors
     assert broken.fault is not None

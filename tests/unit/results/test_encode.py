@@ -15,7 +15,8 @@ from PIL import Image
 
 from serve.domain import ImageRequest
 from serve.results.encode import encode_image, read_parameters
-from serve.results.png import as_text, parameters
+from serve.results.infotext import as_text
+from serve.results.png import parameters
 from serve.results.png16 import encode_png16
 
 REQUEST = ImageRequest(

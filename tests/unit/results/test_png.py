@@ -1,5 +1,6 @@
 import io
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,8 @@ from PIL import Image
 from serve.domain import ImageRequest
 from serve.errors import InvalidRequest
 from serve.results.encode import read_parameters
-from serve.results.png import as_text, encode_png, parameters
+from serve.results.infotext import as_text
+from serve.results.png import encode_png, parameters
 
 IMAGE = Image.frombytes("RGB", (3, 2), bytes(range(18)))
 PARAMETERS = {
@@ -69,6 +71,7 @@ def test_a_picture_says_how_it_alone_is_made_again() -> None:
         "seed": 9,
         "scheduler": "flow_euler",
         "strength": 0.5,
+        "variation_strength": 0.0,
         "prompt_syntax": "a1111",
         "prompt_weighting": "a1111",
         "long_prompt": "chunk",
@@ -85,6 +88,12 @@ def test_a_picture_says_how_it_alone_is_made_again() -> None:
         'Model: "flux, dev", Denoising strength: 0.5, Clip skip: 2'
     )
     assert "approximate" not in parameters(REQUEST, 0)
+
+
+def test_a_variation_says_which_it_is() -> None:
+    told = parameters(replace(REQUEST, variation_seed=3, variation_strength=0.25, mask_blur=4.0), 2)
+    names = ("seed", "variation_seed", "variation_strength", "mask_blur")
+    assert [told[name] for name in names] == [7, 5, 0.25, 4.0]
 
 
 def test_a_picture_opens_the_way_to_no_other() -> None:
