@@ -15,7 +15,7 @@ from serve.errors import OperatorError
 
 FOLDER = Path(__file__).with_name("workloads")
 
-Dialect = Literal["wait", "events", "poll", "embeddings", "generate", "imagen"]
+Dialect = Literal["wait", "events", "poll", "embeddings", "openai", "a1111", "generate", "imagen"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 Share = Annotated[float, Field(ge=0, le=1)]

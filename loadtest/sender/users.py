@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,6 +22,14 @@ _CUTS = 5
 _RETRY_S = 2.0
 """Before a stream is resumed, where the server does not say."""
 _TERMINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
+_PNG = b"\x89PNG"
+_A1111 = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "cfg_scale",
+    "num_images": "batch_size",
+    "scheduler": "sampler_name",
+}
+"""By our name of a field of an order, A1111's where it is another."""
 _ORDERED = ("prompt", "negative_prompt", "model")
 """Fields of an order that `POST /v1/embeddings` knows."""
 
@@ -108,7 +117,7 @@ def told(reply: Reply) -> Told:
     """What an answer that is no success means. A refusal must say when to come again: that it does not is noted."""
     try:
         error = json.loads(reply.content)["error"]
-        detail = str(error.get("code") or error.get("message") or "")
+        detail = error if isinstance(error, str) else str(error.get("code") or error.get("message") or "")
     except (ValueError, KeyError, TypeError, AttributeError):
         detail = reply.content[:100].decode(errors="replace")
     if reply.status in (429, 503):
@@ -150,6 +159,26 @@ def embeddings(visit: Visit) -> None:
     visit.job = {name: report[name] for name in ("cache", "truncated") if name in report}
 
 
+def openai(visit: Visit) -> None:
+    """OpenAI's clients: the pictures come with the answer. What that dialect has no word for has its native name."""
+    order = dict(visit.body)
+    if "width" in order:
+        order["size"] = f"{order.pop('width')}x{order.pop('height')}"
+    order["n"] = order.pop("num_images", 1)
+    answer = _answered(visit, "/v1/images/generations", order)
+    for each in answer["data"]:
+        visit.picture(_file(each.get("b64_json")))
+
+
+def a1111(visit: Visit) -> None:
+    """A1111's clients, likewise."""
+    order = {_A1111.get(field, field): value for field, value in visit.body.items() if field != "model"}
+    if "model" in visit.body:
+        order["override_settings"] = {"sd_model_checkpoint": visit.body["model"]}
+    for file in _answered(visit, "/sdapi/v1/txt2img", order)["images"]:
+        visit.picture(_file(file))
+
+
 def generate(visit: Visit) -> None:
     """Servers that answer an order with its picture."""
     visit.picture(visit.call("POST", visit.wire.path("/generate"), visit.body))
@@ -170,10 +199,32 @@ DIALECTS: Mapping[str, Callable[[Visit], None]] = {
     "events": events,
     "poll": poll,
     "embeddings": embeddings,
+    "openai": openai,
+    "a1111": a1111,
     "generate": generate,
     "imagen": imagen,
 }
 """What a client of each dialect does until it has what it came for. They raise Told and `Broken`."""
+
+
+def _answered(visit: Visit, path: str, order: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a synchronous call, whose header says which job it was."""
+    reply = visit.call("POST", visit.wire.path(path), order)
+    visit.accepted = True
+    visit.job_id = reply.location.rpartition("/")[2] or None
+    answer: dict[str, Any] = json.loads(reply.content)
+    return answer
+
+
+def _file(text: str | None) -> Reply:
+    """A picture that stands in an answer, as if it had come by itself."""
+    try:
+        content = binascii.a2b_base64(text or "", strict_mode=True)
+    except ValueError:
+        content = b""
+    return Reply(
+        status=200, content=content, kind="image/png" if content.startswith(_PNG) else "", location="", retry_after=""
+    )
 
 
 def _accepted(visit: Visit, path: str, field: str) -> str:

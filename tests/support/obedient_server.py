@@ -1,5 +1,6 @@
 """A small real HTTP server that speaks every dialect of a load test and does with an order what its prompt says."""
 
+import base64
 import contextlib
 import json
 import select
@@ -75,13 +76,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.left.release()
             self.close_connection = True
         elif wish in ("refuse", "rude"):
-            error = {"error": {"code": "queue_full", "message": "full"}}
+            error = self._error("queue_full")
             return self._answer(503, error, {"Retry-After": "7"} if wish == "refuse" else {})
         elif wish in ("invalid", "fail"):
-            return self._answer(422 if wish == "invalid" else 500, {"error": {"code": wish, "message": "no"}})
+            return self._answer(422 if wish == "invalid" else 500, self._error(wish))
         if not self.close_connection:
             self._take(path.path, path.query, order)
         return None
+
+    def _error(self, code: str) -> dict[str, Any]:
+        a1111 = self.path.startswith("/sdapi")
+        return {"error": code, "detail": "no"} if a1111 else {"error": {"code": code, "message": "no"}}
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
@@ -113,10 +118,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/generate":
             synchronous = order["prompt"] != "job fails" and order.get("seed") != 202
             self._answer(*(200, PICTURE) if synchronous else (202, {"job_id": job_id}))
+        elif path in ("/v1/images/generations", "/sdapi/v1/txt2img"):
+            self._draw(path, job_id)
         elif query == "wait=true":
             self._answer(200, self._job(job_id))
         else:
             self._answer(202, {"id": job_id, "state": "queued"})
+
+    def _draw(self, path: str, job_id: str) -> None:
+        if self._wish(job_id) == "job fails":
+            return self._answer(500, self._error("out_of_memory"))
+        file = base64.b64encode(PICTURE).decode()
+        answer = {"data": [{"b64_json": file}]} if path.startswith("/v1") else {"images": [file], "info": "{}"}
+        return self._answer(200, answer, {"Location": f"/v1/jobs/{job_id}"})
 
     def _wish(self, job_id: str) -> str:
         return self.server.jobs[job_id]

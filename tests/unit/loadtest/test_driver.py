@@ -37,7 +37,7 @@ def test_every_answer_is_told_for_what_it_is() -> None:
         "job fails": (Outcome.FAILED, 200, "failed: out_of_memory"),
         "never": (Outcome.LATE, 0, "given up after 2 s"),
     }
-    dialects = ("wait", "events", "poll", "embeddings", "generate", "imagen")
+    dialects = ("wait", "events", "poll", "embeddings", "openai", "a1111", "generate", "imagen")
     wanted = [(dialect, wish) for dialect in dialects for wish in wishes]
     arrivals = [
         arrival(index, wish, dialect, seed=202 if dialect == "imagen" else 0)
@@ -55,9 +55,14 @@ def test_every_answer_is_told_for_what_it_is() -> None:
         outcome, _, detail = wishes[wish]
         if (dialect, wish) == ("imagen", "job fails"):
             detail = "no"
+        if dialect in ("openai", "a1111") and wish == "job fails":
+            detail = "out_of_memory"
         assert (sample.outcome, sample.detail) == (outcome, detail), (dialect, wish, sample)
         if outcome is Outcome.DONE:
             assert sample.bytes == (0 if dialect == "embeddings" else len(PICTURE)), (dialect, wish)
+        if dialect in ("openai", "a1111") and wish == "picture":
+            assert sample.job is not None
+            assert sample.job["timings"] == {"total_s": 1.0}, dialect
         if dialect in ("wait", "poll", "events") and wish in ("picture", "job fails"):
             assert sample.job is not None
             assert sample.job["timings"] == {"total_s": 1.0}, dialect

@@ -16,8 +16,9 @@ LEAST = "description: one\narrivals: {process: poisson, rate: 2}\n"
 
 
 def test_every_workload_that_is_promised_is_there_and_says_whose_traffic_it_is() -> None:
-    promised = {"mixed", "burst", "diurnal", "seed-sweep", "unique", "long-prompts", "hang-ups", "embeddings"}
-    promised |= {f"zipf-{a}" for a in ("0.6", "0.8", "1.0")} | {f"overload-{times}x" for times in (2, 5, 10)}
+    promised = {"mixed", "burst", "diurnal", "dialects", "seed-sweep", "unique", "long-prompts", "hang-ups"}
+    promised |= {"embeddings", *(f"zipf-{a}" for a in ("0.6", "0.8", "1.0"))}
+    promised |= {f"overload-{times}x" for times in (2, 5, 10)}
     assert set(names()) == promised
     for name in names():
         workload = load(name)
