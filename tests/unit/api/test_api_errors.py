@@ -37,6 +37,7 @@ EXPECTED = {
     errors.JobGone: 410,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
+    errors.UnsupportedMediaType: 415,
     errors.Unavailable: 503,
     errors.RateLimited: 429,
     errors.QueueFull: 503,

@@ -55,7 +55,7 @@ def test_an_order_has_the_fields_and_defaults_of_the_service() -> None:
     assert defaults(JobOrder) == fields_of(NewImage, but={"salt"})
     of_texts = defaults(EmbeddingOrder, but={"dtype", "output"}) | defaults(AnalysisOrder)
     assert of_texts == fields_of(NewText, but={"salt"})
-    assert set(ModelView.model_fields) - {"object", "images", "concepts"} == {
+    assert set(ModelView.model_fields) - {"object", "owned_by", "images", "concepts"} == {
         each.name for each in dataclasses.fields(ModelInfo)
     }
 
