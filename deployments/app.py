@@ -15,6 +15,7 @@ from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from deployments.autoscaling import REPORT_S, WINDOW_S
+from deployments.captions import Captions
 from deployments.diffusion import Diffusion
 from deployments.ingress import Ingress
 from deployments.parts import check_urls
@@ -22,9 +23,10 @@ from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import open_catalog
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
+from serve.models.captioner import captioner_of
 from serve.origins import load_args, plain_secrets, variable_of
 from serve.placements import GPU_CLASS_LABEL, HERE, Placement, plan_placements, setting_of
-from serve.settings import DiffusionSettings, EncoderSettings, Settings
+from serve.settings import CaptionSettings, DiffusionSettings, EncoderSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ AFFINITY = "deployments.affinity:UnitAffinity"
 MAX_QUEUED = 500
 """Requests of one process that may wait for a replica of a text encoder; one more is refused at once. Fewer than the
 requests that an ingress takes (`http.max_connections`): else it would never come to that."""
+MAX_QUEUED_PICTURES = 64
+"""The same of those that are to be described: each has its PNG in memory, and a caption takes a second and more."""
 HEALTH: dict[str, Any] = {"health_check_period_s": 3.0, "health_check_timeout_s": 5.0}
 """Ray Serve replaces a replica that failed three times in a row: one that answers nothing any more within 24 s."""
 
@@ -78,7 +82,7 @@ def application(settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
-    ).bind(settings, encoders, diffusion)
+    ).bind(settings, encoders, diffusion, captions(settings))
 
 
 def denoiser(placement: Placement, settings: Settings, encoders: Mapping[str, serve.Application]) -> serve.Application:
@@ -112,7 +116,43 @@ def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:
     ).bind(settings, encoder.name)
 
 
-def actor_options(own: EncoderSettings | DiffusionSettings, settings: Settings, num_gpus: str) -> dict[str, Any]:
+def captions(settings: Settings) -> serve.Application | None:
+    """The pool that describes pictures; None where none is offered. Raises OperatorError."""
+    own = settings.captions
+    if captioner_of(own) is None:
+        return None
+    return serve.deployment(
+        Captions,
+        name="Captions",
+        **caption_replicas(own),
+        max_ongoing_requests=4 * own.max_batch_size,
+        max_queued_requests=MAX_QUEUED_PICTURES,
+        ray_actor_options=actor_options(own, settings, "captions.num_gpus"),
+        **HEALTH,
+    ).bind(settings)
+
+
+def caption_replicas(own: CaptionSettings) -> dict[str, Any]:
+    """How many: by the pictures that wait, as Serve's own policy counts them."""
+    if own.min_replicas == own.max_replicas:
+        return {"num_replicas": own.max_replicas}
+    # As an encoder's pool: what does not work here is found out at the start.
+    initial = {} if own.min_replicas else {"initial_replicas": 1}
+    return {
+        "autoscaling_config": initial
+        | {
+            "min_replicas": own.min_replicas,
+            "max_replicas": own.max_replicas,
+            "target_ongoing_requests": own.max_batch_size,
+            "upscale_delay_s": WINDOW_S,
+            "downscale_delay_s": own.idle_s,
+        }
+    }
+
+
+def actor_options(
+    own: EncoderSettings | DiffusionSettings | CaptionSettings, settings: Settings, num_gpus: str
+) -> dict[str, Any]:
     """What a replica reserves: on nodes with the label of its GPU class, anywhere where it has none.
 
     Raises OperatorError, which names the setting `num_gpus`, for replicas that would compute on a class's cards without

@@ -13,12 +13,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, ServeStatus
 
+from serve.captions.messages import Ask, Caption
 from serve.domain import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
 from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable, GenerationFailed, TandemError
 from serve.placements import Fleet
 from serve.service import PoolState
+from serve.settings import CaptionSettings
 
 CALL_S = 10.0
 BENCHMARK_S = 300.0
@@ -47,6 +49,14 @@ class Controller:
             return status.applications[application].deployments[deployment]
         except (RayError, KeyError):
             return None
+
+    async def awake(self, handle: DeploymentHandle) -> PoolState:
+        """Of a pool that may sleep, which being asked itself would keep awake."""
+        overview = await self.overview(handle.app_name, handle.deployment_name)
+        if overview is None or overview.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED):
+            return PoolState(False, "its replicas don't start")
+        awake = overview.replica_states.get("RUNNING", 0)
+        return PoolState(True, f"{awake} awake" if awake else "asleep")
 
 
 class EncoderClient:
@@ -79,11 +89,7 @@ class EncoderClient:
         controller knows as much of it as matters here."""
         if not self._sleeps:
             return PoolState(True, await _call(self._handle.describe, pool=self.name))
-        overview = await self._controller.overview(self._handle.app_name, self._handle.deployment_name)
-        if overview is None or overview.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED):
-            return PoolState(False, "its replicas don't start")
-        awake = overview.replica_states.get("RUNNING", 0)
-        return PoolState(True, f"{awake} awake" if awake else "asleep")
+        return await self._controller.awake(self._handle)
 
     async def _ask(self, method: Any, units: Sequence[EncodeUnit]) -> Any:
         return await _call(method, list(units), self._redis_away(), pool=self.name, within_s=self._patience_s)
@@ -137,6 +143,29 @@ class EncoderClients:
                 each.cancel()  # where one has failed, nobody waits for the others
         streams = {encoder: iter(answer) for encoder, answer in zip(parts, answers, strict=True)}
         return [next(streams[unit.encoder]) for unit in units]
+
+
+class CaptionClient:
+    """The pool that describes pictures."""
+
+    name = "captions"
+
+    def __init__(self, handle: DeploymentHandle, settings: CaptionSettings) -> None:
+        self._handle = handle
+        self._controller = Controller()
+        self._sleeps = settings.min_replicas == 0
+        self._patience_s = CALL_S + settings.stall_s + (settings.start_s if self._sleeps else 0.0)
+
+    async def caption(self, ask: Ask) -> Caption:
+        """Wakes a pool that sleeps. Raises InvalidRequest, BackendUnavailable, GenerationFailed."""
+        told: Caption = await _call(self._handle.caption, ask, pool=self.name, within_s=self._patience_s)
+        return told
+
+    async def ready(self) -> PoolState:
+        """As an EncoderClient's."""
+        if not self._sleeps:
+            return PoolState(True, await _call(self._handle.describe, pool=self.name))
+        return await self._controller.awake(self._handle)
 
 
 class DiffusionClient:

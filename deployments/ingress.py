@@ -17,10 +17,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.handles import DiffusionClients
+from deployments.handles import CaptionClient, DiffusionClients
 from deployments.parts import Parts, cache_url, open_parts, open_text
 from serve.api.app import create_app
 from serve.api.job_schemas import webhook_body
+from serve.captions.service import CaptionService
 from serve.domain import Job
 from serve.errors import BackendUnavailable, OperatorError
 from serve.jobs.gauges import Place, QueueGauges, tell_gauges
@@ -50,9 +51,14 @@ class Ingress:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, encoders: Mapping[str, DeploymentHandle], diffusion: Mapping[str, DeploymentHandle]
+        self,
+        settings: Settings,
+        encoders: Mapping[str, DeploymentHandle],
+        diffusion: Mapping[str, DeploymentHandle],
+        captions: DeploymentHandle | None = None,
     ) -> None:
-        """`encoders` by fingerprint; `diffusion` by placement, none on a server that only encodes text.
+        """`encoders` by fingerprint; `diffusion` by placement, none on a server that only encodes text; `captions`
+        where they are offered.
 
         Raises OperatorError that names `keys.required` where nobody could pass, `webhooks.secret` where nobody could
         check who calls.
@@ -72,6 +78,8 @@ class Ingress:
         planners = await asyncio.to_thread(catalog.planners)
         fleet = Fleet(plan_placements(settings, catalog.drawn))
         clients = DiffusionClients(diffusion, fleet)
+        describing = None if captions is None else CaptionClient(captions, settings.captions)
+        probes = {} if describing is None else {describing.name: describing.ready}
 
         async def queue_state() -> PoolState:
             return PoolState(True, f"{await parts.jobs.queue_depth()} waiting")
@@ -92,7 +100,7 @@ class Ingress:
             planners=planners,
             prepare=self._text.clients.prepare,
             results=parts.results,
-            pools={"jobs": queue_state, "results": result_state} | self._text.clients.probes | clients.probes,
+            pools={"jobs": queue_state, "results": result_state} | self._text.clients.probes | clients.probes | probes,
             metrics=parts.metrics,
             benchmark=clients.benchmark if diffusion and settings.http.offers_benchmark else None,
             rules=settings.jobs,
@@ -101,6 +109,10 @@ class Ingress:
             embeddings=self._text.embeddings,
         )
         self._open.push_async_callback(self._service.close)
+        self._captions: CaptionService | None = None
+        if describing is not None:
+            own, view = settings.captions, self._service.view
+            self._captions = CaptionService(own.model, own, settings.limits, view, describing.caption)
         wanted = {Place(each.model, each.name, each.gpu_class): each.settings.replicas for each in fleet.placements}
         gauges = QueueGauges(parts.jobs, parts.metrics, wanted)
         chores: dict[str, Callable[[], Awaitable[None]]] = {
@@ -137,7 +149,9 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
-        return carried(create_app(self._service, self._texts, self._settings, self._keys, self._tracing))
+        return carried(
+            create_app(self._service, self._texts, self._settings, self._keys, self._tracing, self._captions)
+        )
 
 
 def carried(app: FastAPI) -> FastAPI:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 
 from ray import serve
 
+from deployments.doors import Order
 from deployments.metrics import RayMetrics, tell_device
 from deployments.parts import cache_url, check_urls
 from serve.catalog import open_catalog
@@ -17,46 +17,12 @@ from serve.encoders.cache import Fetched
 from serve.encoders.census import CensusTaker
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool, PoolLoad
-from serve.errors import BackendUnavailable, DeviceLost
 from serve.settings import Settings
 from serve.telemetry import logs
 
 DOOR = 256
 """Requests that may come in together, and so the fewest that a replica takes at once: most are answered from memory,
 and must not queue behind a few that wait for a forward."""
-
-
-class Order:
-    """One request on its way through the door.
-
-    Owns: the task that has it encoded, once it is through.
-    """
-
-    def __init__(self, units: Sequence[EncodeUnit], redis_away: bool) -> None:
-        self._units = units
-        self._redis_away = redis_away
-        self._task: asyncio.Task[list[Fetched]] | None = None
-
-    def start(self, pool: EncoderPool) -> None:
-        self._task = asyncio.create_task(pool.encode(self._units, self._redis_away))
-
-    async def answer(self) -> list[Fetched]:
-        """Of a started order. Whoever is cancelled here cancels the order."""
-        assert self._task is not None
-        try:
-            return await self._task
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if caller is not None and caller.cancelling():
-                raise
-            raise BackendUnavailable("this text encoder is stopping", None, 1.0) from None
-        except DeviceLost as error:  # of this replica, not of the request: another may be asked
-            raise BackendUnavailable(f"{error.message}; this replica is being replaced", None, 1.0) from None
-
-    def withdraw(self) -> None:
-        """Nobody waits for it any more. Nothing happens where it is done."""
-        if self._task is not None:
-            self._task.cancel()
 
 
 class TextEncoder:
@@ -87,7 +53,7 @@ class TextEncoder:
 
         `redis_away`: the caller has just found the cache Redis away.
         """
-        order = Order(units, redis_away)
+        order = Order(lambda: self._pool.encode(units, redis_away), "this text encoder")
         try:
             await self._door(order)
             return await order.answer()
@@ -99,7 +65,7 @@ class TextEncoder:
         return [got.tier for got in await self.encode(units, redis_away)]
 
     @serve.batch(max_batch_size=DOOR, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
-    async def _door(self, orders: list[Order]) -> list[None]:
+    async def _door(self, orders: list[Order[list[Fetched]]]) -> list[None]:
         """What has arrived starts together, so that its misses share a forward.
 
         The door waits for nothing: not for more to come, which would cost an idle pool its wait; not for a batch,
@@ -107,7 +73,7 @@ class TextEncoder:
         CancelledError in here would leave the others without an answer. The pool's queue cuts the batches.
         """
         for order in orders:
-            order.start(self._pool)
+            order.start()
         return [None] * len(orders)
 
     def check_health(self) -> None:

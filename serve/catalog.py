@@ -9,9 +9,9 @@ from serve.encoders.concepts import ConceptFolder
 from serve.encoders.registry import Registry, register
 from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
-from serve.placements import draws
+from serve.placements import wanted_models
 from serve.prompts.plan import Planner
-from serve.settings import ModelSettings, Settings
+from serve.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def open_catalog(settings: Settings) -> Catalog:
     left. Raises OperatorError naming the setting.
     """
     models: dict[str, ModelFolder] = {}
-    for setting, each, text_only in _wanted(settings):
+    for setting, each, text_only in wanted_models(settings):
         model = resolve(each, settings.data_dir, text_only=text_only, setting=setting)
         if model.name in models:
             raise OperatorError(
@@ -57,11 +57,3 @@ def open_catalog(settings: Settings) -> Catalog:
     concepts = ConceptFolder(settings.concept_folder)
     concepts.look()  # reads what is there now, before any request waits for it
     return Catalog(models, register(list(models.values()), settings), concepts)
-
-
-def _wanted(settings: Settings) -> list[tuple[str, ModelSettings, bool]]:
-    """(group of settings, what it says, whether only its text is wanted)."""
-    text_only = not draws(settings)
-    wanted = [("model", settings.model, text_only)]
-    wanted += [(f"models.{index}", each, text_only) for index, each in enumerate(settings.models)]
-    return wanted + [(f"text_models.{index}", each, True) for index, each in enumerate(settings.text_models)]

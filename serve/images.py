@@ -23,6 +23,9 @@ MIN_SIDE = 8
 """Pixels; nothing can be drawn from less, and no model's grid is finer."""
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp", "application/octet-stream")
 """What a data URL may say; the bytes decide."""
+MAX_RATIO = 16
+"""Of the sides of a picture that a model is to look at: most models bring the shorter side to a size of their own, and
+a strip's longer side would grow with it beyond all bounds."""
 WHITE_FROM = 128
 """Least value of a mask's pixel that counts as white: diffusers binarises at 0.5."""
 
@@ -107,6 +110,17 @@ def image_png(upload: Upload, width: int, height: int, mode: ResizeMode = Resize
     with _Guard(upload.field):
         image = _pixels(upload).convert("RGB")
         return _png(_resized(image, width, height, mode))
+
+
+def viewed_png(upload: Upload, most: int) -> bytes:
+    """The picture as an RGB PNG, made smaller where a side has more than `most` pixels. Raises InvalidRequest for a
+    file that is broken, and for a strip."""
+    longer, shorter = max(upload.width, upload.height), min(upload.width, upload.height)
+    if longer > MAX_RATIO * shorter:
+        told = f"{upload.field} is {upload.width} x {upload.height}; one side may be {MAX_RATIO} times the other"
+        raise InvalidRequest(told, upload.field)
+    scale = min(1.0, most / longer)
+    return image_png(upload, max(1, round(upload.width * scale)), max(1, round(upload.height * scale)))
 
 
 def mask_png(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from serve.domain import ImageRequest, ResizeMode
 from serve.errors import BackendUnavailable, JobNotFound
-from serve.images import Upload, cut_out_png, image_png, inspect, mask_png, written_file
+from serve.images import Upload, cut_out_png, image_png, inspect, mask_png, viewed_png, written_file
 from serve.jobs.store import JobStore
 from serve.orders import NewImage
 from serve.results.keys import input_key, split
@@ -77,6 +77,11 @@ class Inputs:
         Raises as `read` does."""
         upload = await self._upload(field, text, owner)
         return await self._worked(cut_out_png, upload)
+
+    async def picture(self, field: str, text: str, owner: str, most: int) -> bytes:
+        """For a model to look at: the picture that the text holds or names, as an RGB PNG of at most `most` pixels a
+        side. Raises as `read` does."""
+        return await self._worked(viewed_png, await self._upload(field, text, owner), most)
 
     async def key(self, job_id: str, name: str, owner: str) -> str:
         """Of a picture of an owner's job, in the result store. JobNotFound where the job has none of that name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import pkgutil
@@ -12,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,8 +25,10 @@ from serve.devices import claim_device
 from serve.embedded import EmbeddedRedis, check_redis, make_private
 from serve.errors import OperatorError, Unavailable
 from serve.keys import KeyStore
+from serve.models.captioner import captioner_of
 from serve.origins import Loaded, shown
 from serve.placements import GPU_CLASS_LABEL, HERE, plan_placements, setting_of
+from serve.ports import LOOPBACK, check_port
 from serve.results.store import open_store
 from serve.settings import ConceptSettings, JobSettings, Settings
 from serve.shares import fit
@@ -42,7 +42,6 @@ WATCH_S = 0.5
 DRAIN_MARGIN_S = 10.0
 RAY_END_S = 2.0
 RAY_SERVERS = ("raylet", "gcs_server")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 APPLICATION = "deployments.app:application"
 """The graph, by its import path: `serve` does not import `deployments`."""
 
@@ -70,7 +69,7 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
     Returns the settings as `on_this_machine` and with every path absolute and every URL filled in, what is served, and
     the servers. Raises OperatorError naming the setting.
     """
-    _check_port(settings.http.host, settings.http.port)
+    check_port(settings.http.host, settings.http.port)
     data_dir = settings.data_dir.absolute()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -85,6 +84,8 @@ def prepare(settings: Settings, stack: contextlib.ExitStack) -> tuple[Settings, 
         claim_device(placement.settings.device, 0.0, setting_of(settings, placement.name, "device"))
     for encoder in catalog.registry.encoders:
         claim_device(encoder.settings.place, 0.0, encoder.setting("device"))
+    if captioner_of(settings.captions) is not None:
+        claim_device(settings.captions.place, 0.0, "captions.device")
     try:
         asyncio.run(open_store(settings.results, data_dir).check())
     except Unavailable:
@@ -222,17 +223,6 @@ def _drain(drain_s: float) -> None:
     serve.delete(NAME, _blocking=False)
     while NAME in serve.status().applications and time.monotonic() < deadline:
         time.sleep(WATCH_S)
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            setting = "http.port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "http.host"
-            raise OperatorError(f"{setting}: {host}:{port}: {error.strerror}", setting) from None
 
 
 def _interrupt_on_signals() -> None:

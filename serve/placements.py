@@ -16,7 +16,7 @@ from serve.memory.terms import Dtype, ModelShape
 from serve.models import ModelFolder
 from serve.origins import reason_of
 from serve.rungs import Rung, worst_of
-from serve.settings import DiffusionSettings, GpuClassSettings, Settings
+from serve.settings import DiffusionSettings, GpuClassSettings, ModelSettings, Settings
 
 GPU_CLASS_LABEL = "tandem.dev/gpu-class"
 """The node label that says which GPU class a node's cards are of."""
@@ -120,6 +120,14 @@ def draws(settings: Settings) -> bool:
     if not settings.placements:
         return settings.diffusion.replicas > 0
     return any(settings.placement_named(name).replicas for name in settings.placements)
+
+
+def wanted_models(settings: Settings) -> list[tuple[str, ModelSettings, bool]]:
+    """(group of settings, what it says of a model, whether only its text is wanted). Raises ValidationError."""
+    text_only = not draws(settings)
+    wanted = [("model", settings.model, text_only)]
+    wanted += [(f"models.{index}", each, text_only) for index, each in enumerate(settings.models)]
+    return wanted + [(f"text_models.{index}", each, True) for index, each in enumerate(settings.text_models)]
 
 
 def setting_of(settings: Settings, placement: str, field: str) -> str:

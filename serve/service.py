@@ -181,6 +181,10 @@ class ImageService:
         await self._door.look(new, caller)
         return await self._inputs.cut_out(field, getattr(new, field), caller.owner)
 
+    async def view(self, field: str, text: str, owner: str, most: int) -> bytes:
+        """A picture for a model to look at, as `Inputs.picture` has it."""
+        return await self._inputs.picture(field, text, owner, most)
+
     def quality_steps(self, model: str | None) -> Mapping[str, int]:
         """Denoising steps by a word of quality. Raises ModelNotFound."""
         _, denoiser = drawn(model, self._models)

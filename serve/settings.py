@@ -383,6 +383,62 @@ class DiffusionSettings(Room):
         return None if self.dtype == "auto" else self.dtype
 
 
+class CaptionSettings(Room):
+    source: str = ""
+    """Folder of the model that describes pictures (`POST /v1/captions`): any image-text-to-text model of transformers
+    (BLIP, LLaVA, Pixtral, Llama 3.2 Vision) with safetensors. Without one, captions are not offered."""
+    name: str | None = None
+    """Name that requests use in `model`; by default the last part of the source."""
+    prompt: str = ""
+    """What the model is told of a picture by a request that tells it nothing. By default nothing, where the model
+    captions pictures alone, and `Describe this image in one sentence.` where it chats."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Most tokens of a caption, and those of a request that names none."""
+    device: Device = "auto"
+    """Device of the model; `auto` takes a GPU where `num_gpus` gives the replica one, else the CPU."""
+    dtype: Literal["auto", Dtype] = "auto"
+    """Precision of the model; `auto` takes float32 on a CPU, on a GPU bfloat16, or float16 where it has none."""
+    max_batch_size: int = Field(8, ge=1)
+    """Most pictures that are described at once."""
+    batch_wait_s: float = Field(0.01, ge=0)
+    """Seconds that a picture waits for others that may share its batch. While a batch is computed, the next one gathers
+    by itself."""
+    torch_threads: int | None = Field(None, ge=1)
+    """CPU threads of the model, where it runs on a CPU; by default all cores but one."""
+    stall_s: float = Field(120.0, gt=0)
+    """Seconds that one batch may take before the replica counts as hung and is replaced, and a request is given up."""
+    start_s: float = Field(300.0, gt=0)
+    """Seconds that a request waits for a pool that is asleep, beyond those that it would wait for one that is awake."""
+    min_replicas: int = Field(1, ge=0)
+    """Fewest replicas; 0 lets the pool sleep, once it was loaded at the start, and the next picture wakes it."""
+    max_replicas: int = Field(1, ge=1)
+    """Most replicas; the pool grows where more than `max_batch_size` pictures wait for each."""
+    idle_s: float = Field(300.0, gt=0)
+    """Seconds of a smaller load after which the pool shrinks."""
+    num_cpus: float = Field(0.5, ge=0)
+    """CPUs that one replica reserves in Ray."""
+    num_gpus: float = Field(0.0, ge=0, le=1)
+    """Share of a GPU that one replica reserves in Ray, at most 1."""
+    gpu_class: str | None = None
+    """One of `gpu_classes`: the replicas run on nodes with its label. By default on any that has what they reserve."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+    @property
+    def place(self) -> Device:
+        """As an encoder's."""
+        return "cpu" if self.device == "auto" and not self.num_gpus else self.device
+
+    @property
+    def model(self) -> str:
+        """Name of the model; empty where captions are not offered."""
+        return self.name or Path(self.source).name if self.source else ""
+
+
 class S3Settings(Room):
     bucket: str = ""
     """Bucket for images; required with `results.store: s3`, because bucket names are global."""
@@ -489,6 +545,7 @@ class Settings(BaseSettings):
     placements: dict[str, dict[str, Any]] = {}
     """Which model is drawn on which GPU class, by a name of its own; what differs from `diffusion`:
     `{sd-small: {model: sd15, gpu_class: 4gb}}`. Without any, each model has one placement with `diffusion` as it is."""
+    captions: CaptionSettings = CaptionSettings()
     results: ResultSettings = ResultSettings()
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
@@ -523,6 +580,7 @@ class Settings(BaseSettings):
             if "gpu_class" in self.placements[name]:
                 self._check_class(gpu_class, ("placements", name, "gpu_class"))
         self._check_class(self.diffusion.gpu_class, ("diffusion", "gpu_class"))
+        self._check_class(self.captions.gpu_class, ("captions", "gpu_class"))
         return self
 
     @model_validator(mode="after")

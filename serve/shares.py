@@ -26,6 +26,9 @@ def fit(
 
     Raises OperatorError for more than there is: Ray would wait for another machine.
     """
+    for resource, field in RESOURCES:
+        if (wanted := _captions(settings, field)) > machine.get(resource, 0.0) + EPSILON:
+            raise _too_much(f"captions.{field}", f"it wants {wanted:g}", resource, machine)
     for (resource, field), encoder in itertools.product(RESOURCES, encoders):
         if (wanted := _reserved(encoder, field)) > machine.get(resource, 0.0) + EPSILON:
             raise _too_much(f"encoders.{encoder.name}.{field}", f"it wants {wanted:g}", resource, machine)
@@ -37,9 +40,11 @@ def fit(
         for each in placements:
             own = shared.placement_named(each.name)
             drawing[each.name] = own.replicas * getattr(own, field)
-        wants = [(f"http.{field}", http), (f"encoder.{field}", text)]
+        captions = _captions(settings, field)
+        wants = [(f"http.{field}", http), (f"encoder.{field}", text), (f"captions.{field}", captions)]
         wants += [(setting_of(settings, name, field), wanted) for name, wanted in drawing.items()]
-        told = f"http wants {http:g}, the text encoders {text:g}, diffusion {sum(drawing.values()):g}"
+        said = f", captions {captions:g}" if settings.captions.source else ""
+        told = f"http wants {http:g}, the text encoders {text:g}{said}, diffusion {sum(drawing.values()):g}"
         for (setting, _), wanted in zip(wants, itertools.accumulate(wanted for _, wanted in wants), strict=True):
             if wanted > machine.get(resource, 0.0) + EPSILON:
                 raise _too_much(setting, told, resource, machine)
@@ -56,6 +61,8 @@ def _shared_out(
     if not open_:
         return settings
     pieces = [("encoder.num_gpus", each.settings.num_gpus) for each in encoders for _ in range(_least(each))]
+    if settings.captions.source and settings.captions.num_gpus:
+        pieces += [("captions.num_gpus", settings.captions.num_gpus)] * max(1, settings.captions.min_replicas)
     for each in placements:
         if each.settings.num_gpus:
             setting = setting_of(settings, each.name, "num_gpus")
@@ -97,6 +104,13 @@ def _least(encoder: Encoder) -> int:
 def _reserved(encoder: Encoder, field: str) -> float:
     """What the fewest replicas that a pool has when it is awake reserve, in `num_gpus` or `num_cpus`."""
     reserved: float = _least(encoder) * getattr(encoder.settings, field)
+    return reserved
+
+
+def _captions(settings: Settings, field: str) -> float:
+    """The same of the pool that describes pictures; 0 where there is none."""
+    own = settings.captions
+    reserved: float = max(1, own.min_replicas) * getattr(own, field) if own.source else 0.0
     return reserved
 
 

@@ -9,6 +9,8 @@ from serve.models.denoiser import Denoiser
 from serve.placements import Placement
 from serve.relief import AGED_S, memory_mb
 
+IDLE_WAIT_S = 1.0
+"""After so long a replica that found nothing asks again, though no bell rang."""
 LEFT_TO_OTHERS_S = 0.25
 """For so long a full replica leaves work to those that have a free row."""
 

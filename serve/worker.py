@@ -26,11 +26,10 @@ from serve.settings import JobSettings
 from serve.spool import Spool
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.tracing import Tracing
-from serve.wants import wants_of
+from serve.wants import IDLE_WAIT_S, wants_of
 
 log = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 1.0
 REPORT_S = 5.0
 RELEASE_S = 3.0
 """For giving back what is not finished, and for the step loop's end."""

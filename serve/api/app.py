@@ -7,12 +7,13 @@ from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from serve import __version__
-from serve.api import document, errors, health, imagen, jobs, native, openai, prompts, sdapi, text
+from serve.api import captions, document, errors, health, imagen, jobs, native, openai, prompts, sdapi, text
 from serve.api.arrivals import Arrivals
 from serve.api.auth import Doorkeeper
 from serve.api.middleware import BodyLimit, RequestIds
 from serve.api.parts import Root
 from serve.api.streams import Streams
+from serve.captions.service import CaptionService
 from serve.keys import KeyStore
 from serve.service import ImageService
 from serve.settings import Settings
@@ -26,9 +27,10 @@ def create_app(
     settings: Settings,
     keys: KeyStore | None = None,
     tracing: Tracing | None = None,
+    describing: CaptionService | None = None,
 ) -> FastAPI:
-    """Every dialect on one pair of services. Without `keys` whoever reaches the server may use it, without `tracing` no
-    order is traced."""
+    """Every dialect on the same services. Without `keys` whoever reaches the server may use it, without `tracing` no
+    order is traced, without `describing` no caption is made."""
     app = FastAPIOffline(  # FastAPI whose page at /docs carries its own scripts: it works on a closed network
         redoc_url=None,
         title="Tandem",
@@ -40,6 +42,7 @@ def create_app(
     )
     app.state.service = service
     app.state.text = texts
+    app.state.captions = describing
     app.state.keys = keys
     app.state.salted_keys = settings.keys.salt
     app.state.salt_header = settings.cache.salt_header
@@ -60,6 +63,7 @@ def create_app(
     app.include_router(openai.router)
     app.include_router(text.router)
     app.include_router(prompts.router)
+    app.include_router(captions.router)
     app.include_router(sdapi.router)
     app.include_router(imagen.router)
     app.include_router(health.router)

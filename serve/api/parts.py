@@ -13,6 +13,7 @@ from fastapi.dependencies.models import Dependant
 
 from serve.api.auth import KEYED
 from serve.api.streams import Streams
+from serve.captions.service import CaptionService
 from serve.errors import InvalidRequest
 from serve.service import ImageService
 from serve.settings import LimitSettings
@@ -28,6 +29,11 @@ async def _service(request: Request) -> ImageService:
 async def _text(request: Request) -> TextService:
     text: TextService = request.app.state.text
     return text
+
+
+async def _captions(request: Request) -> CaptionService | None:
+    captions: CaptionService | None = request.app.state.captions
+    return captions
 
 
 async def _root(request: Request) -> str:
@@ -66,6 +72,8 @@ GUARDED = (*KEYED, Depends(_known_query))
 
 Service = Annotated[ImageService, Depends(_service)]
 Text = Annotated[TextService, Depends(_text)]
+Captions = Annotated[CaptionService | None, Depends(_captions)]
+"""None where no model describes pictures."""
 OpenStreams = Annotated[Streams, Depends(_streams)]
 Root = Annotated[str, Depends(_root)]
 Limits = Annotated[LimitSettings, Depends(_limits)]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from serve import __version__
 from serve.api.dialects import ErrorDetail
 from serve.api.fields import FiniteNumber, Name, Schema, Text
 from serve.api.prompt_schemas import PromptOrder
@@ -266,3 +267,4 @@ class Readiness(Schema):
 
 class Health(Schema):
     status: Literal["ok"] = "ok"
+    version: str = Field(__version__, description="Of the server.")

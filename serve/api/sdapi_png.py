@@ -10,7 +10,8 @@ from pydantic import ConfigDict
 from serve.api.auth import Uses
 from serve.api.errors import documented
 from serve.api.fields import Schema
-from serve.api.parts import Limits
+from serve.api.parts import Captions, Limits
+from serve.captions.service import NewCaption
 from serve.errors import ModelNotFound
 from serve.images import inspect, written_file
 from serve.results.infotext import read_text
@@ -25,6 +26,10 @@ _PICTURE = (
     "AIJoAAAAC0lEQVR4nGNgQAUAABAAATm9j2UAAAAASUVORK5CYII="
 )
 """A black one, of which is said that it is a cat."""
+
+
+_ANY = "clip"
+"""What A1111's clients call the one that describes."""
 
 
 class A1111PngInfo(Schema):
@@ -57,7 +62,13 @@ class A1111Interrogate(Schema):
     image: str = ""
     """PNG, JPEG or WebP in base64, or as a data URL."""
     model: str = "clip"
-    """Who is to describe it."""
+    """Who is to describe it: `clip`, whatever the model here is, or its own name."""
+
+
+class A1111Caption(Schema):
+    """What it shows."""
+
+    caption: str
 
 
 @router.post("/sdapi/v1/png-info")
@@ -68,9 +79,14 @@ async def a1111_png_info(order: A1111PngInfo, limits: Limits, caller: Uses) -> A
 
 
 @router.post("/sdapi/v1/interrogate", responses=documented(404))
-async def a1111_interrogate(order: A1111Interrogate, caller: Uses) -> None:
-    """Refused: this server has no model that describes pictures, and answers as A1111 does for one that it has not."""
-    raise ModelNotFound("model: this server has no model that describes pictures", "model")
+async def a1111_interrogate(order: A1111Interrogate, captions: Captions, caller: Uses) -> A1111Caption:
+    """Describe a picture. Where no model here does (`captions.source`) this is a 404, as of A1111 for a model that it
+    has not; so it is for `deepdanbooru`, whose tags no other model knows."""
+    if captions is None:
+        raise ModelNotFound("model: this server has no model that describes pictures", "model")
+    model = None if order.model == _ANY else order.model
+    told = await captions.caption(NewCaption(image=order.image.strip(), model=model), caller)
+    return A1111Caption(caption=told.caption)
 
 
 def _read(image: str, limits: LimitSettings) -> Notes:

@@ -1,8 +1,8 @@
 """`tandem`: serve, fetch the models, order a picture, look at a prompt, watch the demo, plan for cards, look after
-jobs, keys and the cache, look at the settings.
+jobs, keys and the cache, look at the settings and for what is wrong.
 
-Every command ends in one of three ways: 0; 1 when a picture or a prompt failed; 2 with one line that
-says what to change.
+Every command ends in one of three ways: 0; 1 when a picture or a prompt failed, or something is at fault; 2 with one
+line that says what to change.
 torch and Ray are imported by the commands that need them, so that the others answer at once.
 """
 
@@ -29,6 +29,7 @@ from serve.cli.bench_service import service
 from serve.cli.bench_soak import soak
 from serve.cli.cache import cache
 from serve.cli.client import Client, hint, local_url
+from serve.cli.doctor import doctor
 from serve.cli.jobs import jobs
 from serve.cli.keys import keys
 from serve.cli.learn import learn
@@ -53,6 +54,7 @@ from serve.cli.options import (
 )
 from serve.cli.plan import plan
 from serve.cli.running import run
+from serve.cli.simulate import simulate
 from serve.domain import Priority
 from serve.errors import OperatorError, TandemError
 from serve.origins import flatten, shown
@@ -77,9 +79,11 @@ bench.command()(soak)
 bench.command()(service)
 bench.command()(compare)
 app.add_typer(bench, name="bench")
+app.command()(doctor)
 app.command()(learn)
 app.command()(loadtest)
 app.command()(plan)
+app.command()(simulate)
 
 
 @app.callback(invoke_without_command=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from serve.cli.cards import Found, cards_here
 from serve.cli.plan_rows import Card, Model
 from serve.errors import OperatorError
+from serve.memory.cards import Found, NoDriver, cards_here
 from serve.memory.classes import BUILT_IN, GpuClass
 from serve.memory.shapes import published, shape_of
 from serve.memory.sheets import with_speed
@@ -49,7 +49,7 @@ def wanted_cards(
     if from_nvidia_smi:
         if written is not None:
             raise OperatorError("--classes: the cards are read from nvidia-smi; name one or the other", "classes")
-        return tuple(map(_of_found, cards_here()))
+        return tuple(map(_of_found, _cards_here()))
     known = {**BUILT_IN, **{name: _of_settings(name, each) for name, each in classes.items()}}
     names = _names(written, "classes") or tuple(BUILT_IN)
     if unknown := [name for name in names if name not in known]:
@@ -64,6 +64,14 @@ def wanted_size(written: str | None) -> tuple[int | None, int | None]:
     if not (size := _SIZE.fullmatch(written.strip())):
         raise OperatorError(f"--size: {written} is no size like 1024x768", "size")
     return int(size[1]), int(size[2])
+
+
+def _cards_here() -> tuple[Found, ...]:
+    try:
+        return cards_here()
+    except OperatorError as error:
+        more = "; name cards with --classes" if isinstance(error, NoDriver) else ""
+        raise OperatorError(f"--from-nvidia-smi: {error.message}{more}", "from-nvidia-smi") from None
 
 
 def _names(written: str | None, option: str) -> tuple[str, ...]:

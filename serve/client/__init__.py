@@ -14,6 +14,7 @@ from serve.client.clients import AsyncClient, Client
 from serve.client.errors import JobFailed, Lost, NoServer, NotTandem
 from serve.client.orders import (
     AnalysisOptions,
+    CaptionOptions,
     EmbeddingOptions,
     Entry,
     Options,
@@ -23,13 +24,15 @@ from serve.client.orders import (
     Prompt,
 )
 from serve.client.server import Limits, Model, Placement, Quote
-from serve.client.texts import Analysis, Compared, Encoded
+from serve.client.texts import Analysis, Caption, Compared, Encoded
 from serve.domain import JobState
 
 __all__ = [
     "Analysis",
     "AnalysisOptions",
     "AsyncClient",
+    "Caption",
+    "CaptionOptions",
     "Client",
     "Compared",
     "EmbeddingOptions",

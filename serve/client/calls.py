@@ -18,6 +18,8 @@ from serve.errors import OperatorError, QueueFull, RateLimited, Unavailable
 
 ENCODE_S = 180.0
 """Longest wait for a text: its encoder may have to be started for it."""
+CAPTION_S = 480.0
+"""Longest wait for a caption: a model that chats may have to be loaded for it."""
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 

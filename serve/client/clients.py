@@ -93,6 +93,7 @@ class Client:
     compare = _blocks(Methods.compare)
     embed = _blocks(Methods.embed)
     encode = _blocks(Methods.encode)
+    caption = _blocks(Methods.caption)
     cache = _blocks(Methods.cache)
     clear_cache = _blocks(Methods.clear_cache)
     pools = _blocks(Methods.pools)

@@ -10,11 +10,20 @@ from typing import Any, Unpack
 import httpx
 
 from serve.client.answers import Job, Picture, Pool, Progress, job_of, told
-from serve.client.calls import ENCODE_S, Calls, options_of
+from serve.client.calls import CAPTION_S, ENCODE_S, Calls, options_of
 from serve.client.errors import JobFailed, Lost
-from serve.client.orders import AnalysisOptions, EmbeddingOptions, Options, Prompt, body, sent
+from serve.client.orders import (
+    AnalysisOptions,
+    CaptionOptions,
+    EmbeddingOptions,
+    Options,
+    PictureSource,
+    Prompt,
+    body,
+    sent,
+)
 from serve.client.server import Limits, Model, Placement, Quote
-from serve.client.texts import Analysis, Compared, Encoded
+from serve.client.texts import Analysis, Caption, Compared, Encoded
 from serve.client.wire import Wire
 from serve.domain import JobState
 from serve.errors import TandemError
@@ -175,6 +184,11 @@ class Methods:
     async def encode(self, prompt: Prompt | None = None, **options: Unpack[EmbeddingOptions]) -> Encoded:
         """Have a text encoded, for the cache alone."""
         return told(Encoded, await self.post("/v1/embeddings", {"prompt": prompt, **options, "output": "report"}))
+
+    async def caption(self, image: PictureSource, **options: Unpack[CaptionOptions]) -> Caption:
+        """What a picture shows, in words. Raises OSError for a picture that can't be read."""
+        order = body(sent({"image": image, **options}))
+        return told(Caption, await self._calls.json("POST", "/v1/captions", body=order, timeout=CAPTION_S))
 
     async def cache(self) -> Mapping[str, Any]:
         """The embedding cache: the JSON of `GET /v1/cache`."""

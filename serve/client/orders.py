@@ -129,6 +129,14 @@ class EmbeddingOptions(TextOptions, total=False):
     dtype: Literal["float32", "float16", "bfloat16"] | None
 
 
+class CaptionOptions(TypedDict, total=False):
+    """The fields of `POST /v1/captions` beside the image."""
+
+    prompt: str | None
+    max_new_tokens: int | None
+    model: str | None
+
+
 def body(order: Mapping[str, Any]) -> bytes:
     """The order as JSON, without what is None."""
     # Not httpx's own, which raises for NaN: the server refuses it and names the field.

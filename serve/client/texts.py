@@ -1,4 +1,4 @@
-"""What the server says of texts, as frozen dataclasses."""
+"""What the server says of texts, and the texts that it makes, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -132,3 +132,12 @@ class Encoded:
     notes: tuple[Note, ...] = ()
     cache: CacheReport
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caption:
+    """What a model says of a picture; `tokens` are those of the caption."""
+
+    model: str
+    caption: str
+    tokens: int

@@ -13,23 +13,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve.errors import OperatorError
-from serve.models.weight_files import refused
+from serve.models.weight_files import NotHereYet, refused
 
 _UNFINISHED = ".converting-"
 _RECIPE = 2
 """Another way to convert needs another number: what is kept outlives a release."""
 
 
-def converted(checkpoint: Path, config: str | None, data_dir: Path, check: Callable[[Path], object]) -> Path:
+def converted(
+    checkpoint: Path,
+    config: str | None,
+    data_dir: Path,
+    check: Callable[[Path], object],
+    *,
+    here_only: bool = False,
+) -> Path:
     """The diffusers folder made from `checkpoint` and the folder or hub id `config`, put in place by one rename.
 
     The conversion runs in a process of its own, so that torch and the checkpoint leave memory with it. Raises
-    OperatorError; `check` raises it too, and then nothing is kept.
+    OperatorError; `check` raises it too, and then nothing is kept. With `here_only` what is not converted yet is
+    NotHereYet.
     """
     models = data_dir.resolve() / "models"
     target = models / conversion_digest(checkpoint, config)
     if target.is_dir():
         return target
+    if here_only:
+        raise NotHereYet(f"model.source: {checkpoint} has to be converted first", "model.source")
     try:
         models.mkdir(parents=True, exist_ok=True)
         with _alone(models):

@@ -70,14 +70,22 @@ class ModelFolder:
         return int((self.path / "model_index.json").stat().st_mtime)
 
 
-def resolve(settings: ModelSettings, data_dir: Path, *, text_only: bool = False, setting: str = "model") -> ModelFolder:
+def resolve(
+    settings: ModelSettings,
+    data_dir: Path,
+    *,
+    text_only: bool = False,
+    setting: str = "model",
+    here_only: bool = False,
+) -> ModelFolder:
     """Find, fetch or convert the model, and check it. A converted checkpoint is kept under `data_dir`.
 
     `text_only` asks for the text encoders and tokenizers alone, and downloads no more. Raises OperatorError that names
-    `source`, `revision` or `config` of the group `setting`: `model`, or `text_models.0`.
+    `source`, `revision` or `config` of the group `setting`: `model`, or `text_models.0`. With `here_only` nothing is
+    fetched or converted: that is NotHereYet.
     """
     with naming(setting):
-        folder, name = _find(settings, data_dir, text_only)
+        folder, name = _find(settings, data_dir, text_only, here_only)
         model = check_folder(folder, name, text_only=text_only)
     return replace(
         model,
@@ -130,7 +138,7 @@ def local_path(source: str, setting: str = "model.source") -> Path:
     raise OperatorError(f"{setting}: {' '.join(shown.splitlines())}: {reason}", setting)
 
 
-def _find(settings: ModelSettings, data_dir: Path, text_only: bool) -> tuple[Path, str]:
+def _find(settings: ModelSettings, data_dir: Path, text_only: bool, here_only: bool) -> tuple[Path, str]:
     """The folder, and the name of a model that is given none."""
     source = settings.source
     path = local_path(source)
@@ -140,16 +148,16 @@ def _find(settings: ModelSettings, data_dir: Path, text_only: bool) -> tuple[Pat
     if path.is_dir():
         return path.resolve(), name
     if path.is_file():
-        return _from_file(path.resolve(), settings, data_dir), name
+        return _from_file(path.resolve(), settings, data_dir, here_only), name
     if path.suffix in (".safetensors", *PICKLED) or not _HUB_ID.fullmatch(source):
         raise refused(f"{source} does not exist")
     commit = _commit(source, settings.revision)
     # The index first: a model that can't be served is refused before gigabytes of it are fetched.
-    _, family = family_of(downloaded(source, commit, ["model_index.json"]))
-    return downloaded(source, commit, hub_files(CLASSES[family], text_only)), name
+    _, family = family_of(downloaded(source, commit, ["model_index.json"], here_only=here_only))
+    return downloaded(source, commit, hub_files(CLASSES[family], text_only), here_only=here_only), name
 
 
-def _from_file(file: Path, settings: ModelSettings, data_dir: Path) -> Path:
+def _from_file(file: Path, settings: ModelSettings, data_dir: Path, here_only: bool) -> Path:
     """The folder that a checkpoint was converted to. What it lacks has to be in `settings.config`."""
     if file.suffix in PICKLED:
         raise refused(f"{file} is pickled, and loading it would run its code; save it as safetensors")
@@ -165,8 +173,9 @@ def _from_file(file: Path, settings: ModelSettings, data_dir: Path) -> Path:
         )
     if config is not None and folder is not None and not folder.is_dir() and (lacking or settings.revision):
         commit = _commit(config, settings.revision)
-        config = str(downloaded(config, commit, configuration_files(checkpoint.lacking)))
-    return converted(file, config, data_dir, lambda folder: check_folder(folder, file.stem))
+        patterns = configuration_files(checkpoint.lacking)
+        config = str(downloaded(config, commit, patterns, here_only=here_only))
+    return converted(file, config, data_dir, lambda folder: check_folder(folder, file.stem), here_only=here_only)
 
 
 def _commit(hub_id: str, revision: str | None) -> str:

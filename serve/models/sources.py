@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serve.errors import OperatorError
 from serve.models.defaults import GENERATION_CONFIG
-from serve.models.weight_files import STEMS, TOKENIZER_FILES, refused
+from serve.models.weight_files import STEMS, TOKENIZER_FILES, NotHereYet, refused
 
 _SHARD = "[0-9]" * 5
 """Shards are numbered like this; with `*` the files of the fp16 variant would come too."""
@@ -48,9 +48,9 @@ def hub_files(roles: Iterable[str], text_only: bool) -> tuple[str, ...]:
     )
 
 
-def downloaded(hub_id: str, commit: str, files: Iterable[str]) -> Path:
+def downloaded(hub_id: str, commit: str, files: Iterable[str], *, here_only: bool = False) -> Path:
     """The hub's snapshot of exactly that commit, from the local hub cache where it is there, with what is there of
-    `files` (patterns). Raises OperatorError."""
+    `files` (patterns). Raises OperatorError; NotHereYet where it is not in the cache and `here_only`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -60,12 +60,15 @@ def downloaded(hub_id: str, commit: str, files: Iterable[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(files)))
+        wanted = list(files)
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=wanted, local_files_only=here_only))
     except RevisionNotFoundError:
         raise OperatorError(f"model.revision: {hub_id} has no commit {commit} on the hub", "model.revision") from None
     except RepositoryNotFoundError:
         raise refused(f"the hub has no {hub_id}, or HF_TOKEN may not read it") from None
     except LocalEntryNotFoundError:
+        if here_only:
+            raise NotHereYet(f"model.source: {hub_id} at {commit} has to be fetched first", "model.source") from None
         raise refused(f"the hub does not answer, and {hub_id} at {commit} is not in the local hub cache") from None
     except (HfHubHTTPError, OSError):
         raise refused(f"{hub_id} at {commit} could not be fetched from the hub") from None

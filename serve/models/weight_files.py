@@ -26,6 +26,10 @@ MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library."""
 
 
+class NotHereYet(OperatorError):
+    """The model would be fetched or converted first, and that was not asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     dtype: str
@@ -47,7 +51,7 @@ def naming(setting: str) -> Iterator[None]:
     except OperatorError as error:
         if setting == "model" or error.param is None or not error.param.startswith("model."):
             raise
-        raise OperatorError(
+        raise type(error)(
             f"{setting}{error.message.removeprefix('model')}", f"{setting}{error.param.removeprefix('model')}"
         ) from error
 

@@ -89,6 +89,11 @@ class S3Store:
         except (BotoCoreError, ValueError) as error:
             raise OperatorError(f"results.s3: {_told(error)}", "results.s3") from None
 
+    @property
+    def once(self) -> bool | None:
+        """Whether the server has `If-None-Match`; None until that was found out."""
+        return self._once
+
     async def put(self, key: str, data: bytes, content_type: str) -> Stored:
         name = self._name(key)
         for attempt in range(_PUT_ATTEMPTS):

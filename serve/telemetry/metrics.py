@@ -108,6 +108,11 @@ DECLARATIONS: tuple[Declaration, ...] = (
         _ENCODER,
         _COSINE,
     ),
+    Declaration("tandem_captions_total", Kind.COUNTER, "Pictures that were described."),
+    Declaration("tandem_caption_batch_images", Kind.HISTOGRAM, "Pictures of one batch.", (), _ROWS),
+    Declaration(
+        "tandem_caption_seconds", Kind.HISTOGRAM, "Time from a picture at its pool to its caption.", (), _LONG_S
+    ),
     Declaration(
         "tandem_device_memory_bytes",
         Kind.GAUGE,

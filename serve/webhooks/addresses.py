@@ -48,6 +48,11 @@ def checked(url: str, settings: WebhookSettings) -> httpx.URL:
     return parsed
 
 
+def host_of(entry: str) -> str:
+    """The host of an entry of `webhooks.allowed_hosts`, without a port or brackets."""
+    return _entry(entry)[0].strip("[]")
+
+
 def public(text: str) -> bool:
     """Whether an IP address is one host's on the public internet. Of an IPv6 address that stands for an IPv4 one, the
     latter counts: NAT64, 6to4 and mapped addresses lead there."""

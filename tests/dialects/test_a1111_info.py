@@ -3,15 +3,19 @@
 import base64
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import webuiapi
 from PIL import Image, PngImagePlugin
+from support.captioners import llava_folder, one_thread
 from support.drawing import Drawing
 
 from serve.api.sdapi_png import A1111PngInfo
+from serve.client import Client
+from serve.settings import CaptionSettings
 
 ORDER = {"prompt": "a red circle, on a blue background", "negative_prompt": "green", "steps": 4, "seed": 7}
 
@@ -114,6 +118,25 @@ def test_what_is_no_picture_is_refused_by_name(drawing: Drawing, image: Any) -> 
     answer = httpx.post(f"{drawing.url}/sdapi/v1/png-info", json={"image": image})
     assert answer.status_code == 422
     assert answer.json()["param"] == "image"
+
+
+def test_a_picture_is_interrogated(drawing_with: Any, tmp_path: Path) -> None:
+    """`clip` is whatever describes here. Its words are those of the native route, for any colour of one picture."""
+    folder = llava_folder(tmp_path / "a-llava")
+    with (
+        one_thread(),
+        drawing_with(worker=False, captions=CaptionSettings(source=str(folder), max_new_tokens=6)) as server,
+    ):
+        api = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1")
+        told = {colour: api.interrogate(Image.new("RGB", (48, 40), colour)).info for colour in ("red", "green")}
+        with Client(server.url) as client:
+            native = {colour: client.caption(Image.new("RGB", (48, 40), colour)) for colour in told}
+        assert told == {colour: said.caption for colour, said in native.items()}
+        assert told["red"] != told["green"]
+        assert {said.model for said in native.values()} == {"a-llava"}
+        with pytest.raises(RuntimeError) as refused:
+            api.interrogate(Image.new("RGB", (48, 40)), model="deepdanbooru")
+        assert refused.value.args[0] == 404
 
 
 def test_nothing_here_describes_pictures(api: webuiapi.WebUIApi) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import SecretStr
+from support.captioners import describing
 from support.house import open_house, parts
 from support.listening import listening
 
@@ -124,7 +125,9 @@ async def _served(ready: Future[Any], redis_url: str, worker: bool, settings: di
         keys = KeyStore(tree.jobs, house.metrics) if tree.keys.required else None
         if keys is not None:
             stack.push_async_callback(keys.close)
-        port = await stack.enter_async_context(listening(create_app(service, texts, tree, keys)))
+        captions = await stack.enter_async_context(describing(tree, service.view, house.metrics))
+        app = create_app(service, texts, tree, keys, describing=captions)
+        port = await stack.enter_async_context(listening(app))
         server = Drawing(f"http://127.0.0.1:{port}", tree, house.jobs, keys, asyncio.get_running_loop())
         ready.set_result((server, over))
         await over.wait()

@@ -7,8 +7,9 @@ import pytest
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.exceptions import RayServeException
+from support.captioners import blip_folder
 
-from deployments.app import application, build, denoiser, text_encoder
+from deployments.app import application, build, captions, denoiser, text_encoder
 from serve.catalog import open_catalog
 from serve.errors import OperatorError
 from serve.local import on_this_machine
@@ -67,6 +68,21 @@ def test_a_text_encoder_runs_on_the_nodes_of_its_class(tmp_path: Path) -> None:
     (encoder,) = open_catalog(settings).registry.encoders
     deployment = text_encoder(encoder, settings)._bound_deployment
     assert deployment.ray_actor_options["num_gpus"] == 0.25
+    assert deployment.ray_actor_options["label_selector"] == {GPU_CLASS_LABEL: "4gb"}
+
+
+def test_captions_are_a_pool_of_their_own_where_a_model_is_named(tmp_path: Path) -> None:
+    assert captions(settings_of(tmp_path)) is None
+    assert at_fault(settings_of(tmp_path, captions={"source": str(tmp_path / "nowhere")})) == "captions.source"
+    source = str(blip_folder(tmp_path / "blip"))
+    assert at_fault(settings_of(tmp_path, captions={"source": source, "gpu_class": "4gb"})) == "captions.num_gpus"
+    own = {"source": source, "gpu_class": "4gb", "num_gpus": 0.5, "min_replicas": 0, "max_replicas": 3}
+    application = captions(settings_of(tmp_path, captions=own))
+    assert application is not None
+    deployment = application._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
+    assert deployment.ray_actor_options["num_gpus"] == 0.5
     assert deployment.ray_actor_options["label_selector"] == {GPU_CLASS_LABEL: "4gb"}
 
 

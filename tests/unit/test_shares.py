@@ -8,7 +8,7 @@ from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
 from serve.models.text_parts import TextPart
 from serve.placements import Placement
-from serve.settings import DiffusionSettings, EncoderSettings, HttpSettings, Settings
+from serve.settings import CaptionSettings, DiffusionSettings, EncoderSettings, HttpSettings, Settings
 from serve.shares import fit
 
 
@@ -142,3 +142,15 @@ def test_the_placement_at_fault_is_named() -> None:
     assert at_fault(settings(a={}, b={"num_cpus": 5}), cpus=4.0) == "placements.b.num_cpus"
     tree = Settings(diffusion=DiffusionSettings(num_gpus=0.6), placements={"a": {}, "b": {}})
     assert at_fault(tree, gpus=1.0) == "diffusion.num_gpus"
+
+
+def test_captions_have_their_share_before_the_denoisers() -> None:
+    settings = Settings(captions=CaptionSettings(source="a", num_gpus=0.5, min_replicas=0))
+    assert fitted(settings, gpus=1).diffusion.num_gpus == 0.5
+    assert (
+        fitted(settings.model_copy(update={"captions": CaptionSettings(num_gpus=0.5)}), gpus=1).diffusion.num_gpus == 1
+    )
+    for gpus, cpus, setting in ((0, 16, "captions.num_gpus"), (1, 0.6, "captions.num_cpus")):
+        with pytest.raises(OperatorError, match=rf"^{setting}: .*captions|^{setting}: it wants") as refused:
+            fitted(settings, gpus=gpus, cpus=cpus)
+        assert refused.value.param == setting

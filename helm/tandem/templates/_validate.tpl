@@ -503,7 +503,7 @@ config.gpu_classes.{{ $name }}.memory_gb: {{ printf "%.0f" (float64 .) }} GB is 
 {{- end }}
 
 {{/* `encoder`, and every entry of `encoders` over it, as {path, gpu_class, device, num_gpus, num_cpus,
-min_replicas, max_replicas}. */}}
+min_replicas, max_replicas}; `captions` too where a model is named. */}}
 {{- define "tandem.encoders" -}}
 {{- $defaults := dict "gpu_class" "" "device" "auto" "num_gpus" 0 "num_cpus" 0.2 "min_replicas" 1 "max_replicas" 1 -}}
 {{- $base := .Values.config.encoder | default dict -}}
@@ -516,6 +516,17 @@ min_replicas, max_replicas}. */}}
 {{- if hasKey $from $key -}}
 {{- $value = kindIs "invalid" (get $from $key) | ternary (get $defaults $key) (get $from $key) -}}
 {{- end -}}
+{{- end -}}
+{{- $_ := set $one $key $value -}}
+{{- end -}}
+{{- $all = append $all $one -}}
+{{- end -}}
+{{- $captions := .Values.config.captions | default dict -}}
+{{- if $captions.source -}}
+{{- $one := dict "name" "captions" "path" "config.captions" -}}
+{{- range $key, $value := merge (dict "num_cpus" 0.5) $defaults -}}
+{{- if hasKey $captions $key -}}
+{{- $value = kindIs "invalid" (get $captions $key) | ternary $value (get $captions $key) -}}
 {{- end -}}
 {{- $_ := set $one $key $value -}}
 {{- end -}}

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from support.captioners import describing
 from support.jobs import ANY
 from support.speaking import Speaking, speaking_on
 
@@ -178,8 +179,13 @@ async def _stand_on(url: str, folder: Path, **changes: Any) -> AsyncIterator[Sta
     )
     keys = KeyStore(tree.jobs, metrics) if tree.keys.required else None
     tracing = open_tracing(tree.tracing, "ingress", "a test")
-    app = create_app(service, texts, tree, keys, tracing)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with (
+        describing(tree, service.view, metrics) as captions,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app := create_app(service, texts, tree, keys, tracing, captions)),
+            base_url="http://test",
+        ) as client,
+    ):
         yield Stand(
             app,
             client,

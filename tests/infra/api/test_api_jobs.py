@@ -133,7 +133,7 @@ async def test_without_redis_every_job_route_is_a_503_and_the_process_is_alive(
             error = refused(answer, 503, "jobs.redis_url")
             assert "redis://" not in error["message"]
             assert int(answer.headers["retry-after"]) >= 1
-        assert (await stand.client.get("/healthz")).json() == {"status": "ok"}
+        assert (await stand.client.get("/healthz")).json()["status"] == "ok"
 
 
 async def test_ready_is_when_every_pool_is(stand: Any, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

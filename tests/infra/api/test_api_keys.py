@@ -32,6 +32,7 @@ ROUTES = [
     ("GET", f"/v1/models/{NOBODY}", EITHER),
     ("GET", "/v1/fleet", EITHER),
     ("GET", "/v1/limits", EITHER),
+    ("POST", "/v1/captions", EITHER),
     ("POST", "/v1/embeddings", EMBED),
     ("POST", "/v1/prompts/analyze", EMBED),
     ("POST", "/v1/prompts/similarity", EMBED),

@@ -37,6 +37,7 @@ ROUTES = {
     "GET /v1/fleet",
     "GET /v1/limits",
     "POST /v1/benchmark",
+    "POST /v1/captions",
     "POST /v1/images/generations",
     "POST /v1/images/edits",
     "POST /v1/images/variations",

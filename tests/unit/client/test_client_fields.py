@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from serve.api import analysis_schemas, fleet_schemas, job_schemas, model_schemas, prompt_schemas, schemas, text_schemas
+from serve.api import (
+    analysis_schemas,
+    captions,
+    fleet_schemas,
+    job_schemas,
+    model_schemas,
+    prompt_schemas,
+    schemas,
+    text_schemas,
+)
 from serve.client import answers, orders, server, texts
 
 ANSWERS = [
@@ -21,6 +30,7 @@ ANSWERS = [
     (server.Placement, fleet_schemas.PlacementView),
     (texts.Analysis, analysis_schemas.AnalysisReport),
     (texts.Encoded, text_schemas.EmbeddingReport),
+    (texts.Caption, captions.CaptionView),
 ]
 """And what their fields hold, all the way down."""
 OWN = {"raw"}
@@ -28,6 +38,7 @@ ORDERS: list[tuple[Any, type[BaseModel], set[str]]] = [
     (orders.Order, schemas.JobOrder, set()),
     (orders.AnalysisOptions, analysis_schemas.AnalysisOrder, {"prompt"}),
     (orders.EmbeddingOptions, text_schemas.EmbeddingOrder, {"prompt", "output"}),
+    (orders.CaptionOptions, captions.CaptionOrder, {"image"}),
     (orders.Piece, prompt_schemas.Piece, set()),
     (orders.Entry, prompt_schemas.Entry, set()),
 ]

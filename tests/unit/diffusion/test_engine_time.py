@@ -87,7 +87,7 @@ def test_who_waits_for_turns_is_told_so(timed: TimedRunner, work: MakeWork) -> N
         check(spent)
         took, images = timed.of(name)
         assert len(took) == 8
-        assert spent.steps_s == pytest.approx(sum(took), abs=NEAR_S)
+        assert spent.steps_s == pytest.approx(sum(took), abs=NEAR_S * len(took))
         assert spent.batch_images == pytest.approx(sum(images) / len(images))
         first = next(n for n, (runs, _) in enumerate(timed.steps) if name in runs)
         last = max(n for n, (runs, _) in enumerate(timed.steps) if name in runs)
@@ -106,7 +106,7 @@ def test_who_is_alone_waits_for_nobody(timed: TimedRunner, work: MakeWork) -> No
     check(spent)
     assert spent.batch_images == 1
     assert spent.batch_s < spent.steps_s
-    assert spent.decode_s == pytest.approx(timed.decodings[0], abs=NEAR_S)
+    assert spent.decode_s == pytest.approx(timed.decodings[0], abs=3 * NEAR_S)
     assert spent.vae_s == spent.decode_s
 
 
@@ -147,7 +147,7 @@ def test_encoding_what_it_starts_from_comes_before_its_turns(timed: TimedRunner,
     engine.stop()
     check(spent)
     assert spent.source_s > 0
-    assert spent.vae_s == pytest.approx(spent.decode_s + spent.source_s, abs=NEAR_S)
+    assert spent.vae_s == pytest.approx(spent.decode_s + spent.source_s, abs=3 * NEAR_S)
     assert len(timed.of("image")[0]) == 6, "strength 0.8 of 8 steps"
 
 

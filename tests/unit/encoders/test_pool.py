@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.text_models import sd3_folder, sdxl_folder
 
-from deployments.text_encoder import Order
+from deployments.doors import Order
 from serve.domain import EncodeUnit, TextRequest, Tier
 from serve.encoders.codec import unpack
 from serve.encoders.forward import Row, TextTower
@@ -415,8 +415,8 @@ def test_nothing_is_tried_on_a_device_that_is_lost(tower: TextTower, encoder: En
         assert pool.lost
         with pytest.raises(DeviceLost):
             await pool.encode(text("a red circle"))
-        order = Order(text("a red circle"), redis_away=False)
-        order.start(pool)
+        order = Order(lambda: pool.encode(text("a red circle")), "a text encoder")
+        order.start()
         with pytest.raises(BackendUnavailable, match="being replaced") as refused:
             await order.answer()
         assert refused.value.retry_after_s, "the text is not to blame"

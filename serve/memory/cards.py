@@ -24,6 +24,10 @@ _BFLOAT16 = (8, 0)
 """Compute capability from which on a card multiplies it at full speed."""
 
 
+class NoDriver(OperatorError):
+    """This machine has no NVIDIA driver, so presumably no card of theirs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """`number` cards of one kind; `memory_bytes` are one card's."""
@@ -35,11 +39,11 @@ class Found:
 
 
 def cards_here() -> tuple[Found, ...]:
-    """The kinds of NVIDIA cards here, in the driver's order. Raises OperatorError that names the tool: it is not here,
-    fails, or sees no card."""
+    """The kinds of NVIDIA cards here, in the driver's order. Raises NoDriver where the tool is not here, another
+    OperatorError that names it where it fails or sees no card."""
     path = shutil.which(TOOL)
     if path is None:
-        raise OperatorError(f"--from-nvidia-smi: no {TOOL} is here; name cards with --classes", "from-nvidia-smi")
+        raise NoDriver(f"no {TOOL} is here", TOOL)
     asked = [path, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=ANSWER_S, check=False)
@@ -85,4 +89,4 @@ def _dtypes(capability: tuple[int, int]) -> tuple[Dtype, ...]:
 
 
 def _failed(reason: str) -> OperatorError:
-    return OperatorError(f"--from-nvidia-smi: {TOOL} {reason}", "from-nvidia-smi")
+    return OperatorError(f"{TOOL} {reason}", TOOL)

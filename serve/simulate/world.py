@@ -1,0 +1,299 @@
+"""The simulation itself: orders come, replicas claim, step, decode and die, and the job store decides who gets what."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from math import gcd
+
+from serve.costs import Costs
+from serve.domain import ImageRequest
+from serve.jobs.terms import Crew, Hold
+from serve.relief import AGED_S
+from serve.simulate.clock import Clock
+from serve.simulate.fleet import Fleet
+from serve.simulate.outcome import Fate, Moment, Outcome, PoolUse
+from serve.simulate.pools import PoolPlan, plan_pools
+from serve.simulate.redis_use import RedisMeter
+from serve.simulate.replica import Held, Replica
+from serve.simulate.store import SimulatedStore
+from serve.simulate.traffic import Order, Traffic
+from serve.simulate.waiting import Same, Waiting
+from serve.wants import LEFT_TO_OTHERS_S, wants_of
+
+SWEEP_S = 1.0
+"""Between two looks of the sweep, as in the server."""
+MOMENTS = 240
+"""In which the state is written down."""
+RENEWED_SHARE = 1 / 6
+"""Of a lease, what has passed of it on average when its worker dies: signs of life come each third of it."""
+
+
+def simulate(fleet: Fleet, traffic: Traffic, seed: int = 0, slices: int = 1) -> Outcome:
+    """Raises OperatorError for a fleet that can't be. `slices` says of how many equal parts these are one."""
+    return _World(fleet, plan_pools(fleet), traffic, seed, slices).run()
+
+
+class _World:
+    """Owns: the clock, the store, every replica, the fates of the orders."""
+
+    def __init__(self, fleet: Fleet, pools: Mapping[str, PoolPlan], traffic: Traffic, seed: int, slices: int) -> None:
+        self._fleet, self._pools, self._traffic, self._slices = fleet, pools, traffic, slices
+        self._settings = fleet.job_settings()
+        self._lots = random.Random(f"world/{seed}")
+        self._clock = Clock()
+        self._store = SimulatedStore(self._settings)
+        self._waiting = Waiting(self._lots)
+        self._meter = RedisMeter(fleet.redis, slices)
+        self._costs, self._crews = Costs(), _crews(pools)
+        self._cost_of: dict[tuple[object, ...], int] = {}
+        self._fates: dict[str, Fate] = {}
+        self._orders: dict[str, Order] = {}
+        self._queued: OrderedDict[str, float] = OrderedDict()
+        self._replicas: dict[str, list[Replica]] = {name: [] for name in pools}
+        self._lost = dict.fromkeys(pools, 0)
+        self._busy = self._rows = self._held = 0
+        self._moments: list[Moment] = []
+
+    def run(self) -> Outcome:
+        began = time.perf_counter()
+        for pool in self._pools.values():
+            for _ in range(pool.about.replicas):
+                self._clock.at(
+                    1000 * pool.about.cold_start_s if pool.about.from_zero else 0, partial(self._start, pool)
+                )
+        self._clock.at(1000 * SWEEP_S, self._sweep)
+        self._clock.at(0, self._look)
+        for number, order in enumerate(self._traffic.orders):
+            while self._clock.next_ms <= 1000 * order.due_s:
+                self._clock.step()
+            self._clock.go(1000 * order.due_s)
+            self._submit(f"j{number}", order)
+        while self._queued or self._held:
+            self._clock.step()
+        self._pass()
+        return self._outcome(time.perf_counter() - began)
+
+    def _submit(self, job_id: str, order: Order) -> None:
+        asked, now = order.request, self._clock.now_ms
+        fate = self._fates[job_id] = Fate(order.due_s, order.owner, asked.model, asked.num_images)
+        replicas = self._living(asked.model)
+        self._meter.submitted(len(self._queued), self._held)
+        if not self._holds(asked) or not self._store.submit(
+            now,
+            job_id,
+            asked,
+            owner=order.owner,
+            priority=order.priority,
+            cost_ms=self._cost(asked),
+            replicas=max(1, replicas),
+        ):
+            fate.ended = "refused"
+            return
+        self._orders[job_id] = order
+        self._joined(job_id)
+
+    def _joined(self, job_id: str) -> None:
+        """The job waits: the bell rings."""
+        self._pass()
+        self._queued[job_id] = self._clock.now_ms
+        self._ring()
+        if job_id in self._queued:
+            # Nobody wants it yet: full replicas will when an idle one would have taken it, and any after that.
+            for seconds in (LEFT_TO_OTHERS_S, AGED_S):
+                jitter = self._lots.random() * seconds / max(1, len(self._waiting))
+                self._clock.at(self._clock.now_ms + 1000 * (seconds + min(jitter, 1.0)), partial(self._aged, job_id))
+
+    def _aged(self, job_id: str) -> None:
+        if job_id in self._queued:
+            self._ring(heard=False)
+
+    def _ring(self, *, heard: bool = True) -> None:
+        """All that wait ask; `heard` is False where a few ask by themselves."""
+        groups, got = self._waiting.groups(), 0
+        asking = len(self._waiting)
+        for group, replica in self._waiting.drawn(groups):
+            if not self._queued:
+                break
+            if self._claim(replica, group):
+                got += 1
+            else:
+                groups.remove(group)  # the others of it would hear the same
+        if heard:
+            self._meter.rung(self._clock.now_ms, asking - got, len(self._queued), self._fleet.trip_ms)
+
+    def _claim(self, replica: Replica, asks: Same) -> bool:
+        """Whether the replica got a job."""
+        now = self._clock.now_ms
+        found = self._store.claim(now, replica.name, asks.wants, idle=asks.idle)
+        if found is None or isinstance(found, Hold):
+            return False
+        job_id, fence, last = found
+        self._pass()
+        del self._queued[job_id]
+        self._meter.claimed(len(self._queued))
+        self._held += 1
+        fate, request = self._fates[job_id], self._orders[job_id].request
+        fate.attempts += 1
+        if fate.began_s is None:
+            fate.began_s = now / 1000
+        self._busy += not replica.rows
+        self._rows += request.num_images
+        trip = self._fleet.trip_ms
+        replica.take(Held(job_id, fence, request, request.num_images), trip + self._fleet.text_ms)
+        self._waiting.leave(replica)
+        if last:
+            self._wait(replica)
+        else:
+            self._clock.at(now + trip, partial(self._ask, replica))
+        return True
+
+    def _ask(self, replica: Replica) -> None:
+        """A replica with a free row asks, and waits where nothing is for it."""
+        if not replica.alive:
+            return
+        self._wait(replica)
+        if self._queued and replica in self._waiting:
+            wants = wants_of(replica.pool.placement, replica.rows, replica.pool.batch)
+            if not self._claim(replica, Same(wants, not replica.rows)):
+                self._meter.rung(self._clock.now_ms, 1, len(self._queued), 0.001)
+
+    def _wait(self, replica: Replica) -> None:
+        self._pass()
+        wants = wants_of(replica.pool.placement, replica.rows, replica.pool.batch)
+        if wants:
+            self._waiting.join(replica, wants)
+        else:
+            self._waiting.leave(replica)
+
+    def _drawn(self, replica: Replica, job: Held) -> None:
+        self._pass()
+        self._rows -= 1
+        self._busy -= not replica.rows
+        if not job.left:
+            self._clock.at(self._clock.now_ms + self._fleet.store_ms, partial(self._stored, job))
+        self._ask(replica)
+
+    def _stored(self, job: Held) -> None:
+        self._held -= 1
+        self._meter.settled()
+        now = self._clock.now_ms
+        if self._store.settle(now, job.job_id, job.fence):
+            self._end(job.job_id, "done")
+            self._fates[job.job_id].done_s = now / 1000
+        else:  # its time was over while it was drawn
+            self._store.forget(now, job.job_id)
+            self._end(job.job_id, "expired")
+
+    def _start(self, pool: PoolPlan) -> None:
+        living = self._replicas[pool.name]
+        replica = Replica(pool, len(living), self._clock, self._drawn)
+        living.append(replica)
+        if pool.about.mtbf_h is not None:
+            hours = self._lots.expovariate(1 / pool.about.mtbf_h)
+            self._clock.at(self._clock.now_ms + 3.6e6 * hours, partial(self._lose, replica))
+        self._ask(replica)
+
+    def _lose(self, replica: Replica) -> None:
+        """Its leases run out, and another one is started."""
+        self._pass()
+        pool, now = replica.pool, self._clock.now_ms
+        self._lost[pool.name] += 1
+        self._rows -= replica.rows
+        self._busy -= replica.rows > 0
+        self._waiting.leave(replica)
+        for job in replica.lose():
+            self._held -= 1
+            self._store.last_sign(now - 1000 * RENEWED_SHARE * self._settings.lease_s, job.job_id, job.fence)
+            self._queued[job.job_id] = now  # it will be, when the lease has lapsed and the sweep has seen it
+        self._clock.at(now + 1000 * pool.about.cold_start_s, partial(self._start, pool))
+
+    def _sweep(self) -> None:
+        """Leases that lapsed, and orders that nobody began in time."""
+        now = self._clock.now_ms
+        if self._queued and self._store.reap(now):
+            for job_id in list(self._queued):
+                state = self._store.state(job_id)
+                if state in ("expired", "failed"):
+                    del self._queued[job_id]
+                    self._store.forget(now, job_id)
+                    self._end(job_id, state)
+            self._ring()
+        self._clock.at(now + 1000 * SWEEP_S, self._sweep)
+
+    def _end(self, job_id: str, how: str) -> None:
+        self._fates[job_id].ended = how
+        del self._orders[job_id]
+
+    def _look(self) -> None:
+        alive = sum(each.alive for living in self._replicas.values() for each in living)
+        self._moments.append(Moment(self._clock.now_ms / 1000, len(self._queued), self._rows, alive))
+        self._clock.at(self._clock.now_ms + 1000 * self._traffic.duration_s / MOMENTS, self._look)
+
+    def _pass(self) -> None:
+        """Who waits or is busy will change now."""
+        self._meter.passes(self._clock.now_ms, len(self._waiting), self._busy, self._rows)
+
+    def _holds(self, asked: ImageRequest) -> bool:
+        """As the door does: whether any pool draws the model at that size."""
+        return any(
+            each.placement.model == asked.model and asked.pixels <= each.placement.max_pixels
+            for each in self._pools.values()
+        )
+
+    def _living(self, model: str) -> int:
+        return sum(
+            sum(each.alive for each in living) if self._lost[name] else len(living)
+            for name, living in self._replicas.items()
+            if self._pools[name].placement.model == model
+        )
+
+    def _cost(self, asked: ImageRequest) -> int:
+        size = asked.width, asked.height, asked.lanes, asked.num_images
+        key = asked.model, *size, asked.num_inference_steps, asked.scheduler
+        if key not in self._cost_of:
+            self._cost_of[key] = self._costs.estimate(asked, self._crews[asked.model]).cost_ms
+        return self._cost_of[key]
+
+    def _outcome(self, took_s: float) -> Outcome:
+        end_s = max(self._clock.now_ms / 1000, self._traffic.duration_s)
+        return Outcome(
+            name=self._traffic.name,
+            duration_s=self._traffic.duration_s,
+            end_s=end_s,
+            fates=list(self._fates.values()),
+            pools=[self._use(pool, end_s) for pool in self._pools.values()],
+            redis=self._meter.use(end_s),
+            moments=self._moments,
+            slices=self._slices,
+            took_s=took_s,
+        )
+
+    def _use(self, pool: PoolPlan, end_s: float) -> PoolUse:
+        drawn, about = self._replicas[pool.name], pool.about
+        hours = about.replicas * self._traffic.duration_s / 3600
+        return PoolUse(
+            name=pool.name,
+            model=about.model,
+            gpu_class=about.gpu_class,
+            replicas=about.replicas,
+            rung=pool.placement.rung.value,
+            busy=sum(each.busy_ms for each in drawn) / (1000 * end_s * about.replicas),
+            images=sum(each.images for each in drawn),
+            lost=self._lost[pool.name],
+            hours=hours,
+            cost=hours * self._fleet.price_per_hour(about.gpu_class),
+        )
+
+
+def _crews(pools: Mapping[str, PoolPlan]) -> Mapping[str, Crew]:
+    """By model, what its replicas report: each pool as often as its share of them says."""
+    crews = {}
+    for model in {pool.placement.model for pool in pools.values()}:
+        own = [pool for pool in pools.values() if pool.placement.model == model]
+        common = gcd(*(pool.about.replicas for pool in own))
+        crews[model] = Crew(tuple(pool.report for pool in own for _ in range(pool.about.replicas // common)))
+    return crews
