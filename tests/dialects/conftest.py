@@ -11,7 +11,7 @@ from support.drawing import Drawing, a_redis, drawing_server
 DrawingWith = Callable[..., AbstractContextManager[Drawing]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def drawing() -> Iterator[Drawing]:
     """One for all tests, with default settings and no keys."""
     with a_redis() as url, drawing_server(url) as server:

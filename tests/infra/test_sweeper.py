@@ -224,8 +224,8 @@ def test_the_job_redis_goes_away_between_the_pictures_and_the_record(jobs_redis:
             async def delete_job(self, job_id: str) -> None:
                 await results.delete_job(job_id)
                 if not deleted.is_set():
-                    deleted.set()
                     await asyncio.to_thread(jobs_redis.kill)
+                    deleted.set()
 
         await cancelled(bench, results, "a")
         async with sweeping(bench.store, Unlucky()):
