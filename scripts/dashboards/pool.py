@@ -211,6 +211,28 @@ POOL = Dashboard(
             ],
         ),
         Row(
+            "Captions",
+            [
+                Panel(
+                    "Time of a caption",
+                    "From a picture at its pool to its caption.",
+                    quantiles("tandem_caption_seconds"),
+                    "s",
+                ),
+                Panel(
+                    "Captions",
+                    "Pictures that were described per second.",
+                    [Query(rate("tandem_captions_total"), "captions")],
+                    "cps",
+                ),
+                Panel(
+                    "Pictures of a batch",
+                    "That were described together: the median, and most of a hundred batches.",
+                    [Query(quantile(q, "tandem_caption_batch_images"), f"P{q * 100:.0f}") for q in (0.5, 0.99)],
+                ),
+            ],
+        ),
+        Row(
             "GPUs",
             [
                 Panel(
