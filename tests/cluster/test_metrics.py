@@ -39,7 +39,13 @@ SELDOM = {
     "ray_tandem_engine_previews_total",
     "ray_tandem_engine_reused_predictions_total",
     "ray_tandem_webhooks_total",
-    # where the settings have templates
+    # where the settings have a model that describes pictures
+    "ray_tandem_captions_total",
+    "ray_tandem_caption_batch_images_bucket",
+    "ray_tandem_caption_batch_images_count",
+    "ray_tandem_caption_seconds_bucket",
+    "ray_tandem_caption_seconds_count",
+    # where they have templates
     "ray_tandem_template_orders_total",
     "ray_tandem_template_jobs_total",
     "ray_tandem_template_job_seconds_bucket",
