@@ -6,14 +6,14 @@ from support.collector import Collector
 from support.server import Server, launch, stop
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def collector() -> Iterator[Collector]:
     """What that server tells its jobs' traces to."""
     with Collector() as collector:
         yield collector
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
     """One server for the room's tests; leases are short, so that a dead worker is noticed soon."""
     folder = tmp_path_factory.mktemp("tandem")

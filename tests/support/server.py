@@ -1,8 +1,9 @@
 """A whole server in processes of its own, started and stopped as a user does it."""
 
+import contextlib
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from serve.ports import bind
 
 START_S = 120.0
 
@@ -47,10 +50,13 @@ def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> 
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Of those that the kernel gives nobody who asks for any: until its owner listens, Ray starts dozens of processes,
+    each with ports of its own (its workers' are 10002 to 19999)."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with contextlib.suppress(OSError):
+            bind("127.0.0.1", port)
+            return port
 
 
 def ready(url: str) -> bool:
