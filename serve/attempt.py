@@ -13,6 +13,7 @@ from functools import partial
 from serve.account import Account
 from serve.aside import read_aside
 from serve.diffusion.engine import Engine, Rendered, Work
+from serve.diffusion.start import work_of
 from serve.domain import ImageRequest, JobError, JobState, MemoryReport, StepEvent, Tier, Timings
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.compose import compose
@@ -194,7 +195,7 @@ class Attempt:
             means.metrics.observe("tandem_text_wait_seconds", text_s, tier=slowest)
         image = await fetch_input(means.results, "image", request.image, self._beginning)
         mask = await fetch_input(means.results, "mask", request.mask, self._beginning)
-        rendered = await self._render(Work(self._run_id, request, schedule, image, mask))
+        rendered = await self._render(await asyncio.to_thread(work_of, self._run_id, request, schedule, image, mask))
         self._pulse.enter(JobState.STORING)
         account.drawn(rendered.spent, fetched=image is not None)
         means.pace.decoded(request.pixels * request.num_images, rendered.spent.vae_s)

@@ -99,6 +99,16 @@ class ResizeMode(enum.StrEnum):
     FILL = "fill"
 
 
+class MaskedContent(enum.StrEnum):
+    """What stands under a mask before the first step: the colours around it, what the picture has there, noise, or
+    nothing (latents of 0). They are A1111's 0 to 3."""
+
+    FILL = "fill"
+    ORIGINAL = "original"
+    LATENT_NOISE = "latent_noise"
+    LATENT_NOTHING = "latent_nothing"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """What the client asked for, complete: every default is filled in, so that a retry repeats it exactly.
@@ -109,10 +119,12 @@ class ImageRequest:
     is None for every other family.
 
     `scheduler` is a name of `serve.models.samplers`, None the model's own sampler. `image` and `mask` are keys of the
-    result store: PNG files of exactly `width` x `height`, RGB and L (white is repainted). `strength`, in (0, 1], is the
+    result store: PNG files of `width` x `height`, RGB and L (white is repainted). `strength`, in (0, 1], is the
     share of the steps that an image to start from goes through; None without one. `mask_blur` (pixels) has what the
     mask leaves black stay the image's own, with an edge of that softness: `serve.diffusion.paste`; None for pixels that
-    are all the VAE's. `variation_strength` above 0 is the share of another seed's noise in what the image starts from:
+    are all the VAE's. `masked_content` is what stands under the mask at first. With `padding_mask_crop` (pixels, as in
+    diffusers) `image` and `mask` have a size of their own, only the surroundings of the mask are drawn at `width` x
+    `height`, and the answer is the whole picture: `serve.diffusion.area`. `variation_strength` above 0 is the share of another seed's noise in what the image starts from:
     `serve.diffusion.noise`. `use_t5` False leaves the T5 of SD 3 unread.
 
     `prompt` and `negative_prompt` are as they are drawn: templates are filled in, random choices made. `composed` is
@@ -141,6 +153,8 @@ class ImageRequest:
     mask: str | None = None
     strength: float | None = None
     mask_blur: float | None = None
+    padding_mask_crop: int | None = None
+    masked_content: MaskedContent = MaskedContent.ORIGINAL
     variation_seed: int | None = None
     variation_strength: float = 0.0
     prompt_syntax: Syntax = Syntax.A1111

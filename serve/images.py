@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from serve.domain import ResizeMode
 from serve.errors import InvalidRequest
+from serve.fitting import WHITE_FROM, resized
 from serve.image_files import TooMuch, kind_of, walk, webp_size
 from serve.settings import LimitSettings
 
@@ -26,9 +27,6 @@ MEDIA_TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp", "applicatio
 MAX_RATIO = 16
 """Of the sides of a picture that a model is to look at: most models bring the shorter side to a size of their own, and
 a strip's longer side would grow with it beyond all bounds."""
-WHITE_FROM = 128
-"""Least value of a mask's pixel that counts as white: diffusers binarises at 0.5."""
-
 _READABLE = "PNG, JPEG and WebP are read"
 _SOME = 1024
 _UPRIGHT: Mapping[int, Image.Transpose] = {
@@ -109,7 +107,7 @@ def image_png(upload: Upload, width: int, height: int, mode: ResizeMode = Resize
     """
     with _Guard(upload.field):
         image = _pixels(upload).convert("RGB")
-        return _png(_resized(image, width, height, mode))
+        return _png(resized(image, width, height, mode))
 
 
 def viewed_png(upload: Upload, most: int) -> bytes:
@@ -131,7 +129,7 @@ def mask_png(
     broken."""
     below, above = (255, 0) if invert else (0, 255)
     with _Guard(upload.field):
-        grey = _resized(_pixels(upload).convert("L"), width, height, mode)
+        grey = resized(_pixels(upload).convert("L"), width, height, mode)
         return _png(grey.point([below] * WHITE_FROM + [above] * (256 - WHITE_FROM)))
 
 
@@ -211,26 +209,6 @@ def _pixels(upload: Upload) -> Image.Image:
         image = image.convert("RGBA")
     held = _UPRIGHT.get(upload.orientation)
     return image if held is None else image.transpose(held)
-
-
-def _resized(image: Image.Image, width: int, height: int, mode: ResizeMode) -> Image.Image:
-    if image.size == (width, height):
-        return image
-    if mode is ResizeMode.CROP:
-        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    if mode is ResizeMode.FILL:
-        return _filled(image, width, height)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
-    """All of the picture in its own ratio in the middle; its outermost rows or columns are repeated to the edges."""
-    scale = min(width / image.width, height / image.height)
-    inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    pixels = np.asarray(image.resize(inner, Image.Resampling.LANCZOS))
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    around = [(top, height - inner[1] - top), (left, width - inner[0] - left), (0, 0)]
-    return Image.fromarray(np.pad(pixels, around[: pixels.ndim], mode="edge"))
 
 
 def _png(image: Image.Image) -> bytes:

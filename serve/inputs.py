@@ -30,12 +30,14 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Pictures:
     """What one submission of a job starts from. The nonce keeps apart what two submissions under one id store: each may
-    delete its own. `mode` is how they come to the job's size; `mask_invert` has the mask's black repainted."""
+    delete its own. `mode` is how they come to the job's size, unless they are kept `whole`, in their own; `mask_invert`
+    has the mask's black repainted."""
 
     job_id: str
     uploads: Sequence[Upload]
     mode: ResizeMode = ResizeMode.STRETCH
     mask_invert: bool = False
+    whole: bool = False
     nonce: str = field(default_factory=lambda: secrets.token_hex(_NONCE_BYTES))
 
     @property
@@ -128,6 +130,8 @@ class Inputs:
                 await self._results.delete(key)
 
     async def _decoded(self, pictures: Pictures, upload: Upload, width: int, height: int) -> bytes:
+        if pictures.whole:
+            width, height = upload.width, upload.height
         if upload.field == "mask":
             return await self._worked(mask_png, upload, width, height, pictures.mode, invert=pictures.mask_invert)
         return await self._worked(image_png, upload, width, height, pictures.mode)

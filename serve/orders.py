@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from serve.domain import ImageRequest, Priority, ResizeMode
+from serve.domain import ImageRequest, MaskedContent, Priority, ResizeMode
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.models import Denoiser, ModelFolder
 from serve.models.presets import AUTO, auto, presets
@@ -16,7 +16,17 @@ from serve.placements import Fleet
 from serve.prompts.parse import parse
 from serve.results.encode import quality_of
 from serve.settings import LimitSettings, TemplateSettings
-from serve.starting import Given, check_fit, mask_blur_of, shape_of, strength_of, task_of
+from serve.starting import (
+    Given,
+    check_answers,
+    check_fit,
+    mask_blur_of,
+    masked_content_of,
+    padding_of,
+    shape_of,
+    strength_of,
+    task_of,
+)
 from serve.wording import NewPrompt, worded
 
 MAX_SEED = 2**32 - 1
@@ -51,6 +61,8 @@ class NewImage(NewPrompt):
     strength: float | None = None
     mask_blur: float | None = None
     mask_invert: bool = False
+    padding_mask_crop: int | None = None
+    masked_content: MaskedContent = MaskedContent.ORIGINAL
     resize_mode: ResizeMode = ResizeMode.STRETCH
     variation_seed: int | None = None
     variation_strength: float = 0.0
@@ -102,7 +114,14 @@ def complete(
         raise InvalidRequest(f"num_inference_steps: {new.scheduler} makes at most {most}", "num_inference_steps")
     task = task_of(given, model.name, denoiser)
     check_fit(task, new.resize_mode, mask_invert=new.mask_invert)
-    width, height = size_of(new, model, denoiser, fleet, limits, given.get("image"))
+    padding = padding_of(new.padding_mask_crop, task, new.resize_mode)
+    image = given.get("image")
+    # Of which only a part is drawn, whose size the whole does not say.
+    cropped = None if padding is None else image
+    width, height = size_of(new, model, denoiser, fleet, limits, image if cropped is None else None)
+    if cropped is not None:
+        check_answers(cropped, new.num_images, limits)
+    side = max(width, height) if cropped is None else max(cropped.width, cropped.height)
     return ImageRequest(
         model=model.name,
         prompt=text.prompt,
@@ -118,7 +137,9 @@ def complete(
         image=given["image"].key if new.image is not None else None,
         mask=given["mask"].key if new.mask is not None else None,
         strength=strength_of(new.strength, task, denoiser, steps),
-        mask_blur=mask_blur_of(new.mask_blur, task),
+        mask_blur=mask_blur_of(new.mask_blur, task, cropped=padding is not None),
+        padding_mask_crop=padding,
+        masked_content=masked_content_of(new.masked_content, task),
         variation_seed=variation_seed if new.variation_strength else None,
         variation_strength=float(new.variation_strength),
         prompt_syntax=text.syntax,
@@ -130,7 +151,7 @@ def complete(
         step_cache=_step_cache(new, model, fleet),
         tiny_vae=_tiny_vae(new, model, fleet),
         output_format=new.output_format,
-        output_compression=quality_of(new.output_format, new.output_compression, new.bit_depth, max(width, height)),
+        output_compression=quality_of(new.output_format, new.output_compression, new.bit_depth, side),
         bit_depth=new.bit_depth,
         template=text.template,
         arm=text.arm,

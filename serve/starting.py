@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serve.domain import ResizeMode, Task
+from serve.domain import MaskedContent, ResizeMode, Task
 from serve.errors import InvalidRequest
 from serve.models import Denoiser
+from serve.settings import LimitSettings
 
 MAX_MASK_BLUR = 64
+"""Pixels."""
+CROPPED_MASK_BLUR = 4.0
+MAX_PADDING = 4096
 """Pixels."""
 _NEEDS = {Task.TXT2IMG: "text alone", Task.IMG2IMG: "an image", Task.INPAINT: "an image and a mask"}
 
@@ -60,14 +64,45 @@ def strength_of(written: float | None, task: Task, denoiser: Denoiser, steps: in
     return float(strength)
 
 
-def mask_blur_of(written: float | None, task: Task) -> float | None:
+def mask_blur_of(written: float | None, task: Task, *, cropped: bool) -> float | None:
+    """Where only a part of the picture is drawn it has an edge in any case, by default A1111's."""
     if written is None:
-        return None
+        return CROPPED_MASK_BLUR if cropped else None
     if task is not Task.INPAINT:
         raise InvalidRequest("mask_blur: there is no mask", "mask_blur")
     if not 0 <= written <= MAX_MASK_BLUR:
         raise InvalidRequest(f"mask_blur must be between 0 and {MAX_MASK_BLUR} pixels", "mask_blur")
     return float(written)
+
+
+def padding_of(written: int | None, task: Task, mode: ResizeMode) -> int | None:
+    """Pixels around the mask that are drawn with it; None where the whole picture is."""
+    if written is None:
+        return None
+    if task is not Task.INPAINT:
+        raise InvalidRequest("padding_mask_crop: there is no mask", "padding_mask_crop")
+    if not 0 <= written <= MAX_PADDING:
+        raise InvalidRequest(f"padding_mask_crop must be between 0 and {MAX_PADDING} pixels", "padding_mask_crop")
+    if mode is not ResizeMode.STRETCH:
+        raise InvalidRequest("resize_mode: with padding_mask_crop the picture keeps its size", "resize_mode")
+    return written
+
+
+def check_answers(image: Given, num_images: int, limits: LimitSettings) -> None:
+    """Where the answers are as large as the picture that was sent, they may not have more pixels together than that
+    might have had."""
+    if image.width * image.height * num_images > limits.max_image_pixels:
+        raise InvalidRequest(
+            f"num_images: {num_images} pictures of {shape_of(image)} have more than {limits.max_image_pixels} pixels; "
+            "with padding_mask_crop each is as large as the image",
+            "num_images",
+        )
+
+
+def masked_content_of(written: MaskedContent, task: Task) -> MaskedContent:
+    if written is not MaskedContent.ORIGINAL and task is not Task.INPAINT:
+        raise InvalidRequest("masked_content: there is no mask", "masked_content")
+    return written
 
 
 def check_fit(task: Task, mode: ResizeMode, *, mask_invert: bool) -> None:

@@ -38,9 +38,13 @@ _DEFAULTS = {each.name: each.default for each in dataclasses.fields(ImageRequest
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
+    """`width` and `height` are a picture's."""
+
     key: str
     data: bytes
     content_type: str
+    width: int = 0
+    height: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ async def encode_images(claim: Claim, rendered: Rendered, patience: Patience) ->
         patience.wanted()
         known = parameters(claim.request, index, rendered.approximate)
         data, kind, extension = await asyncio.to_thread(encode_image, image, claim.request, known)
-        files.append(EncodedFile(f"{claim.job_id}/{index}.{extension}", data, kind))
+        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        files.append(EncodedFile(f"{claim.job_id}/{index}.{extension}", data, kind, width, height))
     return Encoded(tuple(files), rendered.approximate)
 
 
@@ -189,8 +194,8 @@ def _entry(claim: Claim, index: int, file: EncodedFile, data: bytes) -> Entry:
         sha256=hashlib.sha256(data).hexdigest(),
         content_type=file.content_type,
         seed=claim.request.seed_of(index),
-        width=claim.request.width,
-        height=claim.request.height,
+        width=file.width,
+        height=file.height,
     )
 
 

@@ -202,7 +202,7 @@ class Intake:
 
     async def _drafted(self, job_id: str, new: NewImage, caller: Caller) -> _Draft:
         uploads = await self.inputs.read(new, caller.owner)
-        pictures = Pictures(job_id, uploads, new.resize_mode, new.mask_invert)
+        pictures = Pictures(job_id, uploads, new.resize_mode, new.mask_invert, new.padding_mask_crop is not None)
         request = await read_aside(
             new.characters,
             lambda: complete(new, self.models, self.fleet, self.limits, pictures.given, self.templates),

@@ -19,6 +19,7 @@ from serve.domain import (
     JobEvent,
     JobState,
     LongPrompt,
+    MaskedContent,
     MemoryReport,
     Note,
     Priority,
@@ -73,6 +74,13 @@ class JobOrder(PromptOrder):
     default all pixels are decoded ones, as in diffusers."""
     mask_invert: bool = False
     """Repaint what is black in the mask, and keep what is white."""
+    padding_mask_crop: int | None = None
+    """Draw only the mask's surroundings, so many pixels beyond it, at the size of the order, and put them back: the
+    answer is the whole picture in its own size, with a `mask_blur` of 4 unless another is said. For details of a large
+    picture. As in diffusers; A1111's "only masked"."""
+    masked_content: Annotated[MaskedContent, Field(strict=False)] = MaskedContent.ORIGINAL
+    """What stands under the mask at first, which a `strength` below 1 leaves something of: `original`, what the picture
+    has there; `fill`, the colours around it; `latent_noise`; `latent_nothing`."""
     resize_mode: Annotated[ResizeMode, Field(strict=False)] = ResizeMode.STRETCH
     """How image and mask come to the size that is drawn: `stretch`; `crop` fills it in their own ratio and cuts what
     juts out; `fill` shows all of them and repeats their edges."""
@@ -125,6 +133,8 @@ class CompleteOrder(Schema):
     mask: str | None
     strength: float | None
     mask_blur: float | None
+    padding_mask_crop: int | None
+    masked_content: MaskedContent
     variation_seed: int | None
     variation_strength: float
     clip_skip: int | None

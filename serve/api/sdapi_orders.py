@@ -13,7 +13,7 @@ from serve.api.sdapi_hires import STRENGTH, Enlarged, enlarged_of
 from serve.api.sdapi_schemas import Drawing, ImageToImage
 from serve.api.sdapi_words import OVERRIDES, braced, guidance, sampler
 from serve.callers import Caller
-from serve.domain import ResizeMode, Syntax, Weighting
+from serve.domain import MaskedContent, ResizeMode, Syntax, Weighting
 from serve.errors import InvalidRequest, JobNotFound
 from serve.offers import ModelInfo
 from serve.options import Options, changed, styled
@@ -23,6 +23,12 @@ from serve.service import ImageService
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 _LONGEST = 1 << 20
 """Characters of both texts while styles are put around them."""
+_CONTENTS = (
+    MaskedContent.FILL,
+    MaskedContent.ORIGINAL,
+    MaskedContent.LATENT_NOISE,
+    MaskedContent.LATENT_NOTHING,
+)
 _RESIZE = (ResizeMode.STRETCH, ResizeMode.CROP, ResizeMode.FILL, ResizeMode.STRETCH)
 
 
@@ -132,7 +138,18 @@ def _started(order: ImageToImage) -> dict[str, Any]:
     if order.mask is None:
         return started
     blur = next(each for each in (order.mask_blur, order.mask_blur_x, order.mask_blur_y, 4) if each is not None)
-    return started | {"mask": order.mask, "mask_blur": blur, "mask_invert": bool(order.inpainting_mask_invert)}
+    masked = {
+        "mask": order.mask,
+        "mask_blur": blur,
+        "mask_invert": bool(order.inpainting_mask_invert),
+        "masked_content": _CONTENTS[order.inpainting_fill or 0],
+    }
+    if order.inpaint_full_res is False:
+        return started | masked
+    return started | masked | {
+        "padding_mask_crop": order.inpaint_full_res_padding or 0,
+        "resize_mode": ResizeMode.STRETCH,  # nothing comes to another size
+    }  # fmt: skip
 
 
 def _rounds(order: Drawing, new: NewImage, most: int) -> tuple[NewImage, ...]:

@@ -144,9 +144,12 @@ class ImageToImage(Drawing):
     inpainting_mask_invert: Switch | None = 0
     """1: black is repainted instead."""
     inpainting_fill: Annotated[int, Field(ge=0, le=3)] | None = 0
-    """Read, and without effect: what is repainted starts from the image itself, which A1111 calls 1."""
+    """What is repainted starts from: 0 the colours around it, 1 the image itself, 2 noise, 3 nothing."""
     inpaint_full_res: bool | None = True
-    """Read, and without effect: the whole picture is drawn."""
+    """Draw only the surroundings of the mask at width x height, and put them back: the answer is as large as the image.
+    False draws the whole picture, which comes to width x height."""
+    inpaint_full_res_padding: Whole | None = 0
+    """Pixels around the mask that are drawn with it."""
     include_init_images: bool | None = False
     """Whether `parameters` repeat `init_images` and `mask`."""
     initial_noise_multiplier: Number | None = None

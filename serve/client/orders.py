@@ -90,6 +90,8 @@ class Options(PromptOptions, total=False):
     strength: float | None
     mask_blur: float | None
     mask_invert: bool | None
+    padding_mask_crop: int | None
+    masked_content: Literal["fill", "original", "latent_noise", "latent_nothing"] | None
     resize_mode: Literal["stretch", "crop", "fill"] | None
     variation_seed: int | None
     variation_strength: float | None

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from serve.diffusion.area import Area
 from serve.diffusion.scheduler import Row
 from serve.domain import ImageRequest, Preview, Relief, Schedule, StepEvent
 from serve.errors import GenerationFailed, TandemError
@@ -30,7 +31,8 @@ Picture = Image.Image | npt.NDArray[np.uint16]
 class Work:
     """A request that is ready to be drawn. `run_id` names this attempt: two attempts at one job are two runs.
 
-    `image` (RGB) and `mask` (L, white is repainted) are those of the request, of exactly its size.
+    `image` (RGB) and `mask` (L, white is repainted) are what is drawn over, of exactly the request's size. `area` is
+    where they are from, where the request's own picture is larger and only a part of it is drawn.
     """
 
     run_id: str
@@ -38,6 +40,7 @@ class Work:
     schedule: Schedule
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    area: Area | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

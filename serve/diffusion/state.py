@@ -15,7 +15,7 @@ from serve.diffusion.samplers import Track
 from serve.diffusion.step_cache import StepCache
 from serve.diffusion.texts import Sides, Texts
 from serve.diffusion.vae import Moments
-from serve.domain import ImageRequest, Task
+from serve.domain import ImageRequest, MaskedContent, Task
 from serve.models.denoiser import Denoiser
 
 INPAINTING_CHANNELS = 9
@@ -72,7 +72,7 @@ def start_from_image(
     kept = family.vae.encode(pixels * (white < 0.5), side=side) if reads_mask else whole
     starts = []
     for index in range(request.num_images):
-        start = _start(family, request, index, shape, whole)
+        start = _masked(_start(family, request, index, shape, whole), small, request.masked_content)
         assert kept is not None
         beside = kept.sample(start.generator)
         starts.append(replace(start, extra=torch.cat([small, beside], 1)) if reads_mask else replace(start, mask=small))
@@ -90,6 +90,14 @@ def _start(
     if seed is not None:
         noise = varied(noise, seed, request.variation_strength)
     return Start(generator, noise.to(family.device), latents)
+
+
+def _masked(start: Start, mask: torch.Tensor, content: MaskedContent) -> Start:
+    """With noise, or with nothing, under the mask."""
+    if start.image is None or content not in (MaskedContent.LATENT_NOISE, MaskedContent.LATENT_NOTHING):
+        return start
+    under = start.noise if content is MaskedContent.LATENT_NOISE else torch.zeros_like(start.image)
+    return replace(start, image=(1 - mask) * start.image + mask * under)
 
 
 def _denoiser(family: Family) -> Denoiser:

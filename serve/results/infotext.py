@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from serve.domain import MaskedContent
 from serve.models.a1111 import labels
 from serve.models.samplers import SAMPLERS
 
@@ -22,6 +23,7 @@ PARAMETERS = "parameters"
 NEGATIVE = "Negative prompt:"
 
 _PROMPT, _NEGATIVE_PROMPT = "Prompt", "Negative prompt"
+_ORIGINAL = MaskedContent.ORIGINAL.value
 _LEAST = 3
 """With fewer settings than that, a text's last line is taken for prompt."""
 _MOST_SETTINGS = 64 * 1024
@@ -56,6 +58,7 @@ def settings(known: Mapping[str, Any], more: Mapping[str, Any] | None = None) ->
     distilled = known.get("true_cfg_scale") is not None
     clip_skip = known.get("clip_skip")
     varied = known.get("variation_seed") is not None
+    padding, content = known.get("padding_mask_crop"), str(known.get("masked_content", _ORIGINAL))
     told = {
         "Steps": known.get("num_inference_steps"),
         "Sampler": sampler,
@@ -70,6 +73,9 @@ def settings(known: Mapping[str, Any], more: Mapping[str, Any] | None = None) ->
         "Denoising strength": known.get("strength"),
         "Clip skip": clip_skip + 1 if isinstance(clip_skip, int) else None,
         "Mask blur": known.get("mask_blur"),
+        "Masked content": None if content == _ORIGINAL else content.replace("_", " "),
+        "Inpaint area": None if padding is None else "Only masked",
+        "Masked area padding": padding,
     }
     told |= {label: value for label, value in (more or {}).items() if label not in (_PROMPT, _NEGATIVE_PROMPT)}
     return {label: value for label, value in told.items() if value is not None}

@@ -67,6 +67,25 @@ def test_white_is_repainted_and_the_rest_stays(api: Any, start: Image.Image) -> 
     assert abs(right[:, 64:] - before[:, 64:]).mean() > 20
 
 
+def test_only_the_masked_part_is_drawn_unless_told_otherwise(api: Any) -> None:
+    """As A1111's clients have it by default: the picture keeps its size and all that is not masked."""
+    large, spot = Image.linear_gradient("L").resize((320, 200)).convert("RGB"), Image.new("L", (320, 200))
+    spot.paste(255, (200, 60, 260, 120))
+    order = {"images": [large], "mask_image": spot, "mask_blur": 0, "prompt": STAR, "denoising_strength": 1.0}
+    order |= {"seed": 5, "steps": 3, "cfg_scale": 1.0, "width": 64, "height": 64}
+    answer = api.img2img(**order, inpaint_full_res_padding=16)
+    changed = abs(pixels(answer.image) - pixels(large))
+    masked = pixels(spot.convert("RGB"))[..., 0] > 0
+    assert answer.image.size == large.size
+    assert changed[~masked].max() == 0
+    assert changed[masked].mean() > 20
+    told = answer.info["extra_generation_params"]
+    assert (told["Inpaint area"], told["Masked area padding"], told["Masked content"]) == ("Only masked", 16, "fill")
+    whole = api.img2img(**order, inpaint_full_res=False, inpainting_fill=1)
+    assert whole.image.size == (64, 64)
+    assert not {"Inpaint area", "Masked content"} & whole.info["extra_generation_params"].keys()
+
+
 @pytest.mark.slow
 def test_the_edge_of_the_mask_is_as_soft_as_it_says(api: Any, start: Image.Image) -> None:
     order = {"images": [start], "prompt": STAR, "denoising_strength": 1.0, "seed": 5, "steps": 2}

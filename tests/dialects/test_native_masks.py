@@ -49,6 +49,21 @@ def test_the_rest_of_a_resized_picture_stays_under_an_inverted_mask(drawing: Dra
     assert of_fill[:, 32:64].mean() > 20
 
 
+def test_a_detail_of_a_large_picture_is_drawn_and_put_back(drawing: Drawing) -> None:
+    large, spot = picture(300, 200), Image.new("L", (300, 200))
+    spot.paste(255, (200, 60, 240, 100))
+    order = {"image": text(large), "mask": text(spot), "padding_mask_crop": 8, "mask_blur": 0, "strength": 1}
+    ended = job(drawing, **order)
+    assert (ended["request"]["width"], ended["request"]["height"]) == (128, 128)
+    (image,) = ended["images"]
+    assert (image["width"], image["height"]) == (300, 200)
+    changed = np.abs(pixels(drawing, f"{ended['id']}/0").astype(int) - np.asarray(large))
+    assert changed[np.asarray(spot) == 0].max() == 0
+    assert changed[np.asarray(spot) > 0].mean() > 20
+    again = job(drawing, **ended["request"])
+    assert (pixels(drawing, f"{again['id']}/0") == pixels(drawing, f"{ended['id']}/0")).all()
+
+
 def test_the_request_of_a_job_draws_the_same_once_more(drawing: Drawing) -> None:
     half = Image.new("L", (160, 320))
     half.paste(255, (0, 0, 160, 200))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given as given_
 from hypothesis import strategies as st
 
-from serve.domain import ResizeMode, Task
+from serve.domain import MaskedContent, ResizeMode, Task
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.jobs.records import REQUEST
 from serve.models import SHIPPED, Denoiser, ModelFolder, check_folder
@@ -164,6 +164,30 @@ def test_what_a_mask_means() -> None:
     refused("mask_blur", mask_blur=4)
 
 
+def test_only_what_is_around_the_mask_is_drawn() -> None:
+    """At the model's own size, whatever the picture's is; all answers are no larger than one picture may be."""
+    large: dict[str, Any] = {"image": (3000, 2000), "mask": (3000, 2000)}
+    request = order(**large, padding_mask_crop=32)
+    assert (request.width, request.height) == (128, 128)
+    assert (request.padding_mask_crop, request.mask_blur) == (32, 4.0)
+    assert order(**large, padding_mask_crop=0, mask_blur=0, width=64).mask_blur == 0.0
+    for wrong in (-1, 5000):
+        refused("padding_mask_crop", **large, padding_mask_crop=wrong)
+    refused("padding_mask_crop", image=(64, 64), padding_mask_crop=0)
+    refused("padding_mask_crop", padding_mask_crop=0)
+    refused("resize_mode", **large, padding_mask_crop=0, resize_mode=ResizeMode.CROP)
+    assert "3000 x 2000" in refused("num_images", **large, padding_mask_crop=0, num_images=4)
+    huge: dict[str, Any] = {"image": (16384, 64), "mask": (16384, 64), "padding_mask_crop": 0}
+    refused("output_format", **huge, output_format="webp")
+
+
+def test_what_is_under_a_mask_wants_one() -> None:
+    for content in MaskedContent:
+        assert order(image=(64, 64), mask=(64, 64), masked_content=content).masked_content is content
+    refused("masked_content", image=(64, 64), masked_content=MaskedContent.FILL)
+    assert order(masked_content=MaskedContent.ORIGINAL).masked_content is MaskedContent.ORIGINAL
+
+
 @pytest.mark.parametrize("mode", [ResizeMode.CROP, ResizeMode.FILL])
 def test_what_is_asked_of_pictures_wants_them(mode: ResizeMode) -> None:
     with_both = order(image=(64, 64), mask=(64, 64), mask_invert=True, resize_mode=mode)
@@ -194,7 +218,7 @@ def test_variations_are_of_one_seed() -> None:
 def test_a_record_from_before_a_field_has_its_default() -> None:
     request = order(image=(64, 64), mask=(64, 64))
     record = json.loads(REQUEST.dump_json(request))
-    for name in ("mask_blur", "variation_seed", "variation_strength"):
+    for name in ("mask_blur", "padding_mask_crop", "masked_content", "variation_seed", "variation_strength"):
         del record[name]
     assert REQUEST.validate_json(json.dumps(record)) == request
 

@@ -124,6 +124,8 @@ async def test_a_picture_that_is_gone_names_the_field(stand: Any, refused: Any) 
         ({"image": text(file(size=(4000, 64)))}, "image"),
         ({"mask": text(file())}, "mask"),
         ({"mask_blur": 4}, "mask_blur"),
+        ({"image": text(file()), "padding_mask_crop": 0}, "padding_mask_crop"),
+        ({"image": text(file()), "masked_content": "fill"}, "masked_content"),
         ({"image": text(file()), "mask_invert": True}, "mask_invert"),
         ({"resize_mode": "crop"}, "resize_mode"),
         ({"image": text(file()), "resize_mode": "latent"}, "resize_mode"),

@@ -67,6 +67,7 @@ def test_a_full_order_is_taken_as_it_stands() -> None:
     order |= {"use_t5": False, "step_cache": 0.1, "tiny_vae": True}
     order |= {"image": "data:image/png;base64,AAAA", "mask": f"{'0' * 32}/mask", "strength": 1, "preview_every": 5}
     order |= {"mask_blur": 2.5, "mask_invert": True, "resize_mode": "fill"}
+    order |= {"padding_mask_crop": 32, "masked_content": "latent_noise"}
     order |= {"variation_seed": 2**40, "variation_strength": 0.5}
     order |= {"output_format": "webp", "output_compression": 80, "bit_depth": 8}
     order |= {"priority": "batch", "webhook": "https://example.com/told?of=this"}

@@ -12,6 +12,7 @@ from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
+from serve.diffusion.start import work_of
 from serve.domain import ImageRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
@@ -63,7 +64,7 @@ def work(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callab
         outputs = tower.encode([Row.of(unit, tower.outputs) for unit in plan.units])
         embeddings = {unit.key: pack(row[unit.output]) for unit, row in zip(plan.units, outputs, strict=True)}
         request = replace(request, composed=plan.composed)
-        return Work(run_id, request, compose(plan, embeddings), image, mask)
+        return work_of(run_id, request, compose(plan, embeddings), image, mask)
 
     return make
 

@@ -40,6 +40,10 @@ def test_what_an_image_and_a_mask_add() -> None:
         "Mask blur: 4"
     )
     assert "Variation" not in as_text(KNOWN | {"variation_strength": 0.0})
+    masked = {"mask_blur": 0.0, "masked_content": "latent_noise", "padding_mask_crop": 32}
+    ending = "Mask blur: 0, Masked content: latent noise, Inpaint area: Only masked, Masked area padding: 32"
+    assert as_text(KNOWN | masked).endswith(ending)
+    assert "Masked" not in as_text(KNOWN | {"mask_blur": 0.0, "masked_content": "original"})
 
 
 def test_what_the_job_does_not_say_goes_over_what_it_says_and_behind_it() -> None:

@@ -71,6 +71,7 @@ def test_a_picture_says_how_it_alone_is_made_again() -> None:
         "seed": 9,
         "scheduler": "flow_euler",
         "strength": 0.5,
+        "masked_content": "original",
         "variation_strength": 0.0,
         "prompt_syntax": "a1111",
         "prompt_weighting": "a1111",
