@@ -53,4 +53,5 @@ def _sized_deep(drawn: npt.NDArray[np.uint16], box: Box, size: tuple[int, int]) 
         np.asarray(Image.fromarray(part[..., each].astype(np.float32)).resize(size, Image.Resampling.LANCZOS))
         for each in range(part.shape[2])
     ]
-    return np.clip(np.rint(np.stack(channels, -1)), 0, 65535).astype(np.uint16)
+    pixels: npt.NDArray[np.uint16] = np.clip(np.rint(np.stack(channels, -1)), 0, 65535).astype(np.uint16)
+    return pixels
