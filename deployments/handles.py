@@ -19,7 +19,7 @@ from serve.encoders.cache import Fetched
 from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable, GenerationFailed, TandemError
 from serve.placements import Fleet
-from serve.service import PoolState
+from serve.readiness import PoolState
 from serve.settings import CaptionSettings
 
 CALL_S = 10.0

@@ -29,7 +29,8 @@ from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
-from serve.service import ImageService, PoolState
+from serve.readiness import PoolState
+from serve.service import ImageService
 from serve.settings import Settings
 from serve.telemetry.tracing import open_tracing
 from serve.text import TextService

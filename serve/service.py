@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.ahead import Ahead, Prepare
 from serve.callers import Caller, Limit
-from serve.domain import Arrival, EncodeUnit, ImageRef, Job, JobEvent, JobState, Tier
+from serve.domain import Arrival, ImageRef, Job, JobEvent, JobState
 from serve.encoders.cache import EmbeddingCache
-from serve.errors import ClientError, JobNotFound, TandemError, Unavailable
+from serve.errors import ClientError, JobNotFound, Unavailable
 from serve.fleet import PlaceInfo, place_info
 from serve.inputs import Inputs
 from serve.jobs.calls import Calls
 from serve.jobs.events import end_of, follow
 from serve.jobs.store import JobStore
 from serve.jobs.terms import JobPage, Submitted
-from serve.lately import Lately
 from serve.models import ModelFolder
 from serve.models.quality import quality_steps
 from serve.offers import ModelInfo, SelfTest, model_info, step_times
@@ -30,6 +28,7 @@ from serve.options import Options, Style, kept, read, styles_of
 from serve.orders import NewImage, drawn, size_of, within
 from serve.placements import Fleet
 from serve.prompts.plan import Planner
+from serve.readiness import PoolState, Probe, Readiness
 from serve.results.keys import content_type
 from serve.results.store import ResultStore
 from serve.settings import JobSettings, LimitSettings, PromptSettings, WebhookSettings
@@ -37,18 +36,8 @@ from serve.submission import ASK_AGAIN_S, Intake, Quote
 from serve.telemetry.metrics import Metrics, count_stage
 from serve.text import count_prompts
 
-log = logging.getLogger(__name__)
-
 MAX_MEASURED_STEPS = 50
-READY_S = 1.0
-"""For so long what the parts said of themselves is told again, from when they were asked."""
-PREPARED_S, _PREPARED = 60.0, 20_000
-"""For so long texts that were encoded ahead, the latest so many, are taken to be kept still. Where one was evicted, the
-replica that claims the job has it encoded."""
-_PROBE_S = 2.0
 
-Prepare = Callable[[Sequence[EncodeUnit]], Awaitable[Sequence[Tier]]]
-"""Has units encoded and kept where the replica that claims the job will find them; where each came from."""
 Benchmark = Callable[[str, int, int, int], Awaitable[Mapping[str, Mapping[int, Sequence[float]]]]]
 """(model, width, height, steps) -> by placement, the seconds of each of so many synthetic steps by batch entries."""
 
@@ -74,20 +63,10 @@ class StoredImage:
     data: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PoolState:
-    ready: bool
-    detail: str
-
-
-Probe = Callable[[], Awaitable[PoolState]]
-
-
 class ImageService:
     """Submit, look up, follow and cancel image jobs. Another owner's job is one that there is not.
 
-    Owns: the way in, the tasks that have a queued job's text encoded, those that cancel what nobody waits for, and the
-    one that asks the parts how they are.
+    Owns: the way in, and the tasks that cancel what nobody waits for.
     """
 
     def __init__(
@@ -109,27 +88,21 @@ class ImageService:
         embeddings: EmbeddingCache | None = None,
     ) -> None:
         """`models` are those that are drawn, by name; the first is the default. `benchmark` is None where the operator
-        does not offer it. `embeddings` is this process's cache, which says whether a text that was prepared is kept
-        where all find it; without it each text is prepared anew."""
+        does not offer it. `embeddings` is this process's cache."""
         self._models = models
         self._fleet = fleet
         self._limits = limits
         self._jobs = jobs
-        self._prepare = prepare
         self._results = results
-        self._pools = pools
+        self._readiness = Readiness(pools)
         self._metrics = metrics
         self._templates = prompts.templates
         self._benchmark = benchmark
         self._measuring = asyncio.Lock()
         self._inputs = Inputs(jobs, results, limits)
         self._door = Intake(models, fleet, limits, rules, webhooks, jobs, self._inputs, planners, prompts.templates)
-        self._ahead: dict[str, asyncio.Task[None]] = {}
-        self._embeddings = embeddings
-        self._prepared: Lately[tuple[int, str]] = Lately(PREPARED_S, _PREPARED)
+        self._ahead = Ahead(jobs, prepare, embeddings)
         self._withdrawing: set[asyncio.Task[None]] = set()
-        self._asking: asyncio.Task[dict[str, PoolState]] | None = None
-        self._asked_at = 0.0
 
     @property
     def calls(self) -> Calls:
@@ -169,9 +142,7 @@ class ImageService:
                 self._metrics.inc("tandem_template_orders_total", template=request.template, arm=request.arm or "")
             if (admission_s := accepted.submitted.job.timings.admission_s) is not None:
                 count_stage(self._metrics, "admission", admission_s)
-            if units := [unit for unit in accepted.plan.units if not self._is_prepared(unit)]:
-                task = self._ahead[job_id] = asyncio.create_task(self._encode_ahead(job_id, units))
-                task.add_done_callback(lambda _: self._ahead.pop(job_id, None))
+            self._ahead.begin(job_id, accepted.plan.units)
         return accepted.submitted
 
     async def cut_out(self, new: NewImage, field: str, caller: Caller) -> bytes | None:
@@ -196,12 +167,11 @@ class ImageService:
         return await self._door.quote(new, caller)
 
     async def close(self) -> None:
-        """The text of queued jobs is left to the replicas that claim them."""
         self._door.close()
-        for task in (*self._ahead.values(), *self._withdrawing):
+        self._ahead.close()
+        self._readiness.close()
+        for task in self._withdrawing:
             task.cancel()
-        if self._asking is not None:
-            self._asking.cancel()
 
     async def get(self, job_id: str, caller: Caller) -> Job:
         return await self._jobs.get(job_id, caller.owner)
@@ -241,8 +211,7 @@ class ImageService:
     async def cancel(self, job_id: str, caller: Caller | None = None) -> Job:
         """None: whoever's job it is."""
         job = await self._jobs.cancel(job_id, None if caller is None else caller.owner)
-        if ahead := self._ahead.get(job_id):
-            ahead.cancel()
+        self._ahead.cancel(job_id)
         return job
 
     async def withdraw(self, job_id: str, within_s: float) -> None:
@@ -292,26 +261,8 @@ class ImageService:
         return SelfTest(model=folder.name, width=width, height=height, steps=steps, placements=tables)
 
     async def readiness(self) -> dict[str, PoolState]:
-        """What each part says of itself; a part that fails to answer is not ready. They are asked once in READY_S,
-        however many want to know: whoever reaches the server may."""
-        asking = self._asking
-        if asking is None or (asking.done() and time.monotonic() - self._asked_at >= READY_S):
-            self._asked_at = time.monotonic()
-            asking = self._asking = asyncio.create_task(self._ask())
-        return await asyncio.shield(asking)
-
-    async def _ask(self) -> dict[str, PoolState]:
-        states = await asyncio.gather(*(self._probe(probe) for probe in self._pools.values()))
-        return dict(zip(self._pools, states, strict=True))
-
-    async def _probe(self, probe: Probe) -> PoolState:
-        try:
-            async with asyncio.timeout(_PROBE_S):
-                return await probe()
-        except TimeoutError:
-            return PoolState(False, "does not answer")
-        except TandemError as error:
-            return PoolState(False, error.message)
+        """What each part says of itself."""
+        return await self._readiness.states()
 
     async def _cancel_later(self, job_id: str, within_s: float) -> None:
         with contextlib.suppress(TimeoutError, JobNotFound):
@@ -321,20 +272,3 @@ class ImageService:
                     with contextlib.suppress(Unavailable):
                         await self.cancel(job_id)
                         return
-
-    def _is_prepared(self, unit: EncodeUnit) -> bool:
-        known = self._embeddings
-        return known is not None and known.shared(unit) and (known.cleared, unit.key) in self._prepared
-
-    async def _encode_ahead(self, job_id: str, units: Sequence[EncodeUnit]) -> None:
-        """Failure costs time only: the replica that claims the job asks again."""
-        try:
-            started = time.monotonic()
-            tiers = await self._prepare(units)
-            if self._embeddings is not None:
-                for unit in filter(self._embeddings.shared, units):
-                    self._prepared.note((self._embeddings.cleared, unit.key))
-            told = {unit.key: tier for unit, tier in zip(units, tiers, strict=True)}
-            await self._jobs.note_ahead(job_id, told, time.monotonic() - started)
-        except TandemError as error:
-            log.warning("text of job %s could not be encoded ahead: %s", job_id, error.message)

@@ -267,7 +267,7 @@ async def test_a_text_that_was_encoded_lately_is_not_encoded_ahead_again(house: 
     async def submitted(prompt: str) -> str:
         job = (await service.submit(NewImage(prompt=prompt))).job
         async with asyncio.timeout(10):
-            while service._ahead:  # noqa: ASYNC110
+            while service._ahead._tasks:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         return job.id
 

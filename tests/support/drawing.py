@@ -25,7 +25,8 @@ from serve.encoders.concepts import ConceptFolder
 from serve.jobs.store import JobStore
 from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
-from serve.service import ImageService, PoolState
+from serve.readiness import PoolState
+from serve.service import ImageService
 from serve.settings import JobSettings, Settings
 from serve.text import TextService
 

@@ -32,9 +32,10 @@ from serve.keys import KeyStore
 from serve.models import resolve
 from serve.placements import Fleet, plan_placements
 from serve.prompts.plan import Planner
+from serve.readiness import PoolState
 from serve.results.keys import content_type
 from serve.results.store import ResultStore, open_store
-from serve.service import ImageService, PoolState
+from serve.service import ImageService
 from serve.settings import JobSettings, ModelSettings, Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.telemetry.tracing import open_tracing

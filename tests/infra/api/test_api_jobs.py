@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve.embedded import EmbeddedRedis
-from serve.service import PoolState
+from serve.readiness import PoolState
 from serve.settings import ResultSettings, S3Settings
 
 pytestmark = pytest.mark.anyio
@@ -137,7 +137,7 @@ async def test_without_redis_every_job_route_is_a_503_and_the_process_is_alive(
 
 
 async def test_ready_is_when_every_pool_is(stand: Any, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.service.READY_S", 0.0)
+    monkeypatch.setattr("serve.readiness.READY_S", 0.0)
     ready = await stand.client.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["pools"]["diffusion"] == {"ready": True, "detail": "1 replica"}
@@ -151,7 +151,7 @@ async def test_ready_is_when_every_pool_is(stand: Any, refused: Any, monkeypatch
 async def test_however_many_want_to_know_the_pools_are_asked_once_in_a_while(
     stand: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.service.READY_S", 3600.0)
+    monkeypatch.setattr("serve.readiness.READY_S", 3600.0)
     asked, begun, go_on = 0, asyncio.Event(), asyncio.Event()
 
     async def slow() -> PoolState:
@@ -162,7 +162,7 @@ async def test_however_many_want_to_know_the_pools_are_asked_once_in_a_while(
         return PoolState(True, "up")
 
     service = stand.app.state.service
-    service._pools["slow"] = slow
+    service._readiness._pools["slow"] = slow
     asking = [asyncio.create_task(stand.client.get("/readyz")) for _ in range(50)]
     gone = asyncio.create_task(service.readiness())
     await begun.wait()
@@ -172,7 +172,7 @@ async def test_however_many_want_to_know_the_pools_are_asked_once_in_a_while(
     go_on.set()
     assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
     assert ((await stand.client.get("/readyz")).status_code, asked) == (200, 1)
-    monkeypatch.setattr("serve.service.READY_S", 0.0)
+    monkeypatch.setattr("serve.readiness.READY_S", 0.0)
     assert ((await stand.client.get("/readyz")).status_code, asked) == (200, 2)
 
 

@@ -8,7 +8,7 @@ from support.listening import listening
 
 from serve import __version__
 from serve.doctor import server
-from serve.service import PoolState
+from serve.readiness import PoolState
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +23,7 @@ async def test_a_server_that_runs_is_found_with_its_version_and_what_is_not_read
         assert {each.level.value for each in seen.findings} == {"ok"}
         assert f"Tandem {__version__} answers at {url}" in {each.told for each in seen.findings}
         stand.pools["diffusion"] = PoolState(False, "no replica answers")
-        monkeypatch.setattr("serve.service.READY_S", 0.0)
+        monkeypatch.setattr("serve.readiness.READY_S", 0.0)
         monkeypatch.setattr(server, "__version__", "99.0")
         found = (await asyncio.to_thread(server.check_server, url)).findings
         assert [(each.level.value, each.code) for each in found] == [
