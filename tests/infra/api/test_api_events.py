@@ -188,7 +188,7 @@ async def test_a_client_that_goes_away_leaves_nothing_running(stand: Any, redis_
     followers = [Follower(stand.app, f"/v1/jobs/{job}/events") for job in jobs for _ in range(2)]
     for follower in followers:
         await follower.until(lambda seen: '"queued"' in seen)
-    async with asyncio.timeout(10), redis.asyncio.Redis.from_url(redis_url) as client:
+    async with asyncio.timeout(60), redis.asyncio.Redis.from_url(redis_url) as client:
         assert len(await client.pubsub_channels("tandem:events:*")) == len(jobs)
         for follower in followers:
             follower.left.set()

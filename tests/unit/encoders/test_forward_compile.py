@@ -19,13 +19,8 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("kind", "quantization"),
-    [("clip-projected", "none"), pytest.param("t5", "none", marks=SLOW), pytest.param("t5", "int4", marks=SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "quantization"), [("clip-projected", "none"), ("t5", "none"), ("t5", "int4")])
 def test_it_equals_the_eager_one_and_no_request_compiles(
     encoders: Mapping[str, Encoder], kind: str, quantization: str
 ) -> None:
