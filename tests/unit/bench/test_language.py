@@ -9,7 +9,7 @@ from serve.shapes.draw import is_held_out
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return measure(4, lambda _: None)
+    return measure(2, lambda _: None)
 
 
 def test_scenes_were_never_seen_in_training() -> None:
@@ -17,7 +17,7 @@ def test_scenes_were_never_seen_in_training() -> None:
 
 
 def test_every_construct_moves_pictures_as_it_should(report: Report) -> None:
-    """Four pictures each; the rates of forty are in docs/prompts.md."""
+    """Two pictures each; the rates of forty are in docs/prompts.md."""
     assert len(report.effects) >= 13
     right, of = sum(each.right for each in report.effects), sum(each.of for each in report.effects)
     assert right >= MOST * of, {each.what: f"{each.right} of {each.of}" for each in report.effects}
