@@ -122,10 +122,11 @@ class ImageRequest:
     result store: PNG files of `width` x `height`, RGB and L (white is repainted). `strength`, in (0, 1], is the
     share of the steps that an image to start from goes through; None without one. `mask_blur` (pixels) has what the
     mask leaves black stay the image's own, with an edge of that softness: `serve.diffusion.paste`; None for pixels that
-    are all the VAE's. `masked_content` is what stands under the mask at first. With `padding_mask_crop` (pixels, as in
-    diffusers) `image` and `mask` have a size of their own, only the surroundings of the mask are drawn at `width` x
-    `height`, and the answer is the whole picture: `serve.diffusion.area`. `variation_strength` above 0 is the share of another seed's noise in what the image starts from:
-    `serve.diffusion.noise`. `use_t5` False leaves the T5 of SD 3 unread.
+    are all the VAE's. `masked_content` is what stands under the mask at first. With `padding_mask_crop` (pixels, as
+    in diffusers) `image` and `mask` have a size of their own, only the surroundings of the mask are drawn at
+    `width` x `height`, and the answer is the whole picture: `serve.diffusion.area`. `variation_strength` above 0 is
+    the share of another seed's noise in what the image starts from: `serve.diffusion.noise`. `use_t5` False leaves
+    the T5 of SD 3 unread.
 
     `prompt` and `negative_prompt` are as they are drawn: templates are filled in, random choices made. `composed` is
     the number of noise predictions beside the negative one's (`AND`). `template` and `arm` say which configured prompt
