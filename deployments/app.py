@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
@@ -26,11 +27,13 @@ from serve.errors import OperatorError
 from serve.models.captioner import captioner_of
 from serve.origins import load_args, plain_secrets, variable_of
 from serve.placements import GPU_CLASS_LABEL, HERE, Placement, plan_placements, setting_of
+from serve.scaling.places import places_of, store_at
 from serve.settings import CaptionSettings, DiffusionSettings, EncoderSettings, Settings
 
 log = logging.getLogger(__name__)
 
 POLICY = "deployments.autoscaling:QueuedTokens"
+BACKLOG = "deployments.autoscaling:BacklogSeconds"
 AFFINITY = "deployments.affinity:UnitAffinity"
 MAX_QUEUED = 500
 """Requests of one process that may wait for a replica of a text encoder; one more is refused at once. Fewer than the
@@ -71,32 +74,64 @@ def application(settings: Settings) -> serve.Application:
     catalog = open_catalog(settings)
     encoders = {encoder.fingerprint: text_encoder(encoder, settings) for encoder in catalog.registry.encoders}
     placements = plan_placements(settings, catalog.drawn)
-    diffusion = {placement.name: denoiser(placement, settings, encoders) for placement in placements}
+    diffusion = {each.name: denoiser(each, settings, encoders, placements) for each in placements}
 
     return serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=settings.http.replicas,
         max_ongoing_requests=settings.http.max_connections,
-        ray_actor_options={"num_cpus": settings.http.num_cpus},
-        graceful_shutdown_timeout_s=5.0,
+        ray_actor_options={"num_cpus": settings.http.num_cpus, **beside_cards(settings)},
+        graceful_shutdown_timeout_s=settings.http.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
     ).bind(settings, encoders, diffusion, captions(settings))
 
 
-def denoiser(placement: Placement, settings: Settings, encoders: Mapping[str, serve.Application]) -> serve.Application:
-    """One model on one GPU class. Raises OperatorError."""
+def denoiser(
+    placement: Placement,
+    settings: Settings,
+    encoders: Mapping[str, serve.Application],
+    placements: Sequence[Placement],
+) -> serve.Application:
+    """One model on one GPU class, one of `placements`. Raises OperatorError."""
     own = placement.settings
     return serve.deployment(
         Diffusion,
         name=f"Diffusion-{placement.name}",
-        num_replicas=own.replicas,
+        **denoisers(placement, settings, placements),
         ray_actor_options=actor_options(own, settings, setting_of(settings, placement.name, "num_gpus")),
         graceful_shutdown_timeout_s=own.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
     ).bind(settings, placement.name, encoders)
+
+
+def denoisers(placement: Placement, settings: Settings, placements: Sequence[Placement]) -> dict[str, Any]:
+    """How many: by the work of all placements, because a job may go to any that holds it."""
+    own = placement.settings
+    if own.least_replicas == own.most_replicas:
+        return {"num_replicas": own.replicas}
+    url = settings.jobs.redis_url
+    assert url is not None  # filled in by now
+    kwargs = {
+        "placement": placement.name,
+        "places": [asdict(place) for place in places_of(placements)],
+        "store": asdict(store_at(url)),
+        "idle_s": own.idle_s,
+    }
+    # Said only where it must be: at each change of settings Serve goes back to it, whatever there is to do.
+    initial = {"initial_replicas": own.replicas} if own.replicas > own.least_replicas else {}
+    return {
+        "autoscaling_config": initial
+        | {
+            "min_replicas": own.least_replicas,
+            "max_replicas": own.most_replicas,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "policy": AutoscalingPolicy(policy_function=BACKLOG, policy_kwargs=kwargs),
+        }
+    }
 
 
 def text_encoder(encoder: Encoder, settings: Settings) -> serve.Application:
@@ -160,6 +195,8 @@ def actor_options(
     before, and may have none.)
     """
     actor: dict[str, Any] = {"num_cpus": own.num_cpus, "num_gpus": own.num_gpus}
+    if own.gpu_class is None and not own.num_gpus:
+        actor |= beside_cards(settings)
     if own.gpu_class is not None:
         label = settings.gpu_classes[own.gpu_class].label or own.gpu_class
         actor["label_selector"] = {GPU_CLASS_LABEL: label}
@@ -168,6 +205,16 @@ def actor_options(
                 f"{num_gpus}: it is 0, and {own.gpu_class} is a class of GPUs; say 1, or which share of one", num_gpus
             )
     return actor
+
+
+def beside_cards(settings: Settings) -> dict[str, Any]:
+    """What keeps a replica without a GPU off the nodes of GPU classes, where there are others: Serve spreads replicas,
+    and one on a node with a card takes CPUs that the card's own replica books, so that the card stands idle."""
+    labels = sorted({each.label or name for name, each in settings.gpu_classes.items()} - {HERE})
+    if not labels:
+        return {}
+    elsewhere = {GPU_CLASS_LABEL: f"!in({','.join(labels)})"}
+    return {"label_selector": elsewhere, "fallback_strategy": [{"label_selector": {}}]}
 
 
 def replicas(own: EncoderSettings) -> dict[str, Any]:

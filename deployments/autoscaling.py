@@ -1,4 +1,5 @@
-"""How many replicas the pool of a text encoder wants: by the tokens that wait, held by the work that is done.
+"""How many replicas a pool wants: a text encoder's by the tokens that wait, held by the work that is done; a
+placement's by the predicted seconds of work in the job store.
 
 Serve pickles this module by value into its controller, which calls the policy ten times a second: nothing here may
 block, and nothing heavy may be imported.
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
+
+from serve.scaling.demand import Place
+from serve.scaling.steady import Steady
+from serve.scaling.watch import StoreAt, watch
 
 REPORT_S = 1.0
 """Seconds between the reports of a replica or handle to the controller."""
@@ -60,31 +64,6 @@ def desired_replicas(
     return min(max(wanted, min_replicas), max_replicas)
 
 
-class Steady:
-    """Grows at once; shrinks to the most that was wanted within the last `idle_s`, so that a pause between two bursts
-    doesn't cost a start. Replicas that are new count as wanted: they have had no time to report. `clock` is in seconds.
-
-    Owns: what was wanted lately.
-    """
-
-    def __init__(self, idle_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._idle_s = idle_s
-        self._clock = clock
-        self._current = 0
-        self._lately: deque[tuple[float, int]] = deque()
-
-    def __call__(self, wanted: int, current: int) -> int:
-        now = self._clock()
-        counts = max(wanted, current) if current > self._current else wanted
-        self._current = current
-        while self._lately and self._lately[-1][1] <= counts:
-            self._lately.pop()  # outlived by a larger one: what stays falls, and the first is the most
-        self._lately.append((now, counts))
-        while self._lately[0][0] < now - self._idle_s:
-            self._lately.popleft()
-        return wanted if wanted >= current else min(current, self._lately[0][1])
-
-
 class QueuedTokens:
     """The policy as Serve calls it.
 
@@ -118,3 +97,33 @@ class QueuedTokens:
                 wanted, 1
             )  # it has not been idle: it has not begun, and a T5 takes longer to load than `idle_s`
         return self._steady(wanted, current), {}
+
+
+class BacklogSeconds:
+    """The policy of a placement's diffusion replicas, as Serve calls it: by the predicted seconds of work in the job
+    store, which its watch looks at. Nothing of Serve's own figures counts: no request goes through its handles.
+
+    Owns: its memory of what was wanted.
+    """
+
+    def __init__(
+        self,
+        placement: str,
+        places: Sequence[Mapping[str, Any]],
+        store: Mapping[str, str],
+        idle_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`places` are the fields of each `Place` of the application, `store` those of a `StoreAt`."""
+        self._placement = placement
+        self._watch = watch(StoreAt(**store), [Place(**each) for each in places])
+        self._steady = Steady(idle_s, clock)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        current, seen = context.target_num_replicas, self._watch.seen()
+        if seen is None:
+            return current, {}
+        wanted = seen.wanted[self._placement]
+        if current and not context.running_replicas:
+            wanted = max(wanted, 1)  # as a text encoder's
+        return self._steady(wanted, current, seen.carried[self._placement]), {}

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from deployments import began
 from deployments.exits import on_sigterm
 from deployments.metrics import tell_device, telling
 from deployments.parts import Parts, open_parts, open_text
@@ -34,16 +36,23 @@ from serve.placements import Placement, plan_placements, setting_of
 from serve.replica_plan import card_use, planned_here, tell_plan
 from serve.reports import Pace, cost_here, report_of
 from serve.rungs import MEANS, Rung
+from serve.scaling.start import Laps
 from serve.settings import Settings
 from serve.telemetry.tracing import CLOSE_S, open_tracing
 from serve.wants import batch_of
 from serve.worker import RELEASE_S, Worker
 
+IMPORTED_AT = time.time()
 CPU_NICENESS = 1
 """Of a denoiser that computes on the cores which also answer clients and keep the leases: enough for a session of its
 own (`stand_back`), which is what keeps the others quick. More only takes throughput away."""
 LEAVING_S = 8.0
 """Of the grace that Serve gives: for giving back what is not finished, and for closing everything."""
+
+
+def own_grace_s(drain_s: float) -> float:
+    """Seconds for what a replica has in hand, of those that Serve gives it: the rest is for leaving in order."""
+    return max(drain_s - LEAVING_S, drain_s / 2)
 
 
 class Diffusion:
@@ -56,16 +65,20 @@ class Diffusion:
         self, settings: Settings, placement: str, encoders: Mapping[str, DeploymentHandle]
     ) -> None:
         """`placement` by its name; `encoders` by fingerprint."""
+        laps = Laps(began.AT)
+        laps.lap("imports", IMPORTED_AT)
+        laps.lap("Serve")
         parts = await open_parts(settings, placement)
+        laps.lap("settings, models' files, stores")
         placements = plan_placements(settings, parts.catalog.drawn)
         place = next(each for each in placements if each.name == placement)
         model = parts.catalog.drawn[place.model]
         assert model.denoiser is not None  # models that are drawn have one
-        place, runner, profile = await asyncio.to_thread(_load, settings, place, parts)
+        place, runner, profile = await asyncio.to_thread(_load, settings, place, parts, laps)
         # The node first: which of them holds what is seen in the jobs' records.
         node = ray.get_runtime_context().get_node_id()
         name = f"{node}:{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._grace_s = max(place.settings.drain_s - LEAVING_S, place.settings.drain_s / 2)
+        self._grace_s = own_grace_s(place.settings.drain_s)
         self._metrics = parts.metrics
         self._jobs = parts.jobs
         self._tracing = open_tracing(settings.tracing, "diffusion", name)
@@ -77,12 +90,15 @@ class Diffusion:
         on_cores = partial(use_cores, place.settings.torch_threads, CPU_NICENESS)
         self._engine = Engine(runner, StepScheduler(profile), profile, parts.metrics, niceness, ladder, on_cores)
         self._step_times = StepTimes(self._engine, profile, runner.family.vae.scale_factor)
+        planner = parts.catalog.planner(model.name)
+        laps.lap("tokenizers, threads")
+        self._start = laps.start
         self._worker = Worker(
             name=name,
             placement=place,
             settings=settings.jobs,
             jobs=parts.jobs,
-            planner=parts.catalog.planner(model.name),
+            planner=planner,
             embeddings=self._text.embeddings,
             engine=self._engine,
             results=parts.results,
@@ -94,6 +110,7 @@ class Diffusion:
             stall_s=lambda: stall_s(place.settings, runner.family.device.type, self._engine.rung),
             tracing=self._tracing,
             placements=placements,
+            start_s=sum(self._start.phases.values()),
         )
         self._undo = on_sigterm(self._leave, 2 * RELEASE_S + CLOSE_S)
 
@@ -120,7 +137,7 @@ class Diffusion:
 
     def _report(self, name: str, place: Placement, profile: Profile, vae_factor: int, pace: Pace) -> WorkerReport:
         own = report_of(name, place, profile, vae_factor, pace)
-        return replace(own, rung=self._engine.rung, card=card_use(place))
+        return replace(own, rung=self._engine.rung, card=card_use(place), start=self._start)
 
     async def _leave(self) -> None:
         await self._worker.abandon()
@@ -139,7 +156,7 @@ def _descend(family: Family, rung: Rung) -> None:
         stand_back(CPU_NICENESS)
 
 
-def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Placement, Runner, Profile]:
+def _load(settings: Settings, place: Placement, parts: Parts, laps: Laps) -> tuple[Placement, Runner, Profile]:
     """The placement as it is planned here, its model on its device, and what is known of its steps there. Raises
     OperatorError naming the setting."""
     gpu = settings.gpu_classes[place.gpu_class] if place.gpu_class is not None else None
@@ -160,9 +177,12 @@ def _load(settings: Settings, place: Placement, parts: Parts) -> tuple[Placement
     )
     if place.plan is not None:
         runner.family.vae.tile_of = place.plan.tile_of  # larger images may need smaller tiles
+    laps.lap("weights")
     device = "cpu" if runner.family.device.type == "cpu" else f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
     with _alone(settings.data_dir / "profiles" / f"{platform.node()}-{device}.lock"):
-        return place, runner, open_profile(runner, model, own, settings.data_dir)
+        profile = open_profile(runner, model, own, settings.data_dir)
+    laps.lap("profile")
+    return place, runner, profile
 
 
 @contextlib.contextmanager

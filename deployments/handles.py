@@ -58,6 +58,11 @@ class Controller:
         awake = overview.replica_states.get("RUNNING", 0)
         return PoolState(True, f"{awake} awake" if awake else "asleep")
 
+    async def sleeps(self, handle: DeploymentHandle) -> bool:
+        """Whether it is known that no replica is awake."""
+        overview = await self.overview(handle.app_name, handle.deployment_name)
+        return overview is not None and not overview.replica_states.get("RUNNING", 0)
+
 
 class EncoderClient:
     """The pool of one text encoder as a function of units. A replica is told where the caller knows Redis to be away:
@@ -171,16 +176,24 @@ class CaptionClient:
 class DiffusionClient:
     """The replicas of one placement, as far as the ingress speaks with them: jobs reach them through the store."""
 
-    def __init__(self, handle: DeploymentHandle, name: str) -> None:
-        """`name` is the pool's, in messages."""
+    def __init__(self, handle: DeploymentHandle, name: str, sleeps: bool, controller: Controller) -> None:
+        """`name` is the pool's, in messages; `sleeps` whether it may have no replicas."""
         self.name = name
         self._handle = handle
+        self._sleeps = sleeps
+        self._controller = controller
 
     async def ready(self) -> PoolState:
-        return PoolState(True, await _call(self._handle.describe, pool=self.name))
+        """As an EncoderClient's: there may be no replica that could answer."""
+        if not self._sleeps:
+            return PoolState(True, await _call(self._handle.describe, pool=self.name))
+        return await self._controller.awake(self._handle)
 
     async def benchmark(self, width: int, height: int, steps: int) -> dict[int, list[float]]:
-        """Of one replica: batch entries -> seconds of each of `steps` synthetic steps."""
+        """Of one replica: batch entries -> seconds of each of `steps` synthetic steps. BackendUnavailable while none
+        is awake: a question wakes nobody."""
+        if self._sleeps and await self._controller.sleeps(self._handle):
+            raise BackendUnavailable(f"the {self.name} pool is asleep, and an order wakes it", None, 1.0)
         found: dict[int, list[float]] = await _call(
             self._handle.benchmark, width, height, steps, pool=self.name, within_s=BENCHMARK_S
         )
@@ -194,8 +207,10 @@ class DiffusionClients:
         """`handles` by the placement's name. Alone, a placement's pool is called `diffusion`."""
         alone = len(handles) == 1
         self._fleet = fleet
+        controller = Controller()
+        sleeping = {each.name for each in fleet.placements if not each.settings.least_replicas}
         self._pools = {
-            name: DiffusionClient(handle, "diffusion" if alone else f"diffusion:{name}")
+            name: DiffusionClient(handle, "diffusion" if alone else f"diffusion:{name}", name in sleeping, controller)
             for name, handle in handles.items()
         }
 

@@ -114,7 +114,9 @@ class Ingress:
         if describing is not None:
             own, view = settings.captions, self._service.view
             self._captions = CaptionService(own.model, own, settings.limits, view, describing.caption)
-        wanted = {Place(each.model, each.name, each.gpu_class): each.settings.replicas for each in fleet.placements}
+        wanted = {
+            Place(each.model, each.name, each.gpu_class): each.settings.least_replicas for each in fleet.placements
+        }
         gauges = QueueGauges(parts.jobs, parts.metrics, wanted)
         chores: dict[str, Callable[[], Awaitable[None]]] = {
             "the sweeper": lambda: sweep(parts.jobs, parts.results, settings.jobs.lease_s),

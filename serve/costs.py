@@ -24,7 +24,7 @@ KEPT = 1024
 class Estimate:
     """`cost_ms` is the share of one replica's time that the job takes where its images share full steps, `alone_ms` the
     time on an idle replica. `replicas` is how many can draw it as far as is known, at least 1. `known` is whether one
-    that can has told of its steps: else the figures only put jobs in proportion.
+    that can has told of its steps, be it that it sleeps by now: else the figures only put jobs in proportion.
     """
 
     cost_ms: int
@@ -57,14 +57,14 @@ class Costs:
         times = self._last.get(request.model)
         if times is None or not times.are_of(crew):
             times = self._last[request.model] = _Times(crew, request.model)
-        able, passes = times.of(request)
+        able, known, passes = times.of(request)
         forwards, images = _forwards(request), request.num_images
         if not passes:
             cost = alone = images * forwards * request.lanes * request.pixels / 1e6 * FALLBACK_MS
         else:
             cost = len(passes) / sum(1 / cost_ms(request, each.share_ms, each.decode_ms) for each in passes)
             alone = min(forwards * each.alone_ms + images * each.decode_ms for each in passes)
-        return Estimate(max(1, round(cost)), max(1, round(alone)), max(1, able), bool(able and passes))
+        return Estimate(max(1, round(cost)), max(1, round(alone)), max(1, able), known)
 
 
 def cost_ms(request: ImageRequest, share_ms: float, decode_ms: float) -> float:
@@ -109,23 +109,30 @@ class _Times:
     """What one crew told, by size and batch."""
 
     def __init__(self, crew: Crew, model: str) -> None:
-        self._reports = crew.reports
+        self._crew = crew
         self._replicas = [_Replica(report) for report in crew.reports if report.model == model]
-        self._kept: dict[tuple[int, int, int, int], tuple[int, list[_Pass]]] = {}
+        self._asleep = [_Replica(report) for report in crew.asleep if report.model == model]
+        self._kept: dict[tuple[int, int, int, int], tuple[int, bool, list[_Pass]]] = {}
 
     def are_of(self, crew: Crew) -> bool:
-        return len(crew.reports) == len(self._reports) and all(map(is_, crew.reports, self._reports))
+        return all(
+            len(mine) == len(its) and all(map(is_, mine, its))
+            for mine, its in ((self._crew.reports, crew.reports), (self._crew.asleep, crew.asleep))
+        )
 
-    def of(self, request: ImageRequest) -> tuple[int, list[_Pass]]:
-        """How many can hold the image, and the times at those that told of theirs: of the able, else of any."""
+    def of(self, request: ImageRequest) -> tuple[int, bool, list[_Pass]]:
+        """How many that live can hold the image; the times at those that told of theirs, of the able, else of the able
+        that sleep, else of any, and whether they are of able ones."""
         key = (request.width, request.height, request.lanes, request.num_images)
         found = self._kept.get(key)
         if found is None:
             able = [each for each in self._replicas if each.max_pixels >= request.pixels]
-            told = [each for each in able or self._replicas if each.curves]
+            asleep = [each for each in self._asleep if each.max_pixels >= request.pixels]
+            told = [each for each in able or asleep or self._replicas if each.curves]
             if len(self._kept) >= KEPT:
                 self._kept.clear()
-            found = self._kept[key] = len(able), [each.at(*key) for each in told]
+            passes = [each.at(*key) for each in told]
+            found = self._kept[key] = len(able), bool(passes and (able or asleep)), passes
         return found
 
 

@@ -24,9 +24,10 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceInfo:
-    """A placement. `replicas_wanted` are those of the settings, `replicas` those that live. `max_size` is the largest
-    square of `max_pixels`, in pixels. `plan` is None where the GPU class is not declared: each replica then plans by
-    the card that it finds, and once all have, `max_pixels` is the most that one of them holds."""
+    """A placement. `replicas_wanted` and `replicas_max` are the fewest and the most of the settings, `replicas` those
+    that live. `max_size` is the largest square of `max_pixels`, in pixels. `plan` is None where the GPU class is not
+    declared: each replica then plans by the card that it finds, and once all have, `max_pixels` is the most that one of
+    them holds."""
 
     name: str
     model: str
@@ -35,6 +36,7 @@ class PlaceInfo:
     max_size: tuple[int, int]
     plan: Plan | None
     replicas_wanted: int
+    replicas_max: int
     replicas: tuple[ReplicaInfo, ...]
 
 
@@ -48,7 +50,8 @@ def place_info(placement: Placement, reports: Sequence[WorkerReport]) -> PlaceIn
         max_pixels=most,
         max_size=held_size(1, 1, most),
         plan=placement.plan,
-        replicas_wanted=placement.settings.replicas,
+        replicas_wanted=placement.settings.least_replicas,
+        replicas_max=placement.settings.most_replicas,
         replicas=tuple(ReplicaInfo(rung=each.rung, images_at_once=each.batch, card=each.card) for each in alive),
     )
 
@@ -57,7 +60,7 @@ def held_pixels(placement: Placement, reports: Sequence[WorkerReport]) -> int:
     """The largest image that the placement holds: by its plan, or where each replica has its own, by what they say.
     While one of them is away it is not known, and anything goes: the largest card may be the one that starts again."""
     told = [each.max_pixels for each in _alive(placement, reports)]
-    known = placement.plan is None and len(told) >= max(1, placement.settings.replicas)
+    known = placement.plan is None and len(told) >= max(1, placement.settings.most_replicas)
     return max(told) if known else placement.max_pixels
 
 

@@ -50,6 +50,11 @@ class EnvironmentSecret(SecretStr):
         super().__init__(value)
         self._variable = variable
 
+    @property
+    def variable(self) -> str:
+        """Its name."""
+        return self._variable
+
     def __copy__(self) -> Self:
         return self
 

@@ -118,8 +118,8 @@ def plan_placements(settings: Settings, drawn: Mapping[str, ModelFolder]) -> tup
 def draws(settings: Settings) -> bool:
     """Whether there is any diffusion replica: without one this server only encodes text. Raises ValidationError."""
     if not settings.placements:
-        return settings.diffusion.replicas > 0
-    return any(settings.placement_named(name).replicas for name in settings.placements)
+        return settings.diffusion.most_replicas > 0
+    return any(settings.placement_named(name).most_replicas for name in settings.placements)
 
 
 def wanted_models(settings: Settings) -> list[tuple[str, ModelSettings, bool]]:
@@ -181,16 +181,16 @@ def _settled(settings: Settings, drawn: Mapping[str, ModelFolder]) -> Iterable[P
             place = ".".join(("placements", name, *map(str, fault["loc"])))
             raise OperatorError(f"{place}: {reason_of(fault)}", place) from None
         model = own.model or next(iter(drawn), None)
-        if own.replicas and model not in drawn:
+        if own.most_replicas and model not in drawn:
             place = setting_of(settings, name, "model")
             raise OperatorError(f"{place}: {model} is not drawn here; there are {_listed(drawn)}", place)
-        if own.replicas and model is not None:
+        if own.most_replicas and model is not None:
             yield _placed(settings, name, own, drawn[model])
 
 
 def _one_each(settings: Settings, drawn: Mapping[str, ModelFolder]) -> Iterable[Placement]:
     own = settings.diffusion
-    if not own.replicas:
+    if not own.most_replicas:
         return
     if own.model is not None and own.model not in drawn:
         place = "diffusion.model"

@@ -100,20 +100,23 @@ def load_library() -> Any:
     """
     if (loaded := sys.modules.get("bitsandbytes")) is not None:
         return loaded
-    with _without("kernels"):
-        return importlib.import_module("bitsandbytes")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    disabled, logger.disabled = logger.disabled, True  # its warning that there are no kernels
+    try:
+        with unseen("kernels"):
+            return importlib.import_module("bitsandbytes")
+    finally:
+        logger.disabled = disabled
 
 
 @contextmanager
-def _without(package: str) -> Iterator[None]:
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before, disabled = sys.modules.get(package), logger.disabled
-    sys.modules[package] = None  # type: ignore[assignment]  # an import of it then fails
-    logger.disabled = True  # its warning that it failed
+def unseen(package: str) -> Iterator[None]:
+    """Meanwhile an import of the package fails, and who asks hears that it is not installed."""
+    before = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        logger.disabled = disabled
         del sys.modules[package]
         if before is not None:
             sys.modules[package] = before

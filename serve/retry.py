@@ -10,6 +10,7 @@ import uuid
 from serve.costs import Costs
 from serve.domain import Job, JobState
 from serve.errors import InvalidRequest, JobNotFound, TandemError
+from serve.jobs.reading import NEWER
 from serve.jobs.store import JobStore
 from serve.jobs.terms import Terms
 from serve.results.keys import content_type, input_key
@@ -23,12 +24,17 @@ async def retry(store: JobStore, results: ResultStore, job_id: str, *, weight: f
     copies of the pictures to start from, and outlives the old job, which stays what it is.
 
     No allowance of the owner is asked: the operator orders. Raises JobNotFound, also for a picture that is gone;
-    InvalidRequest for a job that goes on or succeeded; QueueFull, BackendUnavailable. Then nothing was queued or kept.
+    InvalidRequest for a job that goes on or succeeded, and for an order that this release can't read; QueueFull,
+    BackendUnavailable. Then nothing was queued or kept.
     """
     old = await store.get(job_id)
     if old.state not in RETRIED:
         raise InvalidRequest(
             f"job {job_id} is {old.state}: only what failed, expired or was cancelled is retried", "id"
+        )
+    if NEWER in old.notes:
+        raise InvalidRequest(
+            f"job {job_id} was ordered through a newer release: retry it with that one's command", "id"
         )
     new_id = uuid.uuid4().hex
     try:

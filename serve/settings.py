@@ -78,6 +78,9 @@ class HttpSettings(Room):
     wait_s: float = Field(300.0, gt=0)
     """Longest time in seconds that a synchronous call is held open: then its answer names the job, which goes on.
     Below what proxies in front allow."""
+    drain_s: float = Field(5.0, gt=0)
+    """Seconds that an ingress replica which is to go has for the calls that it is answering; then they are cut. Where
+    there are two and more, make it `wait_s`, so that none is; with one, new calls wait for as long."""
     cancel_on_disconnect: bool = True
     """Cancel the job of a synchronous call whose caller hangs up; never that of one with an `Idempotency-Key`."""
     benchmark: bool | None = None
@@ -339,7 +342,17 @@ class DiffusionSettings(Room):
     """The last rung of the memory ladder that may be taken, at the start and where memory runs out while images are
     drawn."""
     replicas: int = Field(1, ge=0)
-    """Number of diffusion replicas; with 0 this server only encodes text."""
+    """Number of diffusion replicas, at the start where `min_replicas` and `max_replicas` let it change. With 0, and no
+    `max_replicas`, this server only encodes text."""
+    min_replicas: int | None = Field(None, ge=0)
+    """Fewest replicas, by default `replicas`; 0 lets them all go while nothing is ordered, and the next order brings
+    one back."""
+    max_replicas: int | None = Field(None, ge=0)
+    """Most replicas, by default `replicas`."""
+    target_wait_s: float = Field(30.0, gt=0, allow_inf_nan=False)
+    """Predicted seconds of work, queued and in hand, for each replica at which there are to be more."""
+    idle_s: float = Field(300.0, gt=0, allow_inf_nan=False)
+    """Seconds of less work after which there are to be fewer."""
     num_cpus: float = Field(0.5, ge=0)
     """CPUs that one replica reserves in Ray."""
     num_gpus: float = Field(0.0, ge=0, le=1)
@@ -371,6 +384,23 @@ class DiffusionSettings(Room):
         if worse(self.best_rung, than=Rung(self.worst_rung)):
             raise ValueError(f"rung {self.rung} is below worst_rung {self.worst_rung}")
         return self
+
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        if self.least_replicas > self.replicas:
+            raise ValueError(f"min_replicas {self.least_replicas} is more than replicas {self.replicas}")
+        if self.replicas > self.most_replicas:
+            raise ValueError(f"replicas {self.replicas} is more than max_replicas {self.most_replicas}")
+        return self
+
+    @property
+    def least_replicas(self) -> int:
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """A placement of which there are none at most is left out."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
 
     @property
     def best_rung(self) -> Rung:

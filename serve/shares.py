@@ -22,7 +22,7 @@ def fit(
 ) -> Settings:
     """The settings on a machine with these Ray resources: what the text encoders and the placements with a share of
     their own leave of its GPUs is shared out among the other diffusion replicas. A pool that sleeps counts as one
-    replica: one day somebody wakes it.
+    replica: one day somebody wakes it. Of diffusion replicas the most count, for which there must be room.
 
     Raises OperatorError for more than there is: Ray would wait for another machine.
     """
@@ -39,7 +39,7 @@ def fit(
         drawing = {}
         for each in placements:
             own = shared.placement_named(each.name)
-            drawing[each.name] = own.replicas * getattr(own, field)
+            drawing[each.name] = own.most_replicas * getattr(own, field)
         captions = _captions(settings, field)
         wants = [(f"http.{field}", http), (f"encoder.{field}", text), (f"captions.{field}", captions)]
         wants += [(setting_of(settings, name, field), wanted) for name, wanted in drawing.items()]
@@ -66,8 +66,8 @@ def _shared_out(
     for each in placements:
         if each.settings.num_gpus:
             setting = setting_of(settings, each.name, "num_gpus")
-            pieces += [(setting, each.settings.num_gpus)] * each.settings.replicas
-    share = _share(machine, pieces, sum(each.settings.replicas for each in open_))
+            pieces += [(setting, each.settings.num_gpus)] * each.settings.most_replicas
+    share = _share(machine, pieces, sum(each.settings.most_replicas for each in open_))
     if not settings.placements:
         return settings.model_copy(update={"diffusion": settings.diffusion.model_copy(update={"num_gpus": share})})
     tables = dict(settings.placements)

@@ -159,7 +159,7 @@ class Intake:
             cost_ms=estimate.cost_ms,
             known=estimate.known,
             position=backlog.depth + 1,
-            eta_s=draft.crew.pace * work_ms / 1000,
+            eta_s=draft.crew.start_s(request.pixels) + draft.crew.pace * work_ms / 1000,
             placements=tuple(each for each in self.fleet.for_model(request.model) if each.max_pixels >= request.pixels),
             refusal=await self._refusal(request, estimate, caller),
         )

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from serve.attempt import Attempt, Means
 from serve.diffusion.engine import Engine
@@ -15,13 +16,14 @@ from serve.encoders.cache import EmbeddingCache
 from serve.errors import TandemError
 from serve.health import allowed_s
 from serve.jobs.store import Claim, JobStore
-from serve.jobs.terms import Hold, WorkerReport
+from serve.jobs.terms import Crew, Hold, WorkerReport
 from serve.patience import first
 from serve.placements import Placement
 from serve.prompts.plan import Planner
 from serve.relief import cards_of, living
 from serve.reports import Pace
 from serve.results.store import ResultStore
+from serve.scaling.start import ColdStart
 from serve.settings import JobSettings
 from serve.spool import Spool
 from serve.telemetry.metrics import Metrics
@@ -60,11 +62,13 @@ class Worker:
         stall_s: Callable[[], float],
         tracing: Tracing | None = None,
         placements: Sequence[Placement] = (),
+        start_s: float = 0.0,
     ) -> None:
         """`batch` says how many images fill a step, as far as that is known by now; `report` what is told of this
         replica, `cost_of` which milliseconds a request takes of it. `spool_bytes` of images may wait for the result
         store; after `stall_s()` without progress it is ill. Without `tracing` its jobs are not traced. `placements` are
-        all of the settings: by them it is known whether there is more memory elsewhere."""
+        all of the settings: by them it is known whether there is more memory elsewhere. `start_s` is what this replica
+        took to come up."""
         self._name = name
         self._placement = placement
         self._jobs = jobs
@@ -72,6 +76,7 @@ class Worker:
         self._batch = batch
         self._report = report
         self._stall_s = stall_s
+        self._start = ColdStart(placement.name, start_s)
         self._cards = cards_of(placement, placements, settings.timeout_s)
         self._means = Means(
             settings=settings,
@@ -89,6 +94,7 @@ class Worker:
         )
         self._draining, self._freed = self._means.draining, self._means.freed
         self._held: dict[asyncio.Task[None], Attempt] = {}
+        self._before: Crew | None = None
         self._claiming = asyncio.create_task(self._claim_until_drained())
         self._reporting = asyncio.create_task(self._report_until_drained())
 
@@ -143,7 +149,8 @@ class Worker:
             log.warning("%d jobs are not finished and go back to the queue", len(self._held))
         self._means.leaving.set()
         self._reporting.cancel()
-        _, left = await asyncio.wait([self._claiming, self._reporting, *self._held], timeout=RELEASE_S)
+        farewell = asyncio.create_task(self._report_no_more())
+        _, left = await asyncio.wait([farewell, self._claiming, self._reporting, *self._held], timeout=RELEASE_S)
         for task in left:
             task.cancel()
         if left:
@@ -184,6 +191,7 @@ class Worker:
             with contextlib.suppress(TandemError):
                 await self._jobs.release(claim)
             return
+        self._start.claimed(claim.queued_s)
         try:
             attempt = Attempt(self._means, claim)
         except Exception:
@@ -202,7 +210,8 @@ class Worker:
     async def _report_until_drained(self) -> None:
         while not self._draining.is_set():
             try:
-                report = self._report(self._means.pace)
+                self._before = self._before or await self._jobs.crew(self._placement.model)
+                report = self._own_report(self._before)
                 self._means.metrics.set("tandem_replica_images", self.rows)
                 self._means.metrics.set("tandem_replica_capacity_images", report.max_rows)
                 await self._jobs.report(report)
@@ -211,3 +220,12 @@ class Worker:
             except Exception as error:  # noqa: BLE001  nobody draws worse for it
                 log.warning("reporting: %s", error)
             await first(asyncio.sleep(REPORT_S), self._draining.wait())
+
+    async def _report_no_more(self) -> None:
+        """Nobody is to count on this replica for as long as its last report would."""
+        if self._before is not None:
+            with contextlib.suppress(TandemError):
+                await self._jobs.report(self._own_report(self._before), life_s=0.0)
+
+    def _own_report(self, before: Crew) -> WorkerReport:
+        return replace(self._report(self._means.pace), start_s=round(self._start.seconds(before), 3))

@@ -80,12 +80,15 @@ class PlacementView(Schema):
     plan: PlanView | None
     """Null where the GPU class is not declared: each replica plans by the card that it finds."""
     replicas_wanted: int
+    """Fewest that there are to be."""
+    replicas_max: int
+    """Most that there may be, where they grow with the work."""
     replicas: tuple[ReplicaView, ...]
     """Those that live."""
 
     @classmethod
     def of(cls, info: PlaceInfo) -> PlacementView:
-        names = ("name", "model", "gpu_class", "max_pixels", "max_size", "replicas_wanted")
+        names = ("name", "model", "gpu_class", "max_pixels", "max_size", "replicas_wanted", "replicas_max")
         return cls(
             **{name: getattr(info, name) for name in names},
             plan=None if info.plan is None else PlanView.of(info.plan),

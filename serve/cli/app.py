@@ -21,11 +21,13 @@ from rich.text import Text
 
 from serve.cli.bench import bench
 from serve.cli.bench_cache import cache as bench_cache
+from serve.cli.bench_cold_start import cold_start
 from serve.cli.bench_compare import compare
 from serve.cli.bench_engine import engine
 from serve.cli.bench_gpu import gpu
 from serve.cli.bench_prompts import prompts as bench_prompts
 from serve.cli.bench_service import service
+from serve.cli.bench_simulate import simulate as bench_simulate
 from serve.cli.bench_soak import soak
 from serve.cli.cache import cache
 from serve.cli.client import Client, hint, local_url
@@ -76,8 +78,10 @@ bench.command()(gpu)
 bench.command("cache")(bench_cache)
 bench.command("prompts")(bench_prompts)
 bench.command()(soak)
+bench.command("cold-start")(cold_start)
 bench.command()(service)
 bench.command()(compare)
+bench.command("simulate")(bench_simulate)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(learn)

@@ -105,7 +105,8 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One model on one kind of GPU. `max_size` is the width and height of the largest square of `max_pixels`."""
+    """One model on one kind of GPU. `max_size` is the width and height of the largest square of `max_pixels`;
+    `replicas_wanted` are the fewest that there are to be, `replicas_max` the most that there may be."""
 
     name: str
     model: str
@@ -114,6 +115,7 @@ class Placement:
     max_size: tuple[int, int]
     plan: Plan | None
     replicas_wanted: int
+    replicas_max: int
     replicas: tuple[Replica, ...]
 
 

@@ -9,6 +9,7 @@ from serve.doctor.findings import Finding
 from serve.doctor.gpus import check_gpus
 from serve.doctor.machine import check_machine
 from serve.doctor.model_files import check_concepts, check_models
+from serve.doctor.patience import check_patience
 from serve.doctor.redis_servers import check_redis_servers
 from serve.doctor.result_store import check_results
 from serve.doctor.server import check_server
@@ -27,6 +28,7 @@ def examine(settings: Settings, url: str, *, here: bool) -> list[Finding]:
         *check_versions(settings),
         *check_machine(settings, serving=here and server.serving),
         *check_redis_servers(settings),
+        *check_patience(settings),
         *check_results(settings),
         *models,
         *check_concepts(settings, whole),

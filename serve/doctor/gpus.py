@@ -90,7 +90,7 @@ def _on_this_machine(
 def _drawing(settings: Settings) -> list[DiffusionSettings]:
     """Those with replicas, whether their models are here or not."""
     own = [settings.placement_named(name) for name in settings.placements] or [settings.diffusion]
-    return [each for each in own if each.replicas]
+    return [each for each in own if each.most_replicas]
 
 
 def _wants_cards(settings: Settings) -> bool:

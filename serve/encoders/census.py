@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from serve.encoders.cache import CacheStats, EmbeddingCache
-from serve.encoders.redis_tier import PREFIX, connect
+from serve.encoders.redis_tier import ALL, connect
 from serve.errors import BackendUnavailable
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ async def clear_all(redis_url: str) -> int:
         cursor, first = 0, True
         while cursor or first:
             async with asyncio.timeout(_ANSWER_S):
-                cursor, page = await redis.scan(cursor, match=f"{PREFIX}*", count=_PAGE)
+                cursor, page = await redis.scan(cursor, match=f"{ALL}*", count=_PAGE)
                 first = False
                 removed += await redis.unlink(*page) if page else 0
         async with asyncio.timeout(_ANSWER_S):

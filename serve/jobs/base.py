@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from serve.errors import JobNotFound
 from serve.jobs import records, scripts
 from serve.jobs.bell import Bell
 from serve.jobs.connection import Connection, milliseconds
+from serve.jobs.reading import readable
+from serve.jobs.schema import SCHEMA, Schema
 from serve.jobs.terms import REPORT, Backlog, Crew, Unfinished, WorkerReport
 from serve.settings import JobSettings
 from serve.telemetry.metrics import Metrics
@@ -31,9 +32,12 @@ _NOBODY = Crew()
 class Shared:
     """Owns: this process's connections to the job Redis, its bell, and what it last heard of the workers."""
 
-    def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER) -> None:
-        """`folder` has the scripts."""
+    def __init__(
+        self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER, schema: Schema = SCHEMA
+    ) -> None:
+        """`folder` has the scripts; `schema` is what this release knows of orders."""
         self._settings = settings
+        self._schema = schema
         self._metrics = metrics
         self._connection = Connection(settings, metrics, folder)
         # A crowd that follows jobs waits for itself alone, and keeps no order, claim or sweep waiting.
@@ -44,17 +48,25 @@ class Shared:
         self._crews: Mapping[str, Crew] = {}
         self._heard_at = -_CREW_S
 
-    async def report(self, report: WorkerReport) -> None:
-        """Tell what a worker can do and how fast. It counts for half a minute."""
-        await self._run("report", milliseconds(REPORT_LIFE_S), report.name, REPORT.dump_json(report))
+    async def report(self, report: WorkerReport, life_s: float = REPORT_LIFE_S) -> None:
+        """Tell what a worker can do and how fast, and for how long that counts."""
+        await self._run("report", milliseconds(life_s), report.name, REPORT.dump_json(report))
 
     async def crew(self, model: str) -> Crew:
-        """The workers of a model that live, as this process heard of them within the last seconds."""
+        """The workers of a model that live, and the last that its other placements had, as this process heard of them
+        within the last seconds. One whose report has another release's form is not known."""
         if time.monotonic() - self._heard_at >= _CREW_S:
             found = await self._run("report", 0)
-            reports = sorted(map(REPORT.validate_json, found), key=lambda report: (report.model, report.name))
-            crews = itertools.groupby(reports, lambda report: report.model)
-            self._crews = {name: Crew(tuple(crew)) for name, crew in crews}
+            reports, silent = (sorted(readable(REPORT, each), key=_order) for each in found)
+            alive = {report.placement for report in reports}
+            asleep = [report for report in silent if report.placement not in alive]
+            self._crews = {
+                model: Crew(
+                    tuple(report for report in reports if report.model == model),
+                    tuple(report for report in asleep if report.model == model),
+                )
+                for model in {report.model for report in (*reports, *asleep)}
+            }
             self._heard_at = time.monotonic()
         return self._crews.get(model, _NOBODY)
 
@@ -94,10 +106,17 @@ class Shared:
 
     async def _found(self, job_id: str, snapshot: Sequence[Any]) -> Job:
         model = records.model_of(snapshot)
-        job = records.job(job_id, snapshot, await self.crew(model) if model else Crew())
+        job = self._read(job_id, snapshot, await self.crew(model) if model else _NOBODY)
         if job is None:
             raise unknown()
         return job
+
+    def _read(self, job_id: str, snapshot: Sequence[Any], crew: Crew = _NOBODY) -> Job | None:
+        return records.job(job_id, snapshot, crew, self._schema.newest)
+
+
+def _order(report: WorkerReport) -> tuple[str, str]:
+    return report.model, report.name
 
 
 def flat(fields: Fields) -> list[str | bytes | int]:

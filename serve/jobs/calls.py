@@ -26,6 +26,7 @@ _DAY_S = 86400.0
 _LOOKED_AT = 64
 """Calls of one owner, from the newest, that are looked at."""
 _JOB, _STOPPED = "job:", "stopped"
+_TOLD = ("id", "rounds", "stages", "started_at")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,7 +66,7 @@ class Calls(Shared):
     async def begin_call(self, owner: str, call: Call, within_s: float) -> None:
         """It is forgotten after `within_s`, whatever became of the process that answers it. A further call of the same
         id takes the former's place."""
-        told = {"id": call.id, "rounds": call.rounds, "stages": call.stages, "started_at": call.started_at}
+        told = {name: getattr(call, name) for name in _TOLD}
         key, index = _key(owner, call.id), _index(owner)
         pipeline: Any = self._redis.pipeline(transaction=True)
         pipeline.delete(key).hset(key, "call", json.dumps(told)).pexpire(key, milliseconds(within_s))
@@ -141,8 +142,9 @@ def _call(fields: Mapping[bytes, bytes]) -> Call | None:
     named = {name.decode(): value for name, value in fields.items()}
     parts = [_part(name.removeprefix(_JOB), value) for name, value in named.items() if name.startswith(_JOB)]
     stopped = [name.removeprefix(f"{_STOPPED}:") for name in named if name.startswith(f"{_STOPPED}:")]
+    told = json.loads(fields[b"call"])
     return Call(
-        **json.loads(fields[b"call"]),
+        **{name: told[name] for name in _TOLD if name in told},  # another release may tell more
         parts=tuple(sorted(parts)),
         stopped=frozenset(map(int, stopped)),
         interrupted=_STOPPED.encode() in fields,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 import uuid
@@ -11,17 +12,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from serve.domain import ImageRef, JobError, JobState, MemoryReport, Preview, Tier, Timings
 from serve.errors import BackendUnavailable, LeaseLost
-from serve.jobs import records, scripts
+from serve.jobs import reading, records, scripts
 from serve.jobs.base import Fields, Shared, flat
 from serve.jobs.bell import CANCEL
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import Claim, Marks, Want, outdone, step_of, steps_of
 from serve.jobs.renewals import Renewals
+from serve.jobs.schema import SCHEMA, Schema
 from serve.jobs.terms import Hold
 from serve.settings import JobSettings
 from serve.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = JobError(code="unreadable", message="the server can't read the order that it was given")
 
 
 class Claims(Shared):
@@ -30,8 +38,10 @@ class Claims(Shared):
     Owns: the renewals on their way, and the numbers of claims whose answer may have been lost.
     """
 
-    def __init__(self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER) -> None:
-        super().__init__(settings, metrics, folder)
+    def __init__(
+        self, settings: JobSettings, metrics: Metrics, folder: Path = scripts.FOLDER, schema: Schema = SCHEMA
+    ) -> None:
+        super().__init__(settings, metrics, folder, schema)
         self._renewals = Renewals(self._renew_all)
         self._unanswered: dict[str, str] = {}
 
@@ -45,8 +55,9 @@ class Claims(Shared):
         owners take turns by weight and predicted cost, and an owner's `interactive` jobs go before the `batch` ones,
         the oldest first. `waited_s` counts from when a job last joined the queue, which a retry and a release do again.
         Jobs whose time is over, or not come yet, are passed over. It is one step of Redis and one pass over the queue.
-        A job that `fail` has marked with an amount of memory is for workers with clearly more; after a time that
-        `marks` says for this one too.
+        A job of a later schema than this release reads is for workers of the release that wrote it. A job that `fail`
+        has marked with an amount of memory is for workers with clearly more; after a time that `marks` says for this
+        one too.
         """
         flat: list[str | int] = [marks.alive, marks.coming, _patience(marks.coming_s), _patience(marks.rest_s)]
         for want in wants:
@@ -55,13 +66,19 @@ class Claims(Shared):
         number = self._unanswered.pop(worker, None) or uuid.uuid4().hex
         asked_at = time.monotonic()
         try:
-            reply = await self._run("claim", worker, number, lease, timeout, int(idle), *flat)
+            reply = await self._run("claim", worker, number, lease, timeout, int(idle), self._schema.newest, *flat)
         except BackendUnavailable:
             self._unanswered[worker] = number  # it may have been given a job
             raise
         if isinstance(reply, bytes):
             return Hold(reply.decode())
-        return None if reply is None else records.claim(reply, asked_at)
+        if reply is None:
+            return None
+        try:
+            return records.claim(reply, asked_at)
+        except ValidationError as error:
+            await self._put_back(reply[0], reply[2], error)
+            return Hold.UNFIT
 
     async def renew(self, claim: Claim, step: int = 0, state: JobState = JobState.RUNNING) -> bool:
         """Renew the lease and tell the progress: `step` counts denoising steps done, `state` is one of those that a
@@ -146,6 +163,13 @@ class Claims(Shared):
                 await rung.wait()
                 rung.clear()
 
+    async def _put_back(self, job_id: bytes, fence: int, error: ValidationError) -> None:
+        """What no worker can read costs none its lease: others may try, until the attempts are used up."""
+        places = ", ".join(".".join(map(str, each["loc"])) for each in error.errors(include_url=False))
+        log.error("the order of job %s can't be read (%s)", job_id.decode(), places or "no JSON")
+        delay_ms, told = milliseconds(self._settings.retry_backoff_s), records.ERROR.dump_json(UNREADABLE)
+        await self._run("settle", job_id, fence, "retry", delay_ms, "", "", "error", told)
+
     async def _settle(
         self,
         claim: Claim,
@@ -161,7 +185,7 @@ class Claims(Shared):
         answer = await self._run("settle", *settlement, *flat(fields or {}))
         if _held(claim, answer) == b"again":
             return None
-        return records.TIERS.validate_json(answer) if answer else {}
+        return reading.beside(records.TIERS, answer, {})
 
     async def _renew_all(self, renewals: Sequence[tuple[Claim, int, JobState]]) -> Sequence[bytes]:
         flat = [part for claim, step, state in renewals for part in (claim.job_id, claim.fence, step, state)]

@@ -26,9 +26,10 @@ class Load:
     alone_ms: float = 0.0
 
 
-def eta_s(own: Load, standing: Sequence[Any], crew: Crew) -> float:
-    """Seconds until the job ends. `standing` is the answer of `standing()` in common.lua: the job's place (0 where a
-    worker holds it), and flat lists of (milliseconds, images) of the jobs before it, after it, and held."""
+def eta_s(own: Load, standing: Sequence[Any], crew: Crew, start_s: float = 0.0) -> float:
+    """Seconds until the job ends, of which `start_s` pass before anybody is awake who can draw it. `standing` is the
+    answer of `standing()` in common.lua: the job's place (0 where a worker holds it), and flat lists of (milliseconds,
+    images) of the jobs before it, after it, and held."""
     place, ahead, behind, held = standing
     workers = len(crew.reports) or 1
     rows = sum(report.max_rows for report in crew.reports) or DEFAULT_ROWS
@@ -40,7 +41,7 @@ def eta_s(own: Load, standing: Sequence[Any], crew: Crew) -> float:
         before = list(_pairs(ahead))
         queue, watched = [*before, own, *_pairs(behind)], len(busy) + len(before)
     shared_ms = _shared_ms([*busy, *queue], watched, len(busy), workers, rows)
-    return crew.pace * max(shared_ms, own.alone_ms) / 1000
+    return start_s + crew.pace * max(shared_ms, own.alone_ms) / 1000
 
 
 def _shared_ms(loads: Sequence[Load], watched: int, held: int, workers: int, rows: int) -> float:

@@ -37,7 +37,7 @@ class QueueGauges:
     """
 
     def __init__(self, store: JobStore, metrics: Metrics, wanted: Mapping[Place, int]) -> None:
-        """`wanted` are the replicas of the settings; the store may know other places, of another version's."""
+        """`wanted` are the fewest replicas of the settings; the store may know other places, of another version's."""
         self._store = store
         self._metrics = metrics
         self._wanted = wanted

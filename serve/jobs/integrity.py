@@ -13,7 +13,7 @@ from serve.domain import JobState
 
 _INDEXES = ("records", "queue", "leases", "deadlines", "ended", "dead", "webhooks")
 _COUNTS = ("waiting", "unfinished")
-_OTHERS = ("sequence", "round", "rounds", "workers", "alive", "rules")
+_OTHERS = ("sequence", "round", "rounds", "workers", "alive", "silent", "rules")
 _OWN = ("job", "events", "previews")
 _APART = ("owner", "allowance", "order", "key", "keys", "claim", "line", "options", "call", "calls")
 _ENTRY = b":entry"

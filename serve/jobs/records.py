@@ -28,10 +28,11 @@ from serve.domain import (
     Truncation,
     WebhookState,
 )
+from serve.jobs import reading
 from serve.jobs.eta import Load, eta_s
+from serve.jobs.schema import FIRST, SCHEMA
 from serve.jobs.terms import Crew
 
-REQUEST = TypeAdapter(ImageRequest)
 TRUNCATED = TypeAdapter(tuple[Truncation, ...])
 TOKENS = TypeAdapter(tuple[TokenCount, ...])
 NOTES = TypeAdapter(tuple[Note, ...])
@@ -123,7 +124,7 @@ def step_of(request: ImageRequest, forward: int, forwards: int) -> int:
 
 def claim(reply: Sequence[Any], asked_at: float) -> Claim:
     """`asked_at` is when the claim was sent (`time.monotonic`): its answer took no longer than since then, however far
-    this machine's clock and the store's are apart."""
+    this machine's clock and the store's are apart. ValidationError for an order that can't be read."""
     job_id, attempt, fence, alone, behind, created, waiting, started, trace, cost, request, truncated, memory = reply
     answered_at, way_s = time.monotonic(), time.time() - int(started) / 1000
     waiting = waiting or started
@@ -131,13 +132,13 @@ def claim(reply: Sequence[Any], asked_at: float) -> Claim:
         job_id=job_id.decode(),
         attempt=attempt,
         fence=fence,
-        request=REQUEST.validate_json(request),
-        truncated=TRUNCATED.validate_json(truncated),
+        request=reading.REQUEST.validate_json(request),
+        truncated=reading.beside(TRUNCATED, truncated, ()),
         cost_ms=int(cost),
         alone=bool(alone),
         last=not behind,
         trace=trace.decode() if trace else None,
-        memory=MEMORY.validate_json(memory) if memory else None,
+        memory=reading.beside(MEMORY, memory, None),
         retried_s=_after(int(created), int(waiting)) or None,
         queued_s=_after(int(waiting), int(started)),
         claim_s=min(max(0.0, way_s), answered_at - asked_at),
@@ -145,8 +146,9 @@ def claim(reply: Sequence[Any], asked_at: float) -> Claim:
     )
 
 
-def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None:
-    """`snapshot` is the answer of `snapshot()` in common.lua. None when there is no such job."""
+def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew(), newest: int = SCHEMA.newest) -> Job | None:
+    """`snapshot` is the answer of `snapshot()` in common.lua, `newest` the latest schema that is read in full. None
+    when there is no such job."""
     flat, standing = snapshot
     if not flat:
         return None
@@ -155,10 +157,12 @@ def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None
     started, finished = _seconds(fields, "started"), _seconds(fields, "finished")
     assert created is not None
     place = standing[0] if standing else 0
+    newer = int(fields.get("schema", FIRST)) > newest
+    notes = reading.beside(NOTES, fields.get("notes"), ())
     return Job(
         id=job_id,
         state=JobState(fields["state"].decode()),
-        request=REQUEST.validate_json(fields["request"]),
+        request=reading.order(fields["request"], newer),
         attempt=int(fields["attempt"]),
         step=int(fields["step"]),
         steps=int(fields["steps"]),
@@ -168,18 +172,18 @@ def job(job_id: str, snapshot: Sequence[Any], crew: Crew = Crew()) -> Job | None
         owner=fields["owner"].decode(),
         priority=Priority(fields["priority"].decode()),
         position=place or None,
-        eta_s=eta_s(_load(fields), standing, crew) if standing else None,
+        eta_s=eta_s(_load(fields), standing, crew, _start_s(fields, crew)) if standing else None,
         cost_ms=int(fields["cost"]),
         webhook=fields["webhook"].decode() if "webhook" in fields else None,
         webhook_state=WebhookState(fields["webhook_state"].decode()) if "webhook_state" in fields else None,
-        tokens=TOKENS.validate_json(fields["tokens"]) if "tokens" in fields else (),
-        truncated=TRUNCATED.validate_json(fields["truncated"]),
-        notes=NOTES.validate_json(fields["notes"]) if "notes" in fields else (),
+        tokens=reading.beside(TOKENS, fields.get("tokens"), ()),
+        truncated=reading.beside(TRUNCATED, fields["truncated"], ()),
+        notes=(*notes, reading.NEWER) if newer else notes,
         cache=_cache(fields),
         timings=_timings(fields),
         images=IMAGES.validate_json(fields["images"]) if "images" in fields else (),
         approximate=APPROXIMATE.validate_json(fields["approximate"]) if "approximate" in fields else (),
-        memory=MEMORY.validate_json(fields["memory"]) if "memory" in fields else None,
+        memory=reading.beside(MEMORY, fields.get("memory"), None),
         error=ERROR.validate_json(fields["error"]) if "error" in fields else None,
     )
 
@@ -193,6 +197,15 @@ def model_of(snapshot: Sequence[Any]) -> str | None:
 def _load(fields: Mapping[str, bytes]) -> Load:
     left = 1 - int(fields["step"]) / int(fields["steps"])
     return Load(cost_ms=int(fields["cost"]) * left, images=int(fields["rows"]), alone_ms=int(fields["alone"]) * left)
+
+
+def _start_s(fields: Mapping[str, bytes], crew: Crew) -> float:
+    """Of a cold start, what is left since the job joined the queue. By this machine's clock, which may be a little
+    apart from the store's."""
+    if fields["state"] != b"queued":
+        return 0.0
+    waited_s = time.time() - int(fields.get("waiting", fields["created"])) / 1000
+    return max(0.0, crew.start_s(int(fields.get("pixels", 0))) - max(0.0, waited_s))
 
 
 def event(entry: Sequence[Any], preview: bytes | None) -> JobEvent:
@@ -218,7 +231,7 @@ def tiers(ahead: Mapping[str, Tier], used: Mapping[str, Tier]) -> dict[str, Tier
 def _cache(fields: Mapping[str, bytes]) -> CacheReport | None:
     if "ahead" not in fields and "cache" not in fields:
         return None
-    ahead, used = (TIERS.validate_json(fields[name]) if name in fields else {} for name in ("ahead", "cache"))
+    ahead, used = (reading.beside(TIERS, fields.get(name), {}) for name in ("ahead", "cache"))
     cost = tiers(ahead, used).values()
     counts = {tier: sum(each is tier for each in cost) for tier in Tier}
     return CacheReport(memory=counts[Tier.MEMORY], redis=counts[Tier.REDIS], encoded=counts[Tier.ENCODED])
@@ -227,7 +240,7 @@ def _cache(fields: Mapping[str, bytes]) -> CacheReport | None:
 def _timings(fields: Mapping[str, bytes]) -> Timings:
     """The replica's stages as the settlement told them, between those that the record itself has. Of an attempt that
     was made before the one under way nothing is told but that it took time."""
-    own = TIMINGS.validate_json(fields["timings"]) if "timings" in fields else Timings()
+    own = reading.beside(TIMINGS, fields.get("timings"), Timings())
     joined = "waiting" if "waiting" in fields else "created"
     return dataclasses.replace(
         own,

@@ -14,7 +14,7 @@ from typing import Any
 from serve.callers import Allowance, Limit
 from serve.domain import ImageRequest, Job, JobEvent, JobState, Note, Tier, TokenCount, Truncation
 from serve.errors import Conflict, InvalidRequest, JobGone, QueueFull, RateLimited
-from serve.jobs import records
+from serve.jobs import reading, records
 from serve.jobs.admission import queue_full
 from serve.jobs.base import ID, Shared, checked, flat, unknown
 from serve.jobs.bell import ENDED
@@ -55,8 +55,9 @@ class Submissions(Shared):
         if not ID.fullmatch(job_id):
             raise ValueError("a job id is 1 to 64 letters, digits, hyphens and underscores")
         fields: dict[str, str | bytes | int] = {
-            "request": records.REQUEST.dump_json(request),
+            "request": reading.REQUEST.dump_json(request),
             "truncated": records.TRUNCATED.dump_json(tuple(truncated)),
+            "schema": self._schema.of(request),
             "model": request.model,
             "pixels": request.pixels,
             "rows": request.num_images,
@@ -159,7 +160,7 @@ class Submissions(Shared):
             raise InvalidRequest("cursor: send what the page before called next", "cursor")
         index = "tandem:dead" if dead else "tandem:records" if owner is None else f"tandem:owner:{owner}"
         ids, found, rest = await self._run("list", index, after or "+inf", count, _LOOKED_AT, *states)
-        jobs = [records.job(each.decode(), (record, False)) for each, record in zip(ids, found, strict=True)]
+        jobs = [self._read(each.decode(), (record, False)) for each, record in zip(ids, found, strict=True)]
         mine = tuple(job for job in jobs if job is not None and owner in (None, job.owner))
         return JobPage(jobs=mine, next=rest.decode() or None)
 

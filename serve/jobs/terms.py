@@ -113,11 +113,20 @@ class CardUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A worker's start: Unix seconds when its imports began, and the seconds of each phase from there, in order."""
+
+    began_at: float
+    phases: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
     """What a worker says of itself. `vae_factor` is how many pixels a latent has on each side; `max_rows` the images
     that it takes in hand at most, `batch` those of one step; `pace` what a predicted millisecond really takes there.
     `memory_mb` (1e6 bytes, 0 where it is not known) is what it has
-    of its card, `rung` how far down the memory ladder it is by now; `card` is None where it computes on no CUDA GPU."""
+    of its card, `rung` how far down the memory ladder it is by now; `card` is None where it computes on no CUDA GPU.
+    `start_s` is what a cold start of its placement takes, `start` the part of that which is the worker's own."""
 
     name: str
     model: str
@@ -133,18 +142,29 @@ class WorkerReport:
     rung: Rung | None = None
     memory_mb: int = 0
     card: CardUse | None = None
+    start_s: float = 0.0
+    start: Start | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """The workers of a model that live."""
+    """The workers of a model that live. `asleep` are the last reports of placements that had workers and have none:
+    where nobody lives who can draw an image, they say what it will take."""
 
     reports: tuple[WorkerReport, ...] = field(default=())
+    asleep: tuple[WorkerReport, ...] = field(default=())
 
     @property
     def pace(self) -> float:
         """What a predicted millisecond really takes, on average."""
-        return statistics.fmean([report.pace for report in self.reports] or [1.0])
+        return statistics.fmean([report.pace for report in self.reports or self.asleep] or [1.0])
+
+    def start_s(self, pixels: int) -> float:
+        """Seconds that an order of such an image will wait for somebody to wake up; 0 where somebody is awake, and
+        where nobody knows."""
+        if any(report.max_pixels >= pixels for report in self.reports):
+            return 0.0
+        return min((report.start_s for report in self.asleep if report.max_pixels >= pixels), default=0.0)
 
 
 REPORT = TypeAdapter(WorkerReport)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
 from serve.domain import JobError
@@ -78,9 +78,11 @@ class Upkeep(Shared):
         if told is None:
             return self._settings
         try:
-            return JobSettings.model_validate_json(told).model_copy(update={"redis_url": self._settings.redis_url})
-        except ValidationError:
-            return self._settings  # another version's
+            written = json.loads(told)
+            known = {name: written[name] for name in JobSettings.model_fields.keys() & written.keys()}
+            return JobSettings.model_validate(known | {"redis_url": self._settings.redis_url})
+        except ValueError:
+            return self._settings  # another release's, of another form
 
     async def overdue(self, count: int = _PAGE) -> list[str]:
         """Ended jobs whose record's time is over, the oldest first. Once nothing else is left of them: `forget`."""

@@ -215,7 +215,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration(
         "tandem_replicas_wanted",
         Kind.GAUGE,
-        "Diffusion replicas that there should be, by the settings.",
+        "Fewest diffusion replicas that there should be, by the settings.",
         ("model", "placement", "gpu_class"),
         fades=True,
     ),

@@ -11,7 +11,7 @@ from support.cache_node import UNIT, UNITS, Node, until
 from serve.domain import CacheReport, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.census import REPORTS, SEEN, CacheCensus, CensusTaker, clear_all, read_census
-from serve.encoders.redis_tier import PREFIX
+from serve.encoders.redis_tier import ALL, PREFIX
 from serve.errors import BackendUnavailable
 
 
@@ -89,10 +89,11 @@ def test_clearing_empties_redis_and_every_memory(redis_url: str) -> None:
         await census_with(redis_url, 2)
         with redis.Redis.from_url(redis_url) as client:
             client.set("somebody else's", "value")
+            client.set(f"{ALL}another release's", "value")
             client.mset({f"{PREFIX}{number}": b"v" for number in range(3000)})
-            for _ in range(2):
-                assert await clear_all(redis_url) == 3000 + len(UNITS)
-                assert list(client.scan_iter(f"{PREFIX}*")) == []
+            for others in (1, 0):
+                assert await clear_all(redis_url) == 3000 + len(UNITS) + others
+                assert list(client.scan_iter(f"{ALL}*")) == []
                 await until(lambda: not any(node.cache.stats().entries for node in nodes))
                 client.mset({f"{PREFIX}{number}": b"v" for number in range(3000)})
                 for node in nodes:

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import redis
 from pydantic import SecretStr
+from support.jobs import Bench, a_request, on
 
 from serve.doctor.findings import Finding
+from serve.doctor.patience import check_patience
 from serve.doctor.redis_look import look
 from serve.doctor.redis_servers import cache_findings, check_redis_servers, common_findings, jobs_findings
 from serve.embedded import EmbeddedRedis
+from serve.jobs.schema import SCHEMA
 from serve.settings import CacheSettings, JobSettings, Settings
 
 
@@ -122,3 +125,32 @@ def test_what_no_redis_here_can_be_made_to_be(jobs_redis: EmbeddedRedis) -> None
     slow = dataclasses.replace(seen, setting="cache.redis_url", ping_s=0.3)
     assert {each.code for each in cache_findings(slow, 0.25) if each.level == "fault"} == {"redis-slow"}
     assert "redis-slow" in {each.code for each in cache_findings(slow, 5.0) if each.level == "warning"}
+
+
+def test_times_that_do_not_fit_each_other() -> None:
+    assert [each.level for each in check_patience(Settings())] == ["ok"]
+    tree = {"http": {"replicas": 2, "wait_s": 60}, "jobs": {"queue_ttl_s": 60, "max_queued_s": 61}}
+    found = {each.code: each.setting for each in check_patience(Settings.model_validate(tree))}
+    assert found == {"calls-cut": "http.drain_s", "queue-time": "jobs.queue_ttl_s"}
+    tree = {"http": {"replicas": 2, "wait_s": 60, "drain_s": 60}, "jobs": {"queue_ttl_s": 61, "max_queued_s": 61}}
+    assert [each.level for each in check_patience(Settings.model_validate(tree))] == ["ok"]
+
+
+def test_jobs_that_outlast_a_drain_or_wait_for_a_newer_release(redis_url: str) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.succeed(await bench.claimed())
+        await bench.store.submit("b", a_request())
+        given = {"jobs": {"redis_url": redis_url}, "diffusion": {"drain_s": 90}}
+        tree = Settings.model_validate(given)
+        assert [each.code for each in check_patience(tree)] == ["times"]
+        with redis.Redis.from_url(redis_url) as client:
+            started = float(client.hget("tandem:job:a", "started") or 0)
+            client.hset("tandem:job:a", "finished", str(started + 95_000))
+            client.hset("tandem:job:b", "schema", SCHEMA.newest + 1)
+        assert {each.code for each in check_patience(tree)} == {"drain-short", "jobs-newer"}
+        two = given | {"placements": {"slow": {"drain_s": 300}, "quick": {}}}
+        assert "drain-short" in {each.code for each in check_patience(Settings.model_validate(two))}
+        one = given | {"placements": {"slow": {"drain_s": 300}}}
+        assert {each.code for each in check_patience(Settings.model_validate(one))} == {"jobs-newer"}
+
+    on(redis_url, story)

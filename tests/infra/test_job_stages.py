@@ -13,7 +13,7 @@ from support.house import House
 from support.jobs import ANY, IMAGE, Bench, a_request, on
 
 from serve.domain import Arrival, JobError, JobState, Tier, Timings
-from serve.jobs import records
+from serve.jobs import reading, records
 from serve.jobs.store import Terms
 from serve.stages import explained, stages
 
@@ -116,7 +116,7 @@ def test_a_record_of_the_version_before_is_read(redis_url: str) -> None:
 def test_clocks_that_differ_make_no_stage_longer_than_its_call(apart_s: float, least_s: float, most_s: float) -> None:
     """The store says when it gave the job away, on a clock of its own."""
     started = round(1000 * (time.time() - apart_s))
-    request = records.REQUEST.dump_json(a_request())
+    request = reading.REQUEST.dump_json(a_request())
     reply = [b"a", 1, 1, 0, 0, b"1", b"1", str(started).encode(), None, b"1", request, b"[]", None]
     claim = records.claim(reply, time.monotonic() - 0.2)
     assert least_s <= claim.claim_s <= most_s

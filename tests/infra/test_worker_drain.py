@@ -11,6 +11,7 @@ from support.house import GRACE_S, LONG, GatedRunner, House, a_runner, open_hous
 from serve.domain import JobState
 from serve.embedded import EmbeddedRedis
 from serve.jobs.store import Claim, JobStore
+from serve.jobs.terms import Crew
 from serve.worker import RELEASE_S
 
 pytestmark = pytest.mark.anyio
@@ -38,6 +39,25 @@ async def test_drain_finishes_what_is_in_hand_and_claims_no_more(house: House) -
         assert (await house.jobs.get("waiting")).state is JobState.QUEUED
     async with house.worker("next"):
         assert (await house.ended("waiting")).state is JobState.SUCCEEDED
+
+
+async def test_who_has_left_is_counted_on_no_more_and_what_it_told_is_kept(house: House) -> None:
+    async def crew() -> Crew:
+        house.jobs._heard_at = float("-inf")
+        return await house.jobs.crew(worker_model)
+
+    async with house.worker() as worker:
+        await house.submit("a")
+        worker_model = (await house.ended("a")).request.model
+
+        async def reported() -> bool:
+            return bool((await crew()).reports)
+
+        await until(reported)
+        await worker.drain(GRACE_S)
+        assert (await crew()).reports == ()
+        (told,) = (await crew()).asleep
+        assert told.curves
 
 
 async def test_drain_gives_back_what_waits_for_its_text(house: House) -> None:

@@ -38,6 +38,8 @@ class Deployment:
     resources: Mapping[str, float]
     labels: Mapping[str, str]
     most: int
+    avoids: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Labels of nodes that it takes only where there are no others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,7 @@ def deployments_of(args: Mapping[str, Any]) -> list[Deployment]:
 def _deployment(deployment: Any) -> Deployment:
     config, options = deployment._deployment_config, deployment._replica_config.ray_actor_options
     scaling = config.autoscaling_config
+    selector = options.get("label_selector") or {}
     resources = {"CPU": options.get("num_cpus", 1) or 0, "GPU": options.get("num_gpus", 0) or 0}
     if options.get("memory"):
         resources["memory"] = options["memory"]
@@ -93,9 +96,15 @@ def _deployment(deployment: Any) -> Deployment:
     return Deployment(
         name=deployment.name,
         resources={name: amount for name, amount in resources.items() if amount},
-        labels=options.get("label_selector") or {},
+        labels={key: value for key, value in selector.items() if not value.startswith("!")},
+        avoids={key: _listed(value) for key, value in selector.items() if value.startswith("!")},
         most=scaling.max_replicas if scaling else config.num_replicas,
     )
+
+
+def _listed(selector: str) -> tuple[str, ...]:
+    """The values of `!in(a, b)`."""
+    return tuple(each.strip() for each in selector.removeprefix("!in(").removesuffix(")").split(","))
 
 
 class Autoscaler:
@@ -139,7 +148,12 @@ class Autoscaler:
 
 def _request(deployment: Deployment) -> ResourceRequestByCount:
     equal = LabelSelectorOperator.LABEL_OPERATOR_IN
-    selectors = [[(key, equal, [value]) for key, value in deployment.labels.items()]] if deployment.labels else None
+    selectors: list[list[Any]] | None = None
+    if deployment.labels:
+        selectors = [[(key, equal, [value]) for key, value in deployment.labels.items()]]
+    elif deployment.avoids:
+        unequal = LabelSelectorOperator.LABEL_OPERATOR_NOT_IN
+        selectors = [[(key, unequal, [*values]) for key, values in deployment.avoids.items()], []]
     request = ResourceRequestUtil.make(dict(deployment.resources), label_selectors=selectors)
     return ResourceRequestByCount(request=request, count=deployment.most)
 

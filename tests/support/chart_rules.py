@@ -211,7 +211,7 @@ def patience(rendered: Rendered) -> list[str]:
     """A replica that is told to stop finishes its jobs: the pod has to wait for it, and so has the old cluster. What a
     pod does before its end counts into its grace, and nothing may come after."""
     settings = rendered.args
-    drains = [settings.get("diffusion", {}).get("drain_s", 120.0)]
+    drains = [settings.get("diffusion", {}).get("drain_s", 120.0), settings.get("http", {}).get("drain_s", 5.0)]
     drains += [each["drain_s"] for each in settings.get("placements", {}).values() if "drain_s" in each]
     faults = []
     for group in rendered.cluster["workerGroupSpecs"]:

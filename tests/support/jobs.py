@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from serve.domain import ImageRef, ImageRequest, JobError, JobEvent, JobState, Preview, Tier, Timings, Truncation
 from serve.jobs.events import follow
+from serve.jobs.schema import SCHEMA, Schema
 from serve.jobs.store import Claim, JobStore, Want
 from serve.settings import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
@@ -42,9 +43,9 @@ def a_preview(index: int, step: int, steps: int, data: bytes = b"\xff\xd8\x00 a 
 class Bench:
     """A store with its metrics."""
 
-    def __init__(self, url: str, **settings: Any) -> None:
+    def __init__(self, url: str, schema: Schema = SCHEMA, **settings: Any) -> None:
         self.metrics = InProcessMetrics()
-        self.store = JobStore(JobSettings(redis_url=SecretStr(url), **settings), self.metrics)
+        self.store = JobStore(JobSettings(redis_url=SecretStr(url), **settings), self.metrics, schema=schema)
 
     async def claimed(self, job_id: str = "a", **request: Any) -> Claim:
         await self.store.submit(job_id, a_request(**request))

@@ -79,8 +79,12 @@ def launch(data_dir: Path, **environment: str) -> Server:
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", data_dir, process, log, metrics_port)
-    wait_until(lambda: ready(server.url) or process.poll() is not None, START_S, "the server")
-    assert process.poll() is None, log.read_text(errors="replace")
+    try:
+        wait_until(lambda: ready(server.url) or process.poll() is not None, START_S, "the server")
+        assert process.poll() is None, log.read_text(errors="replace")
+    except BaseException:
+        stop(server)
+        raise
     return server
 
 

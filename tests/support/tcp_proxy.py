@@ -54,6 +54,10 @@ class TcpProxy:
         self._thread.join(10)
         self._loop.close()
 
+    def address(self) -> tuple[str, int]:
+        """Where the next connection leads. OSError: nowhere."""
+        return "127.0.0.1", self._target
+
     def cut(self) -> None:
         """End all connections and refuse new ones."""
         self._there(self._cut)
@@ -103,7 +107,7 @@ class TcpProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.CancelledError), contextlib.closing(writer):
-            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._target)
+            from_server, to_server = await asyncio.open_connection(*self.address())
             self._streams |= {writer, to_server}
             try:
                 with contextlib.closing(to_server):

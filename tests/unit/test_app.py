@@ -10,6 +10,7 @@ from ray.serve.exceptions import RayServeException
 from support.captioners import blip_folder
 
 from deployments.app import application, build, captions, denoiser, text_encoder
+from deployments.diffusion import own_grace_s
 from serve.catalog import open_catalog
 from serve.errors import OperatorError
 from serve.local import on_this_machine
@@ -55,7 +56,7 @@ def test_a_placement_runs_on_the_nodes_of_its_class(tmp_path: Path) -> None:
     catalog = open_catalog(settings)
     (placement,) = plan_placements(settings, catalog.drawn)
     (encoder,) = catalog.registry.encoders
-    application = denoiser(placement, settings, {encoder.fingerprint: text_encoder(encoder, settings)})
+    application = denoiser(placement, settings, {encoder.fingerprint: text_encoder(encoder, settings)}, [placement])
     deployment = application._bound_deployment
     assert deployment.num_replicas == 3
     assert deployment.ray_actor_options["num_gpus"] == 0.5
@@ -69,6 +70,19 @@ def test_a_text_encoder_runs_on_the_nodes_of_its_class(tmp_path: Path) -> None:
     deployment = text_encoder(encoder, settings)._bound_deployment
     assert deployment.ray_actor_options["num_gpus"] == 0.25
     assert deployment.ray_actor_options["label_selector"] == {GPU_CLASS_LABEL: "4gb"}
+
+
+def test_what_needs_no_gpu_leaves_the_nodes_of_gpu_classes_to_those_who_do(tmp_path: Path) -> None:
+    """Ray takes a selector with a blank in it, and then never finds the second value."""
+    classes = {"4gb": {"memory_gb": 4}, "big": {"memory_gb": 11, "label": "11gb"}}
+    settings = Settings(data_dir=tmp_path, gpu_classes=classes)
+    (encoder,) = open_catalog(settings).registry.encoders
+    for deployment in (application(settings), text_encoder(encoder, settings)):
+        options = deployment._bound_deployment.ray_actor_options
+        assert options["label_selector"] == {GPU_CLASS_LABEL: "!in(11gb,4gb)"}
+        assert options["fallback_strategy"] == [{"label_selector": {}}], "where all nodes have cards, any will do"
+    here = application(on_this_machine(settings))._bound_deployment
+    assert "label_selector" not in here.ray_actor_options, "one machine is all there is"
 
 
 def test_captions_are_a_pool_of_their_own_where_a_model_is_named(tmp_path: Path) -> None:
@@ -99,6 +113,19 @@ def told(**args: Any) -> str:
     assert "\n" not in str(raised.value)
     assert raised.value.__suppress_context__
     return str(raised.value)
+
+
+def test_serve_waits_for_as_long_as_a_replica_may_drain(tmp_path: Path) -> None:
+    """Serve kills what is left after `graceful_shutdown_timeout_s`; a replica gives its jobs back before that."""
+    tables = {"a": {"drain_s": 300}, "b": {"drain_s": 4}, "c": {}}
+    settings = settings_of(tmp_path, placements=tables, http={"replicas": 2, "drain_s": 77})
+    ingress = application(settings)._bound_deployment
+    assert ingress._deployment_config.graceful_shutdown_timeout_s == 77
+    denoisers = ingress.init_args[2]
+    waits = {name: each._bound_deployment._deployment_config for name, each in denoisers.items()}
+    grace = {name: each.graceful_shutdown_timeout_s for name, each in waits.items()}
+    assert grace == {"a": 300, "b": 4, "c": settings.diffusion.drain_s}
+    assert {name: own_grace_s(seconds) for name, seconds in grace.items()} == {"a": 292, "b": 2, "c": 112}
 
 
 def test_a_wrong_setting_is_one_line_in_the_status_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

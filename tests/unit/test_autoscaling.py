@@ -11,7 +11,8 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from deployments.app import replicas
-from deployments.autoscaling import REQUEST_TOKENS, QueuedTokens, ReplicaLoad, Steady, desired_replicas
+from deployments.autoscaling import REQUEST_TOKENS, QueuedTokens, ReplicaLoad, desired_replicas
+from serve.scaling.steady import Steady
 from serve.settings import EncoderSettings
 
 

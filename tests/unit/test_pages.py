@@ -6,7 +6,7 @@ import pytest
 from support.pages import anchors, links
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "api", ROOT / "k8s")
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "api", ROOT / "docs" / "operations", ROOT / "k8s")
 PAGES = [page for folder in FOLDERS for page in sorted(folder.glob("*.md"))]
 
 

@@ -18,6 +18,7 @@ from serve.errors import InvalidRequest, OperatorError
 from serve.memory.planner import USABLE, plan
 from serve.memory.shapes import published, shape_of
 from serve.models import ModelFolder
+from serve.origins import load
 from serve.placements import GRID, Fleet, Placement, draws, held_size, plan_placements, plan_share
 from serve.rungs import LADDER, Rung
 from serve.settings import DiffusionSettings, RungName, Settings
@@ -295,6 +296,32 @@ def test_nothing_is_drawn_without_replicas() -> None:
         assert plan_placements(Settings(**tree), {}) == ()
     assert draws(Settings())
     assert draws(Settings(diffusion={"replicas": 0}, placements={"a": {"replicas": 1}}))
+
+
+def test_a_placement_that_sleeps_is_one(one: Models) -> None:
+    own = {"replicas": 0, "min_replicas": 0, "max_replicas": 3}
+    assert draws(Settings(diffusion=own))
+    found = planned(one, diffusion=own, placements={"sleeper": {}, "none": {"max_replicas": 0}})
+    assert list(found) == ["sleeper"]
+    assert (found["sleeper"].settings.least_replicas, found["sleeper"].settings.most_replicas) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"min_replicas": 2}, "min_replicas 2 is more than replicas 1"),
+        ({"replicas": 3, "max_replicas": 2}, "replicas 3 is more than max_replicas 2"),
+        ({"replicas": 3, "min_replicas": 5, "max_replicas": 4}, "min_replicas 5 is more than replicas 3"),
+    ],
+)
+def test_there_are_no_fewer_than_the_fewest_at_the_start_and_no_more_than_the_most(
+    own: dict[str, int], told: str
+) -> None:
+    with pytest.raises(OperatorError) as raised:
+        load(overrides={f"diffusion.{name}": value for name, value in own.items()}, environ={})
+    assert raised.value.message.startswith(f"diffusion: {told}")
+    with pytest.raises(ValidationError, match=told):
+        Settings(placements={"a": own})
 
 
 @settings(max_examples=20)  # each reads headers

@@ -344,7 +344,8 @@ put the last pictures.
 {{- define "tandem.drainSeconds" -}}
 {{- $diffusion := .Values.config.diffusion | default dict -}}
 {{- $own := hasKey $diffusion "drain_s" | ternary $diffusion.drain_s 120 -}}
-{{- $longest := $own -}}
+{{- $http := .Values.config.http | default dict -}}
+{{- $longest := maxf $own (hasKey $http "drain_s" | ternary $http.drain_s 5) -}}
 {{- range $name, $placement := .Values.config.placements -}}
 {{- $drain := hasKey $placement "drain_s" | ternary $placement.drain_s $own -}}
 {{- $longest = maxf $longest $drain -}}

@@ -180,12 +180,17 @@ gives them (serve/models/folder.py). `unsure` where it can't be told from the so
 {{- $drawn = append $drawn $model.name -}}
 {{- end -}}
 {{- $diffusion := .Values.config.diffusion | default dict -}}
-{{- $replicas := hasKey $diffusion "replicas" | ternary $diffusion.replicas 1 -}}
+{{- $replicas := 0 -}}
+{{- $most := dict -}}
+{{- range $one := (include "tandem.placements" .| fromYaml).all -}}
+{{- $replicas = int $one.most -}}
+{{- $_ := set $most $one.name (int $one.most) -}}
+{{- end -}}
 {{- $used := list -}}
 {{- $lost := false -}}
 {{- range $name, $given := .Values.config.placements -}}
 {{- $placement := $given | default dict -}}
-{{- if hasKey $placement "replicas" | ternary $placement.replicas $replicas -}}
+{{- if get $most $name -}}
 {{- $own := hasKey $placement "model" -}}
 {{- $model := $own | ternary $placement.model $diffusion.model | default (first $drawn) -}}
 {{- $used = append $used $model -}}
@@ -436,16 +441,18 @@ ray.head.shm: {{ $head.shm }} of shared memory, which counts as memory ({{ $head
 {{- end }}
 
 {{/*
-Every placement as {path, num_gpus, num_cpus, replicas, gpu_class, device}, `diffusion` under it, as YAML: what the
-server makes of them (serve/settings.py, serve/placements.py).
+Every placement as {name, path, num_gpus, num_cpus, replicas, least, most, count, gpu_class, device}, `diffusion` under
+it, as YAML: what the server makes of them (serve/settings.py, serve/placements.py). `count` is the setting that says
+how many replicas there are at `most`.
 */}}
 {{- define "tandem.placements" -}}
-{{- $defaults := dict "num_gpus" 0 "num_cpus" 0.5 "replicas" 1 "gpu_class" "" "device" "auto" -}}
+{{- $defaults := dict "num_gpus" 0 "num_cpus" 0.5 "replicas" 1 "gpu_class" "" "device" "auto"
+  "min_replicas" "" "max_replicas" "" -}}
 {{- $diffusion := .Values.config.diffusion | default dict -}}
 {{- $all := list -}}
 {{- $placements := .Values.config.placements | default dict -}}
 {{- range $name, $placement := $placements | empty | ternary (dict "" dict) $placements -}}
-{{- $one := dict "path" (ternary (printf "config.placements.%s" $name) "config.diffusion" (ne $name "")) -}}
+{{- $one := dict "name" $name "path" (ternary (printf "config.placements.%s" $name) "config.diffusion" (ne $name "")) -}}
 {{- range $key, $value := $defaults -}}
 {{- range $from := list $diffusion ($placement | default dict) -}}
 {{- if hasKey $from $key -}}
@@ -454,6 +461,10 @@ server makes of them (serve/settings.py, serve/placements.py).
 {{- end -}}
 {{- $_ := set $one $key $value -}}
 {{- end -}}
+{{- $open := eq (toString $one.max_replicas) "" -}}
+{{- $_ := set $one "count" (ternary "replicas" "max_replicas" $open) -}}
+{{- $_ := set $one "most" (ternary $one.replicas $one.max_replicas $open) -}}
+{{- $_ := set $one "least" (ternary $one.replicas $one.min_replicas (eq (toString $one.min_replicas) "")) -}}
 {{- $all = append $all $one -}}
 {{- end -}}
 {{- dict "all" $all | toYaml -}}
@@ -461,7 +472,11 @@ server makes of them (serve/settings.py, serve/placements.py).
 
 {{- define "tandem.validate.placements" -}}
 {{- range $one := (include "tandem.placements" . | fromYaml).all -}}
-{{- if and $one.replicas (gt ($one.num_gpus | float64) 1.0) }}
+{{- if or (gt (int $one.least) (int $one.replicas)) (gt (int $one.replicas) (int $one.most)) }}
+{{ $one.path }}.replicas: {{ int $one.replicas }} is how many there are at the start, which is not between min_replicas,
+  {{ int $one.least }}, and max_replicas, {{ int $one.most }}; say all three
+{{- end -}}
+{{- if and $one.most (gt ($one.num_gpus | float64) 1.0) }}
 {{ $one.path }}.num_gpus: {{ $one.num_gpus }} of one card; a denoiser runs on one, so say 1, or a share of one
 {{- end -}}
 {{- end -}}
@@ -485,7 +500,7 @@ config.gpu_classes.{{ $name }}.memory_gb: {{ printf "%.0f" (float64 .) }} GB is 
 {{- end -}}
 {{- end -}}
 {{- range $one := concat (include "tandem.placements" . | fromYaml).all (include "tandem.encoders" . | fromYaml).all -}}
-{{- if (hasKey $one "replicas" | ternary $one.replicas true) -}}
+{{- if (hasKey $one "most" | ternary $one.most true) -}}
 {{- with $one.gpu_class -}}
 {{- if not (hasKey $classes .) }}
 {{ $one.path }}.gpu_class: config.gpu_classes has no {{ . }}, only {{ keys $classes | sortAlpha | join ", " }}; add it
@@ -548,7 +563,7 @@ min_replicas, max_replicas}; `captions` too where a model is named. */}}
 {{- end }}
 
 {{/*
-Whether the fixed replicas fit on the worker groups at their `max`, shares of cards and CPUs both. Ray counts a pod's
+Whether the most replicas fit on the worker groups at their `max`, shares of cards and CPUs both. Ray counts a pod's
 CPUs rounded up to whole ones, and a share in ten-thousandths. Largest first, each into the first pod that holds it, what is
 bound to a class before what is not.
 
@@ -573,7 +588,7 @@ models say. For those, one replica must fit somewhere.
 {{- with $one.gpu_class -}}
 {{- $label = include "tandem.classLabel" (dict "context" $ "gpuClass" .) -}}
 {{- end -}}
-{{- $wishes = append $wishes (dict "path" $one.path "count" "replicas" "replicas" (int $one.replicas) "label" $label
+{{- $wishes = append $wishes (dict "path" $one.path "count" $one.count "replicas" (int $one.most) "label" $label
   "num_gpus" $one.num_gpus "num_cpus" $one.num_cpus) -}}
 {{- end -}}
 {{- range $one := (include "tandem.encoders" . | fromYaml).all -}}
@@ -708,7 +723,7 @@ true
 {{- $drain := include "tandem.drainSeconds" . | int -}}
 {{- if le (int $upgrade.deletionDelaySeconds) $drain }}
 ray.upgrade.deletionDelaySeconds: {{ int $upgrade.deletionDelaySeconds }} s, and a replica may drain for {{ $drain }} s
-  (drain_s of config.diffusion and config.placements); make it longer than that
+  (drain_s of config.diffusion, config.placements and config.http); make it longer than that
 {{- end -}}
 {{- if eq $upgrade.type "NewClusterWithIncrementalUpgrade" -}}
 {{- if not $upgrade.gatewayClassName }}

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import schedulers as diffusers_schedulers
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from serve.diffusion.families.stock import DiffusionPipeline, diffusers_schedulers
 from serve.errors import OperatorError
 from serve.models import ModelFolder
 

@@ -1,21 +1,22 @@
 -- ARGV: settings, worker, number of its claim, lease, time from the first claim until it expires, 1 where the worker
--- holds nothing, how long marks count (pixels up to which they always do, pixels up to which they do for so many
--- milliseconds of waiting, these, and those beyond; -1 for ever), then model, above, upto, least milliseconds of waiting
--- and what a mark must be below of each want, in order.
+-- holds nothing, the latest schema of an order that it reads, how long marks count (pixels up to which they always do,
+-- pixels up to which they do for so many milliseconds of waiting, these, and those beyond; -1 for ever), then model, above,
+-- upto, least milliseconds of waiting and what a mark must be below of each want, in order.
 -- Leases the queued job that satisfies the first want which any of them satisfies; of those, the one whose round comes
 -- first, and of one round the oldest. Of an owner's jobs that satisfy a want the first in the queue stands for all. A job
 -- satisfies a want when it is for the want's model, has more than `above` and at most `upto` pixels, has waited so long
 -- since it last joined the queue, may be started by now, and still has time; the sweep ends those that have none. An id
 -- whose record somebody deleted satisfies nothing: the sweep forgets it. A job that ran out of memory is marked with what
--- there was of it (`above_mb`): it satisfies only wants with more, until its mark counts no more.
+-- there was of it (`above_mb`): it satisfies only wants with more, until its mark counts no more. One of a later `schema`
+-- than the worker reads satisfies nothing: it waits for a worker of the release that wrote it.
 -- The last attempt of a job that has lost a worker is made alone: should it be the job that kills them, it takes nobody
 -- along. A worker that holds others is told to wait: 'alone'.
 -- 'unfit' says that jobs are queued, but none that satisfies a want; nothing, that the queue is empty. What is claimed
 -- comes with the number of jobs that are still queued.
 -- The same claim again has the same answer while the job is held: the first one may have been lost.
 local worker, claim, lease, timeout, idle = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
-local alive, coming = tonumber(ARGV[9]), tonumber(ARGV[10])
-local coming_for, rest_for = tonumber(ARGV[11]), tonumber(ARGV[12])
+local reads, alive, coming = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local coming_for, rest_for = tonumber(ARGV[12]), tonumber(ARGV[13])
 
 local function answer(id)
   local attempt, fence, alone = get(id, 'attempt', 'fence', 'alone_now')
@@ -29,7 +30,7 @@ if former_id and get(former_id, 'claim') == worker .. ':' .. claim and HELD[get(
   return {ended, answer(former_id)}
 end
 local wants = {}
-for i = 13, #ARGV, 5 do
+for i = 14, #ARGV, 5 do
   wants[#wants + 1] = {
     model = ARGV[i], above = tonumber(ARGV[i + 1]), upto = tonumber(ARGV[i + 2]), waited = tonumber(ARGV[i + 3]),
     outdone = tonumber(ARGV[i + 4])
@@ -64,11 +65,11 @@ end
 
 -- What was found only gives way to a job of an earlier want, or of the same want and an earlier round.
 local function consider(id)
-  local model, pixels, since, owner, not_before, mark =
-      get(id, 'model', 'pixels', 'waiting', 'owner', 'not_before', 'above_mb')
+  local model, pixels, since, owner, not_before, mark, schema =
+      get(id, 'model', 'pixels', 'waiting', 'owner', 'not_before', 'above_mb', 'schema')
   local deadline = tonumber(redis.call('ZSCORE', DEADLINES, id) or 0)
   if not model or not owner or deadline <= now or tonumber(not_before or 0) > now then return end
-  if reserved(id) then return end
+  if tonumber(schema or 1) > reads or reserved(id) then return end
   local waited = now - (since or now)
   pixels = tonumber(pixels or 0)
   mark = mark and counts(pixels, waited) and tonumber(mark)
