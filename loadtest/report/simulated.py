@@ -17,6 +17,8 @@ def plots(answer: Answer) -> list[Plot]:
     """The run over time, its latencies, how busy Redis is; what the sizes cost where they were asked for."""
     with style():
         made = [_course(answer.outcome), _latency(answer.outcome), _redis(answer)]
+        if any(pool.least < pool.most for pool in answer.outcome.pools):
+            made.append(_replicas(answer.outcome))
         if any(each.replicas is not None for each in answer.sizes):
             made.append(_sizes(answer))
     return made
@@ -48,6 +50,20 @@ def _course(found: Outcome) -> Plot:
     return Plot(name="course", title="Course", caption="Of all slices together.", png=canvas.png())
 
 
+def _replicas(found: Outcome) -> Plot:
+    canvas = Canvas("Cards of each pool, as the policy decides")
+    (axes,) = canvas.panels
+    for pool in found.pools:
+        at = [each / 3600 for each, _ in pool.course if each <= found.duration_s]
+        cards = [found.slices * number for each, number in pool.course if each <= found.duration_s]
+        axes.step([*at, found.duration_s / 3600], [*cards, cards[-1]], where="post", label=pool.name)
+    axes.set_xlabel("time after the start (h)")
+    axes.set_ylabel("cards, those that start included")
+    axes.set_ylim(bottom=0)
+    canvas.heading()
+    return Plot(name="replicas", title="Replicas", caption="Of all slices together.", png=canvas.png())
+
+
 def _by_bin(found: Outcome, edges: np.ndarray) -> Sequence[float]:
     """P95 of the orders that were due in each bin; a gap where there are none that were done."""
     places = np.digitize([fate.due_s for fate in found.fates], edges) - 1
@@ -64,7 +80,8 @@ def _latency(found: Outcome) -> Plot:
         taken = sorted(fate.latency_s for fate in own if fate.latency_s is not None)
         axes.plot(taken, (np.arange(len(taken)) + 1) / len(own), label=model)
     axes.axhline(0.95, color=GREY, linewidth=0.8)
-    axes.set_xscale("log")
+    if any(fate.latency_s for fate in found.fates):
+        axes.set_xscale("log")
     axes.set_ylim(0, 1)
     axes.set_xlabel("seconds from when an order was due")
     canvas.heading()

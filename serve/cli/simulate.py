@@ -32,15 +32,17 @@ def simulate(
         typer.Argument(metavar="TRACE", help="A .jsonl trace, a workload's .yaml or its name.", show_default=False),
     ] = None,
     p95: Annotated[
-        float | None, typer.Option(min=0.001, metavar="SECONDS", help="How many cards draw 95 % in that time?")
+        float | None,
+        typer.Option(min=0.001, max=86_400, metavar="SECONDS", help="How many cards draw 95 % in that time?"),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=1e-6, help="Orders a second of a workload.", show_default="as it says")
+        float | None, typer.Option(min=1e-6, max=1e6, help="Orders a second of a workload.", show_default="as it says")
     ] = None,
     duration: Annotated[
-        float | None, typer.Option(min=1, metavar="SECONDS", help="Of a workload.", show_default="as it says")
+        float | None,
+        typer.Option(min=1, max=31 * 86_400, metavar="SECONDS", help="Of a workload.", show_default="as it says"),
     ] = None,
-    tenants: Annotated[int, typer.Option(min=1, help="Who order in a workload.")] = 20,
+    tenants: Annotated[int, typer.Option(min=1, max=1_000_000, help="Who order in a workload.")] = 20,
     skew: Annotated[
         float, typer.Option(min=0, max=10, help="Tenant k of a workload orders as often as 1 / k**skew.")
     ] = 1.0,
@@ -92,6 +94,7 @@ def _traffic(
     fleet: Fleet, trace: str, rate: float | None, duration: float | None, tenants: int, skew: float, seed: int
 ) -> Traffic:
     """From a file of orders, or drawn from a workload of `tandem loadtest`. Raises OperatorError."""
+    from serve.simulate.traffic import MOST_ORDERS as MOST_TRACED
     from serve.simulate.traffic import made, read
 
     shapes = _shapes(fleet)
@@ -104,6 +107,8 @@ def _traffic(
         raise OperatorError(f"{workload.name}: a closed loop has no times of its own; name another workload", "trace")
     workload = workload.at(rate) if rate is not None else workload
     workload = workload.lasting(duration) if duration is not None else workload
+    if (orders := (workload.rate or 0.0) * workload.duration_s) > MOST_TRACED:
+        raise OperatorError(f"{workload.name}: {orders:,.0f} orders are more than {MOST_TRACED:,}", "trace")
     images = workload.images
     if images.model is not None:
         shapes = [each for each in shapes if each.name == images.model]
@@ -124,11 +129,11 @@ def _traffic(
 
 
 def _shapes(fleet: Fleet) -> Sequence[ModelShape]:
-    """Of the models that are drawn, in the order of the pools."""
-    from serve.memory.shapes import published
-
-    drawn = dict.fromkeys(pool.model for pool in fleet.pools.values() if pool.replicas)
-    return [published()[model] for model in drawn]
+    """Of the models that are drawn, in the order of the pools. Raises OperatorError where there is none."""
+    if not any(pool.most for pool in fleet.pools.values()):
+        raise OperatorError("pools: none has replicas", "fleet")
+    drawn = {pool.model: name for name, pool in fleet.pools.items() if pool.most}
+    return [fleet.shape(name) for name in drawn.values()]
 
 
 def _write(answer: Answer, out: Path) -> None:

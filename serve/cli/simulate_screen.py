@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve.simulate.answer import Answer
-from serve.simulate.outcome import Outcome
+from serve.simulate.outcome import Outcome, PoolUse
 from serve.telemetry.logs import escape
 
 
@@ -21,6 +21,8 @@ def show(answer: Answer, console: Console | None = None) -> None:
         console.print(_shards(answer))
     if answer.sizes:
         console.print(_sizes(answer))
+    if any(each.scaled for each in answer.sizes):
+        console.print(_scaled(answer))
 
 
 def _headline(found: Outcome) -> str:
@@ -35,13 +37,17 @@ def _headline(found: Outcome) -> str:
 
 
 def _pools(found: Outcome) -> Table:
-    table = _table("pool", "model", "class", "cards", "rung", "busy", "images", "lost", "cost")
+    scales = any(pool.least < pool.most for pool in found.pools)
+    table = _table(
+        "pool", "model", "class", "cards", *(["changes"] if scales else []), "rung", "busy", "images", "lost", "cost"
+    )
     for pool in found.pools:
         table.add_row(
             escape(pool.name),
             pool.model,
             escape(pool.gpu_class),
-            f"{found.slices * pool.replicas:,}",
+            _cards(pool, found.slices),
+            *([f"{pool.changes:,}"] if scales else []),
             pool.rung,
             f"{100 * pool.busy:.0f} %",
             f"{found.slices * pool.images:,}",
@@ -49,6 +55,12 @@ def _pools(found: Outcome) -> Table:
             f"{found.slices * pool.cost:,.2f}",
         )
     return table
+
+
+def _cards(pool: PoolUse, slices: int) -> str:
+    if pool.least == pool.most:
+        return f"{slices * pool.replicas:,}"
+    return f"{slices * pool.least:,} to {slices * pool.most:,}"
 
 
 def _redis(answer: Answer) -> str:
@@ -83,6 +95,16 @@ def _sizes(answer: Answer) -> Table:
             figures = f"{100 * each.busy:.0f} %", f"{each.cost_per_hour:.2f}", f"{each.cost_per_1000:.2f}"
             cards = f"{each.replicas:,}"
             table.add_row(name, each.model, escape(each.gpu_class), cards, _seconds(each.p95_s), *figures)
+    return table
+
+
+def _scaled(answer: Answer) -> Table:
+    table = _table("autoscaled", "cards", "cost/h", "P95", "in the worst minutes", "changes")
+    for name, each in ((size.pool, size.scaled) for size in answer.sizes):
+        if each is not None:
+            cards = f"{each.least:,} to {each.most:,}"
+            times = _seconds(each.p95_s), _seconds(each.worst_s)
+            table.add_row(escape(name), cards, f"{each.cost_per_hour:.2f}", *times, f"{each.changes:,}")
     return table
 
 

@@ -37,8 +37,8 @@ class Answer:
             "cost": round(found.cost, 4),
             "pools": [
                 asdict(pool)
-                | {"replicas": found.slices * pool.replicas, "busy": round(pool.busy, 4)}
-                | {name: found.slices * getattr(pool, name) for name in ("images", "lost", "hours", "cost")}
+                | {"busy": round(pool.busy, 4), "course": [(at, found.slices * cards) for at, cards in pool.course]}
+                | {name: found.slices * getattr(pool, name) for name in _OF_ALL}
                 for pool in found.pools
             ],
             "redis": {
@@ -63,6 +63,10 @@ class Answer:
             "sizes": [asdict(each) for each in self.sizes],
             "wanted_p95_s": self.p95_s,
         }
+
+
+_OF_ALL = ("replicas", "least", "most", "images", "lost", "hours", "cost")
+"""What of a pool is that of one slice."""
 
 
 def _rounded(value: float | None) -> float | None:

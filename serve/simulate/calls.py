@@ -9,6 +9,7 @@ from typing import Any
 from serve.domain import ImageRequest
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import Want, outdone, steps_of
+from serve.jobs.schema import SCHEMA
 from serve.jobs.terms import Hold
 from serve.settings import JobSettings
 
@@ -72,7 +73,9 @@ class StoreCalls(abc.ABC):
             for part in (want.model, want.above, want.upto, round(want.waited_s * 1000), outdone(want.memory_mb))
         ]
         times = _NEVER_MS, milliseconds(self._settings.timeout_s)
-        answer = self._call("claim", now_ms, worker, self._claims, *times, int(idle), 0, 0, -1, -1, *flat)
+        answer = self._call(
+            "claim", now_ms, worker, self._claims, *times, int(idle), SCHEMA.newest, 0, 0, -1, -1, *flat
+        )
         if answer is None or isinstance(answer, str):
             return None if answer is None else Hold(answer)
         job_id, _, fence, _, behind, *_ = answer
@@ -107,4 +110,4 @@ class StoreCalls(abc.ABC):
 
     @abc.abstractmethod
     def _run(self, name: str, now_ms: float, *args: str) -> Any:
-        """A script's answer, second half of what it returns: text, numbers, lists, None."""
+        """A script's answer, second half of what it returns: text, numbers, None; of a list at least its first five."""

@@ -4,99 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from serve.errors import OperatorError
 from serve.memory.classes import BUILT_IN, GpuClass
-from serve.memory.shapes import published
+from serve.memory.shapes import published, shape_of
 from serve.memory.sheets import with_speed
-from serve.memory.terms import Dtype
-from serve.settings import DiffusionSettings, JobSettings
-
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Part(BaseModel):
-    """Descriptions are the docstrings: docs/simulate.md's table is made of them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class CardClass(Part):
-    """A kind of card: one of the built-in classes by its name, a card with a data sheet, or figures of your own."""
-
-    like: str | None = None
-    """Name of the card whose data sheet it has, as nvidia-smi says it; by default the built-in class of this name."""
-    memory_gb: Above0 | None = None
-    """Memory in GB (10^9 bytes)."""
-    dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
-    """What it computes in at full speed, where it is no built-in class."""
-    price_per_hour: AtLeast0 = 0.0
-    """Of one card, in whatever currency."""
-
-
-class Curve(Part):
-    """Step times that were measured, for one image size."""
-
-    width: Count
-    """Of the image, in pixels."""
-    height: Count
-    """Of the image, in pixels."""
-    ms: Annotated[dict[Count, Above0], Field(min_length=1)]
-    """Milliseconds of a step by lanes (batch entries; a guided image takes two)."""
-    cap: Count | None = None
-    """Most lanes of a step; by default the most of `ms`."""
-
-
-class Pool(Part):
-    """Replicas of one model on one class of cards: what a placement is in the settings."""
-
-    model: str
-    """One of the published models of `tandem plan`."""
-    gpu_class: str
-    """One of `classes`, or a built-in class."""
-    replicas: Annotated[int, Field(ge=0)]
-    """How many, each on a card of its own."""
-    cold_start_s: AtLeast0 = 60.0
-    """Seconds from the loss of a replica, or from the start with `from_zero`, until another one claims."""
-    from_zero: bool = False
-    """The pool is empty when the traffic begins, and all of it is started then."""
-    mtbf_h: Above0 | None = None
-    """Mean hours until a replica is lost with what it holds; by default none is."""
-    diffusion: dict[str, Any] = {}
-    """Settings of `diffusion` that differ: max_batch_size, max_rows, max_pixels, worst_rung, ..."""
-    curves: tuple[Curve, ...] = ()
-    """Step times that were measured; by default they are predicted from the card's data sheet."""
-    decode_ms_per_megapixel: Above0 | None = None
-    """Measured time of the VAE; by default predicted."""
-
-
-class RedisCosts(Part):
-    """Microseconds that scripts keep the job Redis busy. The defaults were measured with `tandem simulate
-    --measure-redis` on two busy cores."""
-
-    submit_us: AtLeast0 = 220.0
-    """An order, into an empty queue."""
-    claim_us: AtLeast0 = 205.0
-    """A claim that gets a job, from a queue without others."""
-    empty_us: AtLeast0 = 34.0
-    """A claim that gets none from an empty queue."""
-    renew_us: AtLeast0 = 72.0
-    """Signs of life and progress."""
-    settle_us: AtLeast0 = 200.0
-    """The end of a job, and the end of its record."""
-    submit_us_per_queued: AtLeast0 = 9.0
-    """What each queued job adds to an order."""
-    submit_us_per_held: AtLeast0 = 4.5
-    """What each job in a replica's hand adds to an order: its ETA is told from all of them."""
-    claim_us_per_queued: AtLeast0 = 9.0
-    """What each queued job adds to a claim."""
+from serve.memory.terms import ModelShape
+from serve.models import resolve
+from serve.models.folder import local_path
+from serve.settings import DiffusionSettings, JobSettings, ModelSettings
+from serve.simulate.fleet_parts import CardClass, Milliseconds, Part, Pool, RedisCosts, Times
 
 
 class Fleet(Part):
@@ -110,11 +33,11 @@ class Fleet(Part):
     """What is drawn where, by a name of yours."""
     jobs: dict[str, Any] = {}
     """Settings of `jobs` that differ: max_queued, max_queued_s, lease_s, queue_ttl_s, ..."""
-    text_ms: AtLeast0 = 10.0
+    text_ms: Milliseconds = 10.0
     """From the claim to the first step: reading the text's units."""
-    store_ms: AtLeast0 = 50.0
+    store_ms: Milliseconds = 50.0
     """From the decoded picture to the end of the job: its file and its upload."""
-    trip_ms: Above0 = 1.0
+    trip_ms: Times = 1.0
     """From a claim to its answer."""
     redis: RedisCosts = RedisCosts()
     """What the job Redis takes for its scripts."""
@@ -129,11 +52,28 @@ class Fleet(Part):
     def diffusion_settings(self, name: str) -> DiffusionSettings:
         """Of a pool. Raises OperatorError."""
         own = self.pools[name]
-        fixed = {"model": own.model, "gpu_class": own.gpu_class, "replicas": own.replicas, "num_gpus": 1.0}
+        fixed = {
+            "model": own.model,
+            "gpu_class": own.gpu_class,
+            "num_gpus": 1.0,
+            "replicas": own.replicas,
+            "min_replicas": own.least,
+            "max_replicas": own.most,
+            "target_wait_s": own.target_wait_s,
+            "idle_s": own.idle_s,
+        }
         try:
             return DiffusionSettings.model_validate(own.diffusion | fixed)
         except ValidationError as error:
             raise OperatorError(f"pools.{name}.diffusion.{told(error)}", "fleet") from None
+
+    def shape(self, name: str) -> ModelShape:
+        """Of the model of a pool. Raises OperatorError."""
+        try:
+            return _shape(self.pools[name].model)
+        except OperatorError as error:
+            message = error.message.removeprefix("model.source: ")
+            raise OperatorError(f"pools.{name}.model: {message}", "fleet") from None
 
     def gpu(self, name: str) -> GpuClass:
         """A class with its speed, as far as that is known. Raises OperatorError."""
@@ -155,11 +95,22 @@ class Fleet(Part):
         return self.classes[name].price_per_hour if name in self.classes else 0.0
 
     def with_replicas(self, replicas: Mapping[str, int]) -> Fleet:
-        pools = {
-            name: pool.model_copy(update={"replicas": replicas.get(name, pool.replicas)})
-            for name, pool in self.pools.items()
-        }
-        return self.model_copy(update={"pools": pools})
+        """As many of these pools, at all times."""
+        return self.with_pools({name: self.pools[name].at(number) for name, number in replicas.items()})
+
+    def with_pools(self, pools: Mapping[str, Pool]) -> Fleet:
+        """These in place of those of the same name."""
+        return self.model_copy(update={"pools": {**self.pools, **pools}})
+
+
+@cache
+def _shape(model: str) -> ModelShape:
+    """Raises OperatorError."""
+    if model in published():
+        return published()[model]
+    if model != "shapes" and not local_path(model).is_dir():
+        raise OperatorError(f"there is no {model}; there are {', '.join(published())}, shapes, or name a folder")
+    return replace(shape_of(resolve(ModelSettings(source=model), Path(), here_only=True)), name=model)
 
 
 def load(file: Path) -> Fleet:
@@ -171,9 +122,7 @@ def load(file: Path) -> Fleet:
         for name, pool in fleet.pools.items():
             fleet.gpu(pool.gpu_class)
             fleet.diffusion_settings(name)
-            if pool.model not in published():
-                known = ", ".join(published())
-                raise OperatorError(f"pools.{name}.model: there is no {pool.model}; there are {known}", "fleet")
+            fleet.shape(name)
     except OSError as error:
         raise OperatorError(f"{file}: {error.strerror}", "fleet") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

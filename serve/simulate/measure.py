@@ -14,7 +14,7 @@ from serve.jobs import scripts
 from serve.jobs.records import Want
 from serve.settings import JobSettings
 from serve.simulate.calls import StoreCalls
-from serve.simulate.fleet import RedisCosts
+from serve.simulate.fleet_parts import RedisCosts
 
 DEPTH = 200
 """Jobs that wait or are held, for what each of them adds."""

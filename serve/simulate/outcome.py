@@ -12,6 +12,9 @@ import numpy as np
 SQUARE = frozenset({"wake", "queue", "held"})
 """What of Redis' time grows with traffic and fleet at once."""
 
+FEW = 100
+"""Orders whose slowest 5 % are chance."""
+
 
 @dataclass(slots=True)
 class Fate:
@@ -44,24 +47,31 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolUse:
-    """`busy` is the share of its replicas' time in steps; `hours` are those of all its cards, `cost` what they cost."""
+    """`replicas` there were at the start, and at all times between `least` and `most`, which changed so many times:
+    `course` is how many cards there were from each moment (seconds) on. `busy` is the share of the cards' time in
+    steps; `hours` are those of all of them while the trace lasted, `cost` what they cost."""
 
     name: str
     model: str
     gpu_class: str
     replicas: int
+    least: int
+    most: int
     rung: str
     busy: float
     images: int
     lost: int
+    changes: int
     hours: float
     cost: float
+    course: Sequence[tuple[float, int]] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisUse:
     """`calls` of the job scripts by kind, and `busy_s`, the seconds that they keep one Redis busy; there also `queue`
-    and `held`, what calls take longer for the jobs that wait and that are in hand. `wake` are claims of those that a
+    and `held`, what calls take longer for the jobs that wait and that are in hand, `held_at_most` where these are as
+    many as an order looks at. `wake` are claims of those that a
     bell woke in vain, `poll` of those that looked by themselves."""
 
     calls: Mapping[str, float]
@@ -120,8 +130,8 @@ class Outcome:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Orders by their end."""
-        return Counter(fate.ended for fate in self.fates)
+        """Orders by their end; `unfinished` are those without."""
+        return Counter(fate.ended or "unfinished" for fate in self.fates)
 
     def latency_s(self, percent: float) -> float | None:
         """Of all orders that were due: one that was refused, expired or failed counts as never done. None where that
@@ -133,6 +143,17 @@ class Outcome:
             return None
         high = min(low + 1, len(done) - 1)
         return float(done[low] + (rank - low) * (done[high] - done[low]))
+
+    def worst_p95_s(self, window_s: float) -> float | None:
+        """That of the worst part of such a length, as `latency_s`: None where more than 5 % of a part were not done.
+        Parts with fewer than FEW orders say nothing, unless all are such."""
+        parts: dict[int, list[float]] = {}
+        for fate in self.fates:
+            taken = math.inf if fate.latency_s is None else fate.latency_s
+            parts.setdefault(int(fate.due_s / window_s), []).append(taken)
+        told = [sorted(each)[math.ceil(0.95 * len(each)) - 1] for each in parts.values() if len(each) >= FEW]
+        worst = max(told, default=self.latency_s(95))
+        return None if worst is None or math.isinf(worst) else worst
 
     @property
     def waiting_s(self) -> float | None:

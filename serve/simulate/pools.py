@@ -13,13 +13,13 @@ from serve.jobs.terms import StepCurve, WorkerReport
 from serve.memory.classes import GpuClass
 from serve.memory.planner import Plan
 from serve.memory.planner import plan as plan_size
-from serve.memory.shapes import published
 from serve.memory.speed import Speed, predicted
 from serve.memory.terms import ModelShape
 from serve.placements import Placement, held_size, plan_share
 from serve.relief import memory_mb
 from serve.settings import DiffusionSettings
-from serve.simulate.fleet import Fleet, Pool
+from serve.simulate.fleet import Fleet
+from serve.simulate.fleet_parts import Pool
 
 MOST_PIXELS = 2048 * 2048
 """What the server's settings let in by default (`limits.max_side`)."""
@@ -96,7 +96,7 @@ class PoolPlan:
 def plan_pools(fleet: Fleet) -> Mapping[str, PoolPlan]:
     """By name, those with replicas. Raises OperatorError: a class that does not hold the model, one whose speed is not
     known, a fleet without any replica."""
-    found = {name: _planned(fleet, name, pool) for name, pool in fleet.pools.items() if pool.replicas}
+    found = {name: _planned(fleet, name, pool) for name, pool in fleet.pools.items() if pool.most}
     if not found:
         raise OperatorError("pools: none has replicas", "fleet")
     return {
@@ -106,7 +106,7 @@ def plan_pools(fleet: Fleet) -> Mapping[str, PoolPlan]:
 
 
 def _planned(fleet: Fleet, name: str, pool: Pool) -> PoolPlan:
-    shape, gpu, own = published()[pool.model], fleet.gpu(pool.gpu_class), fleet.diffusion_settings(name)
+    shape, gpu, own = fleet.shape(name), fleet.gpu(pool.gpu_class), fleet.diffusion_settings(name)
     made = plan_share(own, shape, gpu.memory_bytes, gpu.dtypes, own.max_pixels or MOST_PIXELS)
     if not made.fits:
         text = f"pools.{name}: {gpu.memory_gb:g} GB do not hold {shape.name} down to the rung {made.rung}"

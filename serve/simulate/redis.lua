@@ -176,10 +176,13 @@ function redis.call(name, ...)
 end
 redis.pcall = redis.call
 
--- Numbers reach a script as text, as from Redis' wire.
+-- Numbers reach a script as text, as from Redis' wire. Of a list the first five are answered, one by one: no list has to
+-- cross to Python.
 local function run(script, ms, ...)
   clock_ms, ARGV = ms, {...}
-  return script()[2]
+  local answer = script()[2]
+  if type(answer) ~= 'table' then return answer end
+  return answer[1], answer[2], answer[3], answer[4], answer[5]
 end
 
 return run

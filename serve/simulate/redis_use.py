@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 
 from serve.jobs.pulse import STEPS_TOLD_A_SECOND, TELL_EVERY_S
-from serve.simulate.fleet import RedisCosts
+from serve.simulate.fleet_parts import RedisCosts
 from serve.simulate.outcome import RedisUse
 from serve.wants import IDLE_WAIT_S
 
+MOST_HELD = 256
+"""Jobs in hand that an order's ETA is told from at most (`common.lua`)."""
 RENEWED = 3
 """Signs of life of a job beside its steps: it runs, it made a step, it stores."""
 
@@ -30,7 +32,10 @@ class RedisMeter:
     def submitted(self, queued: int, held: int) -> None:
         self._add("submit", 1, self._costs.submit_us)
         self._longer("queue", queued * self._costs.submit_us_per_queued)
-        self._longer("held", held * self._costs.submit_us_per_held)
+        # One Redis holds those of all slices, and every order of every slice looks at them.
+        total = held * self._slices
+        kind = "held" if total <= MOST_HELD else "held_at_most"
+        self._busy_us[kind] += min(total, MOST_HELD) * self._costs.submit_us_per_held
 
     def claimed(self, queued: int) -> None:
         self._add("claim", 1, self._costs.claim_us)

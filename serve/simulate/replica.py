@@ -18,12 +18,14 @@ from serve.simulate.steps import SimulatedSteps
 
 @dataclass(slots=True)
 class Held:
-    """A claimed job; `left` counts its images that are not decoded yet."""
+    """A claimed job; `left` counts its images that are not decoded yet, `forwards` an image's forward passes, once it
+    has joined the steps."""
 
     job_id: str
     fence: int
     request: ImageRequest
     left: int
+    forwards: int = 0
 
 
 @dataclass(slots=True)
@@ -37,7 +39,7 @@ class _Stepping:
 
 
 class Replica:
-    """`rows` are the images in hand that are not drawn yet, as a worker counts them.
+    """`rows` are the images in hand that are not drawn yet, as a worker counts them; who is `leaving` claims no more.
 
     Owns: its jobs, its step loop, its VAE. `busy_ms` is the time in steps, `stepped` the lanes of all steps.
     """
@@ -48,6 +50,7 @@ class Replica:
         self.name = f"{pool.name}#{number}"
         self.rows = 0
         self.alive = True
+        self.leaving = False
         self.held: dict[str, Held] = {}
         self.busy_ms = 0.0
         self.images = 0
@@ -71,12 +74,24 @@ class Replica:
         self.alive, self.held, self._stepping, self.rows = False, {}, None, 0
         return lost
 
+    def left_of(self, job: Held) -> float:
+        """The share of a held job's steps that are not made yet."""
+        if not job.forwards:
+            return 1.0
+        made = self._steps.made(job.job_id)
+        if made is None:
+            return 0.0
+        under_way = self._stepping
+        if under_way is not None and any(row.run_id == job.job_id for row in under_way.plan.rows):
+            made += int((self._clock.now_ms - under_way.since_ms) / under_way.step_ms)
+        return max(0.0, 1 - made / job.forwards)
+
     def _join(self, job: Held) -> None:
         if not self.alive:
             return
         request, factor = job.request, self.pool.shape.vae_scale_factor
         group = Group((request.height // factor, request.width // factor))
-        forwards = forwards_of(request.scheduler, steps_of(request))
+        forwards = job.forwards = forwards_of(request.scheduler, steps_of(request))
         rows = [Row(job.job_id, index, forwards, group, request.lanes) for index in range(request.num_images)]
         if self._stepping is None:
             self._steps.add(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from serve.simulate.fleet import Fleet
+from serve.simulate.fleet_parts import Pool
 from serve.simulate.outcome import Outcome
 from serve.simulate.traffic import Traffic, thinned
 from serve.simulate.world import simulate
@@ -24,12 +25,23 @@ def run(fleet: Fleet, traffic: Traffic, most_orders: int, seed: int = 0) -> Outc
 
 def slices_of(fleet: Fleet, traffic: Traffic, most_orders: int) -> int:
     wanted = math.ceil(len(traffic.orders) / most_orders)
-    room = min(pool.replicas for pool in fleet.pools.values() if pool.replicas) // LEAST_REPLICAS
-    return max(1, min(wanted, room))
+    pools = [pool for pool in fleet.pools.values() if pool.most]
+    room = min(pool.most for pool in pools) // LEAST_REPLICAS
+    kept = [pool.least for pool in pools if pool.scales and pool.least]  # a slice keeps a replica awake where all do
+    return max(1, min([wanted, room, *kept]))
 
 
 def part(fleet: Fleet, slices: int) -> Fleet:
     """One of so many, with its share of the places in the queue."""
-    replicas = {name: max(min(1, pool.replicas), round(pool.replicas / slices)) for name, pool in fleet.pools.items()}
     queued = max(1, round(fleet.job_settings().max_queued / slices))
-    return fleet.with_replicas(replicas).model_copy(update={"jobs": fleet.jobs | {"max_queued": queued}})
+    pools = {name: _part(pool, slices) for name, pool in fleet.pools.items()}
+    return fleet.model_copy(update={"pools": pools, "jobs": fleet.jobs | {"max_queued": queued}})
+
+
+def _part(pool: Pool, slices: int) -> Pool:
+    replicas, least, most = (
+        max(min(1, number), round(number / slices)) for number in (pool.replicas, pool.least, pool.most)
+    )
+    if not pool.scales:
+        return pool.at(replicas)
+    return pool.model_copy(update={"replicas": replicas, "min_replicas": least, "max_replicas": most})

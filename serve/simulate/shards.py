@@ -29,10 +29,10 @@ class Shard:
 def shards(
     fleet: Fleet, traffic: Traffic, whole: Outcome, most_orders: int, numbers: Sequence[int] = NUMBERS
 ) -> list[Shard]:
-    """While each pool has a replica for each shard. Tenants are parted by a hash of their name, so that a tenant who
-    orders much stays one shard's."""
+    """While each pool may have a replica for each shard. Tenants are parted by a hash of their name, so that a tenant
+    who orders much stays one shard's."""
     found = []
-    most = min(pool.replicas for pool in fleet.pools.values() if pool.replicas)
+    most = min(pool.most for pool in fleet.pools.values() if pool.most)
     rush = busiest(traffic, enough_s(traffic.duration_s, len(traffic.orders)))
     for number in (each for each in numbers if each <= most):
         places = {order.owner: _place(order.owner, number) for order in traffic.orders}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.costs import Costs
 from serve.errors import OperatorError
@@ -22,9 +22,24 @@ PLENTY = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """A pool between `least` and `most` cards over all of the trace, as the server's policy decides with the pool's
+    `target_wait_s`, `idle_s` and cold start: 95 % of all orders are done in `p95_s`, in the worst minutes in `worst_s`
+    (None where more than 5 % never are); its number changed so often, and an hour costs so much on average."""
+
+    least: int
+    most: int
+    p95_s: float | None
+    worst_s: float | None
+    changes: int
+    cost_per_hour: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """A pool that draws all orders for its model alone. `replicas` is the least number that does so within the wanted
-    time, None where none does, for the reason `why`. `cost_per_hour` is that of as many cards."""
+    time, None where none does, for the reason `why`. `cost_per_hour` is that of as many cards. `scaled` is what comes
+    of no more of them than the work wants, where the pool lets their number change."""
 
     pool: str
     model: str
@@ -35,6 +50,7 @@ class Size:
     cost_per_hour: float = 0.0
     cost_per_1000: float = 0.0
     why: str = ""
+    scaled: Scaled | None = None
 
 
 def sizes(fleet: Fleet, traffic: Traffic, p95_s: float, most_orders: int, seed: int = 0) -> Iterator[Size]:
@@ -43,8 +59,9 @@ def sizes(fleet: Fleet, traffic: Traffic, p95_s: float, most_orders: int, seed: 
     for name, pool in fleet.pools.items():
         orders = [each for each in traffic.orders if each.request.model == pool.model]
         if orders:
-            own = busiest(Traffic(traffic.name, traffic.duration_s, orders), enough_s(traffic.duration_s, len(orders)))
-            yield _Search(fleet, name, own, p95_s, most_orders, seed).size()
+            whole = Traffic(traffic.name, traffic.duration_s, orders)
+            size = _Search(fleet, name, busiest(whole, _window_s(whole)), p95_s, most_orders, seed).size()
+            yield replace(size, scaled=_scaled(fleet, size, whole, most_orders, seed))
 
 
 class _Search:
@@ -120,3 +137,25 @@ class _Search:
 
 def _because(bare: Size, why: str) -> Size:
     return Size(pool=bare.pool, model=bare.model, gpu_class=bare.gpu_class, replicas=None, why=why)
+
+
+def _window_s(traffic: Traffic) -> float:
+    return enough_s(traffic.duration_s, len(traffic.orders))
+
+
+def _scaled(fleet: Fleet, size: Size, traffic: Traffic, most_orders: int, seed: int) -> Scaled | None:
+    """With the cards of `size` at most, and the pool's least; None where the pool's number does not change."""
+    pool, most = fleet.pools[size.pool], size.replicas
+    if most is None or not pool.scales or pool.least >= most:
+        return None
+    alone = fleet.model_copy(update={"pools": {size.pool: pool.between(pool.least, most)}})
+    found = run(alone, traffic, most_orders, seed)
+    (use,) = found.pools
+    return Scaled(
+        least=pool.least,
+        most=most,
+        p95_s=found.latency_s(95),
+        worst_s=found.worst_p95_s(_window_s(traffic)),
+        changes=use.changes,
+        cost_per_hour=found.cost / (traffic.duration_s / 3600),
+    )

@@ -9,6 +9,10 @@ class SimulatedSteps(StepScheduler):
     """While every row takes part in every step, nothing is decided between two of them: `commit_many` counts such steps
     at once, and leaves what as many commits would (a test holds the two against each other)."""
 
+    def made(self, run_id: str) -> int | None:
+        """Steps that all images of a run have made; None where none of them steps."""
+        return self._run_step(run_id) if run_id in self._runs else None
+
     def alike(self, plan: StepPlan) -> int:
         """How many steps can be made one after the other that are all this one: until a row has made its last."""
         if len(plan.rows) < len(self):

@@ -14,10 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve.domain import ImageRequest
 from serve.errors import OperatorError
 from serve.memory.terms import ModelShape
+from serve.models.samplers import SAMPLERS
 from serve.simulate.fleet import told
 
 LEAST_S, MOST_S = 300.0, 1800.0
 """A fleet must be large enough for the busiest time of about that length."""
+LONGEST_S = 31 * 86_400.0
+"""Of a trace: each simulated second has its sweep."""
+MOST_ORDERS = 10_000_000
+"""Of a trace: beyond it, memory is what is short."""
 ENOUGH = 3000
 """Orders, of which the slowest 5 % tell P95."""
 
@@ -46,7 +51,7 @@ class Line(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    due_s: float = Field(ge=0, allow_inf_nan=False)
+    due_s: float = Field(ge=0, le=LONGEST_S, allow_inf_nan=False)
     """Seconds after the start."""
     model: str | None = None
     """By default the first pool's."""
@@ -93,10 +98,15 @@ def read(file: Path, shapes: Sequence[ModelShape]) -> Traffic:
 
 
 def order_of(line: Line, shapes: Sequence[ModelShape], number: int) -> Order:
-    """Raises OperatorError for a model that the fleet does not draw."""
+    """Raises OperatorError for what the fleet does not draw: its model, its size, its sampler."""
     shape = next((each for each in shapes if line.model in (None, each.name)), None)
     if shape is None:
         raise OperatorError(f"model: no pool draws {line.model}", "trace")
+    for side in ("width", "height"):
+        if (getattr(line, side) or 0) % shape.size_multiple:
+            raise OperatorError(f"{side}: {shape.name} draws multiples of {shape.size_multiple} pixels", "trace")
+    if line.scheduler is not None and line.scheduler not in SAMPLERS:
+        raise OperatorError(f"scheduler: there is no {line.scheduler}", "trace")
     request = ImageRequest(
         model=shape.name,
         prompt="",

@@ -7,18 +7,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
-from math import gcd
 
-from serve.costs import Costs
 from serve.domain import ImageRequest
-from serve.jobs.terms import Crew, Hold
+from serve.jobs.terms import Hold
 from serve.relief import AGED_S
+from serve.scaling.watch import EVERY_S
 from serve.simulate.clock import Clock
 from serve.simulate.fleet import Fleet
-from serve.simulate.outcome import Fate, Moment, Outcome, PoolUse
+from serve.simulate.outcome import Fate, Moment, Outcome
 from serve.simulate.pools import PoolPlan, plan_pools
+from serve.simulate.prices import Prices
 from serve.simulate.redis_use import RedisMeter
 from serve.simulate.replica import Held, Replica
+from serve.simulate.scaling import Scaler
+from serve.simulate.staff import Staff
 from serve.simulate.store import SimulatedStore
 from serve.simulate.traffic import Order, Traffic
 from serve.simulate.waiting import Same, Waiting
@@ -26,6 +28,8 @@ from serve.wants import LEFT_TO_OTHERS_S, wants_of
 
 SWEEP_S = 1.0
 """Between two looks of the sweep, as in the server."""
+AFTER_S = 86_400.0
+"""After its trace a simulation ends in any case: what is not done by then is never done in this fleet."""
 MOMENTS = 240
 """In which the state is written down."""
 RENEWED_SHARE = 1 / 6
@@ -38,7 +42,7 @@ def simulate(fleet: Fleet, traffic: Traffic, seed: int = 0, slices: int = 1) -> 
 
 
 class _World:
-    """Owns: the clock, the store, every replica, the fates of the orders."""
+    """Owns: the clock, the store, the pools' staff, the fates of the orders."""
 
     def __init__(self, fleet: Fleet, pools: Mapping[str, PoolPlan], traffic: Traffic, seed: int, slices: int) -> None:
         self._fleet, self._pools, self._traffic, self._slices = fleet, pools, traffic, slices
@@ -48,31 +52,35 @@ class _World:
         self._store = SimulatedStore(self._settings)
         self._waiting = Waiting(self._lots)
         self._meter = RedisMeter(fleet.redis, slices)
-        self._costs, self._crews = Costs(), _crews(pools)
-        self._cost_of: dict[tuple[object, ...], int] = {}
+        self._cost = Prices(pools).cost_ms
         self._fates: dict[str, Fate] = {}
         self._orders: dict[str, Order] = {}
         self._queued: OrderedDict[str, float] = OrderedDict()
-        self._replicas: dict[str, list[Replica]] = {name: [] for name in pools}
-        self._lost = dict.fromkeys(pools, 0)
+        until_ms = 1000 * traffic.duration_s
+        self._staff = {
+            name: Staff(pool, self._clock, until_ms, self._begin, self._drawn) for name, pool in pools.items()
+        }
+        self._scaler = Scaler(pools, self._clock)
         self._busy = self._rows = self._held = 0
         self._moments: list[Moment] = []
 
     def run(self) -> Outcome:
         began = time.perf_counter()
-        for pool in self._pools.values():
-            for _ in range(pool.about.replicas):
-                self._clock.at(
-                    1000 * pool.about.cold_start_s if pool.about.from_zero else 0, partial(self._start, pool)
-                )
+        for staff in self._staff.values():
+            about = staff.plan.about
+            for _ in range(about.replicas):
+                staff.start(about.cold_start_s if about.from_zero else 0)
         self._clock.at(1000 * SWEEP_S, self._sweep)
+        if self._scaler.scales:
+            self._clock.at(1000 * EVERY_S, self._scale)
         self._clock.at(0, self._look)
         for number, order in enumerate(self._traffic.orders):
             while self._clock.next_ms <= 1000 * order.due_s:
                 self._clock.step()
             self._clock.go(1000 * order.due_s)
             self._submit(f"j{number}", order)
-        while self._queued or self._held:
+        until_ms = 1000 * (self._traffic.duration_s + AFTER_S)
+        while (self._queued or self._held) and self._clock.next_ms < until_ms:
             self._clock.step()
         self._pass()
         return self._outcome(time.perf_counter() - began)
@@ -80,7 +88,6 @@ class _World:
     def _submit(self, job_id: str, order: Order) -> None:
         asked, now = order.request, self._clock.now_ms
         fate = self._fates[job_id] = Fate(order.due_s, order.owner, asked.model, asked.num_images)
-        replicas = self._living(asked.model)
         self._meter.submitted(len(self._queued), self._held)
         if not self._holds(asked) or not self._store.submit(
             now,
@@ -89,11 +96,12 @@ class _World:
             owner=order.owner,
             priority=order.priority,
             cost_ms=self._cost(asked),
-            replicas=max(1, replicas),
+            replicas=max(1, self._living(asked.model)),
         ):
             fate.ended = "refused"
             return
         self._orders[job_id] = order
+        self._scaler.arrived(asked, self._cost(asked))
         self._joined(job_id)
 
     def _joined(self, job_id: str) -> None:
@@ -153,7 +161,7 @@ class _World:
 
     def _ask(self, replica: Replica) -> None:
         """A replica with a free row asks, and waits where nothing is for it."""
-        if not replica.alive:
+        if not replica.alive or replica.leaving:
             return
         self._wait(replica)
         if self._queued and replica in self._waiting:
@@ -164,7 +172,7 @@ class _World:
     def _wait(self, replica: Replica) -> None:
         self._pass()
         wants = wants_of(replica.pool.placement, replica.rows, replica.pool.batch)
-        if wants:
+        if wants and not replica.leaving:
             self._waiting.join(replica, wants)
         else:
             self._waiting.leave(replica)
@@ -175,6 +183,8 @@ class _World:
         self._busy -= not replica.rows
         if not job.left:
             self._clock.at(self._clock.now_ms + self._fleet.store_ms, partial(self._stored, job))
+        if replica.leaving and not replica.held:
+            self._staff[replica.pool.name].gone(replica)
         self._ask(replica)
 
     def _stored(self, job: Held) -> None:
@@ -188,28 +198,43 @@ class _World:
             self._store.forget(now, job.job_id)
             self._end(job.job_id, "expired")
 
-    def _start(self, pool: PoolPlan) -> None:
-        living = self._replicas[pool.name]
-        replica = Replica(pool, len(living), self._clock, self._drawn)
-        living.append(replica)
-        if pool.about.mtbf_h is not None:
-            hours = self._lots.expovariate(1 / pool.about.mtbf_h)
-            self._clock.at(self._clock.now_ms + 3.6e6 * hours, partial(self._lose, replica))
+    def _begin(self, replica: Replica) -> None:
+        hours = replica.pool.about.mtbf_h
+        if hours is not None:
+            lasts_h = self._lots.expovariate(1 / hours)
+            self._clock.at(self._clock.now_ms + 3.6e6 * lasts_h, partial(self._lose, replica))
         self._ask(replica)
 
     def _lose(self, replica: Replica) -> None:
         """Its leases run out, and another one is started."""
+        if not replica.alive:
+            return
         self._pass()
-        pool, now = replica.pool, self._clock.now_ms
-        self._lost[pool.name] += 1
+        now = self._clock.now_ms
         self._rows -= replica.rows
         self._busy -= replica.rows > 0
         self._waiting.leave(replica)
-        for job in replica.lose():
+        for job in self._staff[replica.pool.name].lose(replica):
             self._held -= 1
             self._store.last_sign(now - 1000 * RENEWED_SHARE * self._settings.lease_s, job.job_id, job.fence)
             self._queued[job.job_id] = now  # it will be, when the lease has lapsed and the sweep has seen it
-        self._clock.at(now + 1000 * pool.about.cold_start_s, partial(self._start, pool))
+
+    def _scale(self) -> None:
+        """A look of the policy."""
+        queued = ((request, self._cost(request)) for request in (self._orders[each].request for each in self._queued))
+        held = (
+            (job.request, self._cost(job.request) * replica.left_of(job))
+            for staff in self._staff.values()
+            for replica in (*staff.living, *staff.leaving)
+            for job in replica.held.values()
+        )
+        for name, number in self._scaler.decide(queued, held, self._staff).items():
+            for replica in self._staff[name].scale(number):
+                self._pass()
+                self._waiting.leave(replica)
+                if not replica.held:
+                    self._staff[name].gone(replica)
+        self._clock.at(self._clock.now_ms + 1000 * EVERY_S, self._scale)
 
     def _sweep(self) -> None:
         """Leases that lapsed, and orders that nobody began in time."""
@@ -229,7 +254,7 @@ class _World:
         del self._orders[job_id]
 
     def _look(self) -> None:
-        alive = sum(each.alive for living in self._replicas.values() for each in living)
+        alive = sum(len(staff.living) for staff in self._staff.values())
         self._moments.append(Moment(self._clock.now_ms / 1000, len(self._queued), self._rows, alive))
         self._clock.at(self._clock.now_ms + 1000 * self._traffic.duration_s / MOMENTS, self._look)
 
@@ -245,18 +270,7 @@ class _World:
         )
 
     def _living(self, model: str) -> int:
-        return sum(
-            sum(each.alive for each in living) if self._lost[name] else len(living)
-            for name, living in self._replicas.items()
-            if self._pools[name].placement.model == model
-        )
-
-    def _cost(self, asked: ImageRequest) -> int:
-        size = asked.width, asked.height, asked.lanes, asked.num_images
-        key = asked.model, *size, asked.num_inference_steps, asked.scheduler
-        if key not in self._cost_of:
-            self._cost_of[key] = self._costs.estimate(asked, self._crews[asked.model]).cost_ms
-        return self._cost_of[key]
+        return sum(len(staff.living) for staff in self._staff.values() if staff.plan.placement.model == model)
 
     def _outcome(self, took_s: float) -> Outcome:
         end_s = max(self._clock.now_ms / 1000, self._traffic.duration_s)
@@ -265,35 +279,9 @@ class _World:
             duration_s=self._traffic.duration_s,
             end_s=end_s,
             fates=list(self._fates.values()),
-            pools=[self._use(pool, end_s) for pool in self._pools.values()],
+            pools=[staff.use(self._fleet) for staff in self._staff.values()],
             redis=self._meter.use(end_s),
             moments=self._moments,
             slices=self._slices,
             took_s=took_s,
         )
-
-    def _use(self, pool: PoolPlan, end_s: float) -> PoolUse:
-        drawn, about = self._replicas[pool.name], pool.about
-        hours = about.replicas * self._traffic.duration_s / 3600
-        return PoolUse(
-            name=pool.name,
-            model=about.model,
-            gpu_class=about.gpu_class,
-            replicas=about.replicas,
-            rung=pool.placement.rung.value,
-            busy=sum(each.busy_ms for each in drawn) / (1000 * end_s * about.replicas),
-            images=sum(each.images for each in drawn),
-            lost=self._lost[pool.name],
-            hours=hours,
-            cost=hours * self._fleet.price_per_hour(about.gpu_class),
-        )
-
-
-def _crews(pools: Mapping[str, PoolPlan]) -> Mapping[str, Crew]:
-    """By model, what its replicas report: each pool as often as its share of them says."""
-    crews = {}
-    for model in {pool.placement.model for pool in pools.values()}:
-        own = [pool for pool in pools.values() if pool.placement.model == model]
-        common = gcd(*(pool.about.replicas for pool in own))
-        crews[model] = Crew(tuple(pool.report for pool in own for _ in range(pool.about.replicas // common)))
-    return crews
