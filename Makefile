@@ -4,6 +4,7 @@
 #   make demo TORCH_INDEX=                  PyPI's torch, which on Linux brings CUDA (chosen by itself when
 #                                           nvidia-smi finds a GPU); otherwise the much smaller CPU build
 #   make up ARGS="--port 9000"              options of the command behind `demo` and `up`
+#   make soak S=300                         five minutes of it, in place of an hour
 #   make image IMAGE=ghcr.io/acme/tandem    another name for the images
 #   make image BUILD_ARGS="--build-arg ..."  arguments of the Dockerfile, such as TORCH_CUDA_INDEX for older cards
 
@@ -11,13 +12,14 @@ PYTHON ?=
 ARGS ?=
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 IMAGE ?= tandem
+S ?= 3600
 BUILD_ARGS ?=
 TAG ?= $(shell awk -F '"' '/^version = / {print $$2; exit}' pyproject.toml)
 BIN = .venv/bin
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow chart bench chaos gpu check image fix clean
+.PHONY: help demo up test test-slow chart bench chaos soak gpu check image fix clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +46,10 @@ chaos: .venv/.installed ## Kill, cut and stall every part, and write the table o
 	@$(if $(ARGS),,rm -rf .pytest_cache/chaos)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/chaos -m chaos -s $(ARGS); code=$$?; \
 	PYTHONPATH=tests $(BIN)/python -m support.chaos_report || exit 1; exit $$code
+
+soak: .venv/.installed ## The executed chart under load and random kills for S seconds, an hour by default; its table in docs/reliability.md
+	SOAK_S=$(S) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/cluster/test_soak.py -m chaos -s $(ARGS); code=$$?; \
+	PYTHONPATH=tests $(BIN)/python -m support.soak_report || exit 1; exit $$code
 
 gpu: .venv/.installed ## The tests that need a CUDA card: caps, memory by model and rung, running out of it (skipped without one)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
