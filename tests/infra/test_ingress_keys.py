@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from deployments.ingress import _open_keys, keep_first_key
+from deployments.chores import keep_first_key
+from deployments.ingress import _open_keys
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, OperatorError
 from serve.keys import KeyStore
@@ -91,7 +92,7 @@ async def kept(keys: KeyStore) -> AsyncIterator[None]:
 
 def test_the_first_key_is_made_once_the_job_store_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a cluster start in any order."""
-    monkeypatch.setattr("deployments.ingress.BEGIN_AGAIN_S", 0.05)
+    monkeypatch.setattr("deployments.chores.BEGIN_AGAIN_S", 0.05)
     server = EmbeddedRedis(tmp_path, "jobs")
     server.start()
     server.kill()
@@ -116,7 +117,7 @@ def test_the_first_key_is_made_once_the_job_store_is_back(tmp_path: Path, monkey
 def test_a_first_key_that_opens_nothing_is_told_of_once(
     redis_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.ingress.TELL_AGAIN_S", 0.0)
+    monkeypatch.setattr("deployments.chores.TELL_AGAIN_S", 0.0)
 
     async def story() -> None:
         keys = Watched(redis_url)
@@ -127,6 +128,6 @@ def test_a_first_key_that_opens_nothing_is_told_of_once(
         assert told == [None] + [f"key {'b' * 12} was revoked"] * 4
         await keys.close()
 
-    with caplog.at_level(logging.WARNING, "deployments.ingress"):
+    with caplog.at_level(logging.WARNING, "deployments.chores"):
         asyncio.run(story())
     assert caplog.messages == [f"keys.first opens nothing: key {'b' * 12} was revoked"]

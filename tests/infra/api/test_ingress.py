@@ -13,8 +13,10 @@ from ray.exceptions import TaskCancelledError
 from support.follower import Follower
 from support.jobs import until
 
-from deployments import ingress
-from deployments.ingress import Ingress, carried, kept_up, tell_rules
+from deployments import chores
+from deployments.carried import carried
+from deployments.chores import kept_up, tell_rules
+from deployments.ingress import Ingress
 from serve.embedded import EmbeddedRedis
 from serve.errors import OperatorError
 from serve.jobs.store import JobStore
@@ -84,7 +86,7 @@ async def test_a_wait_that_serve_cuts_cancels_its_job(stand: Any, caplog: pytest
 async def test_a_chore_that_breaks_is_logged_and_begun_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ingress, "BEGIN_AGAIN_S", 0.0)
+    monkeypatch.setattr(chores, "BEGIN_AGAIN_S", 0.0)
     begun, thrice = 0, asyncio.Event()
 
     async def chore() -> None:
@@ -110,7 +112,7 @@ async def test_a_chore_that_breaks_is_logged_and_begun_again(
 async def test_the_settings_of_jobs_are_told_again_after_an_outage(
     jobs_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingress, "TELL_AGAIN_S", 0.01)
+    monkeypatch.setattr(chores, "TELL_AGAIN_S", 0.01)
     url = SecretStr(jobs_redis.url)
     server, operator = (JobStore(JobSettings(redis_url=url, max_queued=each), InProcessMetrics()) for each in (7, 8))
 
