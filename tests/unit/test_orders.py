@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve.domain import MaskedContent, ResizeMode, Task
 from serve.errors import InvalidRequest, ModelNotFound
-from serve.jobs.records import REQUEST
+from serve.jobs.reading import REQUEST
 from serve.models import SHIPPED, Denoiser, ModelFolder, check_folder
 from serve.orders import NewImage, complete
 from serve.placements import Fleet, Placement
