@@ -133,6 +133,6 @@ class RedisCosts(Part):
     submit_us_per_queued: AtLeast0 = 9.0
     """What each queued job adds to an order."""
     submit_us_per_held: AtLeast0 = 4.5
-    """What each job in a replica's hand adds to an order: its ETA is told from all of them."""
+    """What each job in a replica's hand adds to an order, whose ETA is told from at most 256 of them."""
     claim_us_per_queued: AtLeast0 = 9.0
     """What each queued job adds to a claim."""

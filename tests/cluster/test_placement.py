@@ -26,7 +26,7 @@ from serve.relief import AGED_S
 from serve.service import Busy
 from serve.settings import Settings
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # test_executed_chart.py has the story
 
 SMALL, LARGE = 128, 192
 """Sides of images: the small card holds no more than the smaller one."""

@@ -12,6 +12,7 @@ from support.server import Server, running, wait_until
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.slow
 def test_a_replica_that_gets_a_sigterm_gives_its_job_back(http: httpx.Client, server: Server) -> None:
     """At once, and the attempt does not count: one whose lease had run out would be at its second."""
     job_id = submit(http, "a white star on a red background", seed=5, num_inference_steps=150, num_images=8)

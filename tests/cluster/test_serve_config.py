@@ -24,7 +24,7 @@ from support.small_s3 import BUCKET, a_bucket
 from serve.embedded import EmbeddedRedis
 from serve.shapes.judge import read
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # test_executed_chart.py has the story
 
 FIRST_KEY = f"tdm_{'b' * 12}_{secrets.token_urlsafe(32)}"
 KEY = {"Authorization": f"Bearer {FIRST_KEY}"}

@@ -206,6 +206,7 @@ def kendall_tau(xs: Sequence[float], ys: Sequence[float]) -> float:
     return sum((1 if (xs[i] - xs[j]) * (ys[i] - ys[j]) > 0 else -1) for i, j in pairs) / len(pairs)
 
 
+@pytest.mark.slow
 async def test_the_end_that_is_told_at_submission_is_the_end(house: House) -> None:
     """In one go: each is told an end while nothing that comes after it is known.
 
@@ -228,6 +229,7 @@ async def test_the_end_that_is_told_at_submission_is_the_end(house: House) -> No
     assert kendall_tau(told, real) >= 0.6, list(zip(told, real, strict=True))
 
 
+@pytest.mark.slow
 async def test_a_lone_job_takes_as_long_as_is_told(house: House) -> None:
     """Of every size, guided and not, of one image and of several, by what the replica knows just before.
 

@@ -106,6 +106,7 @@ def test_mixed_orders_are_mixed_and_the_seed_fixes_them(tmp_path: Path) -> None:
     assert {order.scheduler for order in flow} == {"flow_euler"}
 
 
+@pytest.mark.slow
 def test_the_command_pins_itself_and_refuses_in_one_line(tmp_path: Path) -> None:
     """In a process of its own: it gives up cores for good."""
     file = tmp_path / "figures.json"
