@@ -116,6 +116,10 @@ def phases_of(job: Mapping[str, Any], start: Start) -> dict[str, float]:
 
 
 async def _asleep(http: httpx.AsyncClient) -> bool:
+    """Nor does a replica leave just now: until it hears of it, it claims."""
+    fleet = (await http.get("/v1/fleet")).json()
+    if any(place["replicas"] for place in fleet["data"]):
+        return False
     ready = (await http.get("/readyz")).json()
     return bool(ready["pools"]["diffusion"]["detail"] == "asleep")
 
