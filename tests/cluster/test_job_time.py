@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import io
-import statistics
 from typing import Any
 
 import httpx
@@ -18,8 +17,6 @@ from serve.stages import explained, stages, wall_s
 pytestmark = pytest.mark.cluster
 
 EXPLAINED = 0.97
-EACH = 0.9
-"""Of one job among many on two cores, where whoever is to say that it has ended waits for a core too."""
 SHORT_S = 0.1
 """The settlement's round trip, and times that Redis counts in milliseconds, are more than a few percent of less."""
 
@@ -33,7 +30,7 @@ def waited_for(http: httpx.Client, prompt: str, **order: Any) -> dict[str, Any]:
     return job
 
 
-def check(job: dict[str, Any], least: float = EXPLAINED) -> Timings:
+def check(job: dict[str, Any]) -> Timings:
     timings = Timings(**job["timings"])
     told = dict(stages(timings))
     assert min(told.values()) >= 0, told
@@ -45,7 +42,7 @@ def check(job: dict[str, Any], least: float = EXPLAINED) -> Timings:
     print(f"{100 * share:.1f} % of {1000 * wall:.0f} ms: {shown}")
     assert share <= 1.02, f"more than there was: {told} of {wall}"
     if wall > SHORT_S:
-        assert share >= least, f"{share:.3f} of {wall:.3f} s: {told}"
+        assert share >= EXPLAINED, f"{share:.3f} of {wall:.3f} s: {told}"
     return timings
 
 
@@ -75,8 +72,7 @@ def test_beside_others_too(http: httpx.Client) -> None:
     prompts = [f"a {color} {shape}" for color in ("red", "blue", "black") for shape in ("circle", "star", "heart")]
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         jobs = list(pool.map(lambda prompt: waited_for(http, prompt, num_inference_steps=40), prompts))
-    told = [check(job, EACH) for job in jobs]
-    assert statistics.median(explained(timings) or 0.0 for timings in told) >= EXPLAINED
+    told = [check(job) for job in jobs]
     assert max(timings.batch_images or 0 for timings in told) > 1
 
 

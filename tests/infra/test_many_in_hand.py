@@ -6,7 +6,9 @@ import pytest
 import redis.asyncio
 from support.jobs import ANY, MODEL, Bench, a_request, on
 
+from serve.jobs import scripts
 from serve.jobs.store import Terms
+from serve.simulate.redis_use import MOST_HELD
 
 
 def test_of_very_many_jobs_in_hand_a_part_is_looked_at(redis_url: str) -> None:
@@ -33,3 +35,7 @@ def test_of_very_many_jobs_in_hand_a_part_is_looked_at(redis_url: str) -> None:
         assert told[256][1] == pytest.approx(1500, rel=0.05)
 
     on(redis_url, story, max_queued=10_000)
+
+
+def test_the_simulation_counts_as_many_as_the_script_reads() -> None:
+    assert f"local MOST_HELD = {MOST_HELD}\n" in (scripts.FOLDER / "common.lua").read_text()
