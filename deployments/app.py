@@ -28,7 +28,8 @@ from serve.models.captioner import captioner_of
 from serve.origins import load_args, plain_secrets, variable_of
 from serve.placements import GPU_CLASS_LABEL, HERE, Placement, plan_placements, setting_of
 from serve.scaling.places import places_of, store_at
-from serve.settings import CaptionSettings, DiffusionSettings, EncoderSettings, Settings
+from serve.settings.pools import CaptionSettings, DiffusionSettings, EncoderSettings
+from serve.settings.tree import Settings
 
 log = logging.getLogger(__name__)
 

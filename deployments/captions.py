@@ -14,7 +14,7 @@ from serve.captions.pool import CaptionPool
 from serve.devices import claim_device, use_threads
 from serve.errors import OperatorError
 from serve.models.captioner import captioner_of
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry import logs
 
 

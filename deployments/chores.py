@@ -9,14 +9,14 @@ from functools import partial
 
 from deployments.parts import Parts
 from serve.api.job_schemas import webhook_body
-from serve.domain import Job
+from serve.domain.jobs import Job
 from serve.errors import BackendUnavailable
 from serve.jobs.gauges import Place, QueueGauges, tell_gauges
 from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.keys import KeyStore
 from serve.placements import Fleet
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.webhooks import Deliverer
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from serve.replica_plan import card_use, planned_here, tell_plan
 from serve.reports import Pace, cost_here, report_of
 from serve.rungs import MEANS, Rung
 from serve.scaling.start import Laps
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.tracing import CLOSE_S, open_tracing
 from serve.wants import batch_of
 from serve.worker import RELEASE_S, Worker

@@ -14,13 +14,13 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, ServeStatus
 
 from serve.captions.messages import Ask, Caption
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
 from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable, GenerationFailed, TandemError
 from serve.placements import Fleet
 from serve.readiness import PoolState
-from serve.settings import CaptionSettings
+from serve.settings.pools import CaptionSettings
 
 CALL_S = 10.0
 BENCHMARK_S = 300.0

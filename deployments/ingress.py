@@ -24,7 +24,7 @@ from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
 from serve.readiness import PoolState, Probe
 from serve.service import ImageService
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.tracing import open_tracing
 from serve.text import TextService
 

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from ray.util import metrics as ray_metrics
 
 from serve.devices import gpu_usage
-from serve.telemetry.metrics import DECLARATIONS, Kind, Metrics, declared, process_labels
+from serve.telemetry.declarations import DECLARATIONS, Kind, declared, process_labels
+from serve.telemetry.metrics import Metrics
 
 Told = tuple[str, tuple[tuple[str, str], ...]]
 

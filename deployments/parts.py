@@ -16,7 +16,7 @@ from serve.encoders.cache import EmbeddingCache
 from serve.encoders.census import CensusTaker
 from serve.jobs.store import JobStore
 from serve.results.store import ResultStore, open_store
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry import logs
 
 

@@ -12,12 +12,12 @@ from deployments.metrics import RayMetrics, tell_device
 from deployments.parts import cache_url, check_urls
 from serve.catalog import open_catalog
 from serve.devices import claim_device, use_threads
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
 from serve.encoders.census import CensusTaker
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool, PoolLoad
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry import logs
 
 DOOR = 256

@@ -21,7 +21,7 @@ import psutil
 
 from loadtest.family import Family
 from serve.errors import OperatorError
-from serve.settings import ENV_PREFIX
+from serve.settings.tree import ENV_PREFIX
 
 log = logging.getLogger(__name__)
 

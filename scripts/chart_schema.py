@@ -19,7 +19,8 @@ import yaml
 from chart_values import CHART, Value, values
 from pydantic import BaseModel, SecretStr
 
-from serve.settings import DiffusionSettings, EncoderSettings, Settings
+from serve.settings.pools import DiffusionSettings, EncoderSettings
+from serve.settings.tree import Settings
 
 Schema = dict[str, Any]
 PAGE = CHART / "values.schema.json"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from serve.domain import LongPrompt, Syntax, TextRequest, Weighting
+from serve.domain.text import LongPrompt, Syntax, TextRequest, Weighting
 from serve.errors import InvalidRequest
 from serve.models.folder import SHIPPED, check_folder
 from serve.prompts.normal import normal

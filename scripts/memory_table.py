@@ -24,7 +24,7 @@ from serve.bench.footprint_report import (
 )
 from serve.memory.shapes import published, shape_of
 from serve.models import resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 DOCUMENT = Path(__file__).parent.parent / "docs/performance.md"
 VAE_SIZES = [(512, 512, 1024), (1024, 1024, 1024), (1536, 1536, 1024), (1024, 1024, 512)]

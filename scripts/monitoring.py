@@ -13,7 +13,7 @@ from dashboards.jobs import JOBS
 from dashboards.overview import OVERVIEW
 from dashboards.pool import POOL
 
-from serve.telemetry.metrics import DECLARATIONS
+from serve.telemetry.declarations import DECLARATIONS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "helm" / "tandem" / "files" / "dashboards"

@@ -29,7 +29,7 @@ from serve.diffusion.run import Work
 from serve.diffusion.rungs import descend
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.synthetic import synthetic_lanes
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
@@ -38,7 +38,8 @@ from serve.memory.shapes import published
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
 from serve.rungs import MEANS, Rung
-from serve.settings import DiffusionSettings, ModelSettings, Settings
+from serve.settings.pools import DiffusionSettings, ModelSettings
+from serve.settings.tree import Settings
 from serve.shapes.captions import held_out_prompts
 from serve.shapes.draw import Scene, draw
 from serve.shapes.judge import agrees, read

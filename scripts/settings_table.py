@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from serve/settings.py; with --check it only says whether the file is in step."""
+"""Writes docs/settings.md from serve/settings; with --check it only says whether the file is in step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
+from serve.settings.tree import ENV_DELIMITER, ENV_PREFIX, Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
 
-Generated from `serve/settings.py` by `make fix`. A setting comes from, later ones winning: its default; a YAML file
+Generated from `serve/settings` by `make fix`. A setting comes from, later ones winning: its default; a YAML file
 (`--config FILE` or `TANDEM_CONFIG`); the environment; the command line (`--set room.field=value`). On a cluster: its
 default; the environment; the `args` of the [Serve configuration](operations.md#on-a-ray-cluster). An unknown name is
 refused. `tandem config show` prints the value of each and where it came from, secrets hidden.
@@ -60,7 +60,7 @@ def page() -> str:
         )
         for name, field in fields:
             if not field.description:
-                raise SystemExit(f"serve/settings.py: {name} has no description")
+                raise SystemExit(f"serve/settings: {name} has no description")
             parts.append(f"| `{name}` | {variable(name)} | {default(field)} | {described(field.description)} |\n")
     return "".join(parts)
 
@@ -89,7 +89,7 @@ def main() -> None:
     if "--check" not in sys.argv:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit("docs/settings.md is not in step with serve/settings.py: run `make fix`")
+        sys.exit("docs/settings.md is not in step with serve/settings: run `make fix`")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from serve.domain import EncodeUnit, Weighting
+from serve.domain.text import EncodeUnit, Weighting
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder, register
 from serve.encoders.weighting import apply
 from serve.models import SHIPPED, check_folder
 from serve.prompts.tokenizers import PromptTokenizer
 from serve.prompts.wanted import WeightedRow, wanted
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 WEIGHTS = (0.0, 0.5, 0.9, 1.1, 1.5, 2.0)
 T5_ROW = 64

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 
 from serve.diffusion.run import Spent
-from serve.domain import Tier, Timings
+from serve.domain.jobs import Timings
+from serve.domain.text import Tier
 from serve.jobs.store import Claim
 
 _SLOWNESS = list(Tier)

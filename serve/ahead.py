@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import EmbeddingCache
 from serve.errors import TandemError
 from serve.jobs.store import JobStore

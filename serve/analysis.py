@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.domain import FIRST_CONCEPT_ID, EncodeUnit, Mix, Note, Sign, TextRequest, Tier, TokenCount, Truncation
+from serve.domain.conditioning import Mix
+from serve.domain.text import FIRST_CONCEPT_ID, EncodeUnit, Note, Sign, TextRequest, Tier, TokenCount, Truncation
 from serve.prompts.advice import advice_on, notes_on
 from serve.prompts.ast import Break, Concept, Text, Weighted, Word
 from serve.prompts.plan import Planner, PromptPlan, TextPlan, UnitRead

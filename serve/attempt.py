@@ -14,7 +14,9 @@ from serve.account import Account
 from serve.aside import read_aside
 from serve.diffusion.engine import Engine, Rendered, Work
 from serve.diffusion.start import work_of
-from serve.domain import ImageRequest, JobError, JobState, MemoryReport, StepEvent, Tier, Timings
+from serve.domain.jobs import JobError, JobState, MemoryReport, StepEvent, Timings
+from serve.domain.orders import ImageRequest
+from serve.domain.text import Tier
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.compose import compose
 from serve.errors import ClientError, LeaseLost, NotFinite, OutOfMemory, TandemError
@@ -25,7 +27,7 @@ from serve.prompts.plan import Planner
 from serve.relief import Cards, Fortune
 from serve.reports import Pace
 from serve.results.store import ResultStore
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.spool import Spool
 from serve.stages import stages
 from serve.storing import Outcome, encode_images, fetch_input, put_images, stored_before

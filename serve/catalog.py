@@ -11,7 +11,7 @@ from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
 from serve.placements import wanted_models
 from serve.prompts.plan import Planner
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 @dataclass(frozen=True, slots=True)

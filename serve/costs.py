@@ -8,7 +8,7 @@ from itertools import accumulate
 from operator import is_
 
 from serve.diffusion.curves import Curve, cap, step_ms
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.records import steps_of
 from serve.jobs.terms import Crew, StepCurve, WorkerReport
 from serve.models.samplers import forwards_of

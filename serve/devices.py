@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemory, TandemError
-from serve.settings import Dtype
+from serve.settings.room import Dtype
 
 log = logging.getLogger(__name__)
 

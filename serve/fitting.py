@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 
-from serve.domain import ResizeMode
+from serve.domain.orders import ResizeMode
 
 WHITE_FROM = 128
 """Least value of a mask's pixel that counts as white: diffusers binarises at 0.5."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import InvalidRequest
 from serve.jobs.terms import CardUse, WorkerReport
 from serve.memory.planner import Plan

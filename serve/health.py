@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.rungs import MEANS, Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 GPU_STALL_S, CPU_STALL_S = 20.0, 120.0
 KNOWN = 5.0

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from serve.domain import ResizeMode
+from serve.domain.orders import ResizeMode
 from serve.errors import InvalidRequest
 from serve.fitting import WHITE_FROM, resized
 from serve.image_files import TooMuch, kind_of, walk, webp_size
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 MIN_SIDE = 8
 """Pixels; nothing can be drawn from less, and no model's grid is finer."""

@@ -9,14 +9,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve.domain import ImageRequest, ResizeMode
+from serve.domain.orders import ImageRequest, ResizeMode
 from serve.errors import BackendUnavailable, JobNotFound
 from serve.images import Upload, cut_out_png, image_png, inspect, mask_png, viewed_png, written_file
 from serve.jobs.store import JobStore
 from serve.orders import NewImage
 from serve.results.keys import input_key, split
 from serve.results.store import ResultStore
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 from serve.starting import Given
 
 DECODINGS = 2

@@ -31,7 +31,7 @@ from pydantic import TypeAdapter
 from serve.callers import API_KEY, Allowance, Scope
 from serve.errors import OperatorError, Unauthorized
 from serve.jobs.connection import Connection
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,9 @@ from serve.origins import Loaded, shown
 from serve.placements import GPU_CLASS_LABEL, HERE, plan_placements, setting_of
 from serve.ports import LOOPBACK, check_port
 from serve.results.store import open_store
-from serve.settings import ConceptSettings, JobSettings, Settings
+from serve.settings.orders import ConceptSettings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.shares import fit
 from serve.telemetry import logs
 from serve.telemetry.metrics import InProcessMetrics

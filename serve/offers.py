@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.models import Denoiser, ModelFolder
 from serve.models.denoiser import Guidance
 from serve.models.presets import presets
@@ -14,7 +14,7 @@ from serve.models.quality import quality_steps
 from serve.models.samplers import sampler_names
 from serve.orders import longest_side
 from serve.placements import Fleet
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

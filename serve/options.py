@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.prompts.templates import names
-from serve.settings import TemplateSettings
+from serve.settings.orders import TemplateSettings
 
 PROMPT = "{prompt}"
 """What stands in a style for the order's own prompt."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from serve.domain import ImageRequest, MaskedContent, Priority, ResizeMode
+from serve.domain.orders import ImageRequest, MaskedContent, Priority, ResizeMode
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.models import Denoiser, ModelFolder
 from serve.models.presets import AUTO, auto, presets
@@ -15,7 +15,7 @@ from serve.models.samplers import SAMPLERS, sampler_names
 from serve.placements import Fleet
 from serve.prompts.parse import parse
 from serve.results.encode import quality_of
-from serve.settings import LimitSettings, TemplateSettings
+from serve.settings.orders import LimitSettings, TemplateSettings
 from serve.starting import (
     Given,
     check_answers,
@@ -96,9 +96,8 @@ def complete(
     """
     model, denoiser = drawn(new.model, models)
     given = given or {}
-    steps = _default(new.num_inference_steps, denoiser.default_num_inference_steps)
+    steps = _steps(new, model, denoiser, limits)
     guidance = _default(new.guidance_scale, denoiser.default_guidance_scale)
-    within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
     within("guidance_scale", guidance, 0.0, limits.max_guidance_scale)
     within("num_images", new.num_images, 1, limits.max_num_images)
     seed = _seed("seed", new.seed, new.num_images)
@@ -108,10 +107,6 @@ def complete(
     text = worded(new, templates or {}, limits, seed=seed, num_inference_steps=steps, may_be_empty=from_image)
     parse(text.negative_prompt or "", "negative_prompt", text.syntax)  # also where, without guidance, nobody reads it
     within("preview_every", new.preview_every, 0, steps)
-    if new.scheduler is not None and new.scheduler not in sampler_names(denoiser.process):
-        raise InvalidRequest(f"scheduler: {model.name} has {', '.join(sampler_names(denoiser.process))}", "scheduler")
-    if new.scheduler is not None and steps > (most := SAMPLERS[new.scheduler].most_steps or steps):
-        raise InvalidRequest(f"num_inference_steps: {new.scheduler} makes at most {most}", "num_inference_steps")
     task = task_of(given, model.name, denoiser)
     check_fit(task, new.resize_mode, mask_invert=new.mask_invert)
     padding = padding_of(new.padding_mask_crop, task, new.resize_mode)
@@ -157,6 +152,19 @@ def complete(
         arm=text.arm,
         salt=new.salt,
     )
+
+
+def _steps(new: NewImage, model: ModelFolder, denoiser: Denoiser, limits: LimitSettings) -> int:
+    """Steps that are wanted, which the sampler that is wanted can make."""
+    steps = _default(new.num_inference_steps, denoiser.default_num_inference_steps)
+    within("num_inference_steps", steps, 1, limits.max_num_inference_steps)
+    if new.scheduler is not None:
+        names = sampler_names(denoiser.process)
+        if new.scheduler not in names:
+            raise InvalidRequest(f"scheduler: {model.name} has {', '.join(names)}", "scheduler")
+        if steps > (most := SAMPLERS[new.scheduler].most_steps or steps):
+            raise InvalidRequest(f"num_inference_steps: {new.scheduler} makes at most {most}", "num_inference_steps")
+    return steps
 
 
 def within(field: str, value: float, least: float, most: float) -> None:

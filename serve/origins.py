@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from serve.errors import OperatorError
-from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
+from serve.settings.tree import ENV_DELIMITER, ENV_PREFIX, Settings
 from serve.urls import shown_url, without_user
 
 TABLES = ("encoders", "text_models", "models", "gpu_classes", "placements", "prompts.templates")

@@ -16,7 +16,8 @@ from serve.memory.terms import Dtype, ModelShape
 from serve.models import ModelFolder
 from serve.origins import reason_of
 from serve.rungs import Rung, worst_of
-from serve.settings import DiffusionSettings, GpuClassSettings, ModelSettings, Settings
+from serve.settings.pools import DiffusionSettings, GpuClassSettings, ModelSettings
+from serve.settings.tree import Settings
 
 GPU_CLASS_LABEL = "tandem.dev/gpu-class"
 """The node label that says which GPU class a node's cards are of."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from serve.domain import MemoryReport, Relief
+from serve.domain.jobs import MemoryReport, Relief
 from serve.jobs.records import Marks, outdone
 from serve.jobs.terms import WorkerReport
 from serve.placements import Placement

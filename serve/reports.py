@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve.costs import cost_ms
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.terms import StepCurve, WorkerReport
 from serve.placements import Placement
 from serve.relief import memory_mb

@@ -8,7 +8,7 @@ import secrets
 import uuid
 
 from serve.costs import Costs
-from serve.domain import Job, JobState
+from serve.domain.jobs import Job, JobState
 from serve.errors import InvalidRequest, JobNotFound, TandemError
 from serve.jobs.reading import NEWER
 from serve.jobs.store import JobStore

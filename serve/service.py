@@ -11,7 +11,8 @@ from typing import Any
 
 from serve.ahead import Ahead, Prepare
 from serve.callers import Caller, Limit
-from serve.domain import Arrival, ImageRef, Job, JobEvent, JobState
+from serve.domain.jobs import ImageRef, Job, JobEvent, JobState
+from serve.domain.orders import Arrival
 from serve.encoders.cache import EmbeddingCache
 from serve.errors import ClientError, JobNotFound, Unavailable
 from serve.fleet import PlaceInfo, place_info
@@ -31,7 +32,9 @@ from serve.prompts.plan import Planner
 from serve.readiness import PoolState, Probe, Readiness
 from serve.results.keys import content_type
 from serve.results.store import ResultStore
-from serve.settings import JobSettings, LimitSettings, PromptSettings, WebhookSettings
+from serve.settings.front import WebhookSettings
+from serve.settings.orders import LimitSettings, PromptSettings
+from serve.settings.stores import JobSettings
 from serve.submission import ASK_AGAIN_S, Intake, Quote
 from serve.telemetry.metrics import Metrics, count_stage
 from serve.text import count_prompts

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
 from serve.placements import Placement, setting_of
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 RESOURCES = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
 """Of Ray, and the settings that reserve them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.domain import Timings
+from serve.domain.jobs import Timings
 
 STAGES = (
     "admission",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serve.domain import MaskedContent, ResizeMode, Task
+from serve.domain.orders import MaskedContent, ResizeMode, Task
 from serve.errors import InvalidRequest
 from serve.models import Denoiser
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 MAX_MASK_BLUR = 64
 """Pixels."""

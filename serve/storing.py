@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from serve.diffusion.engine import Rendered
-from serve.domain import ImageRef, ImageRequest
+from serve.domain.jobs import ImageRef
+from serve.domain.orders import ImageRequest
 from serve.errors import GenerationFailed, InvalidRequest, JobNotFound, Unavailable
 from serve.jobs.store import Claim
 from serve.patience import Patience

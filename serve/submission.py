@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from serve.aside import read_aside
 from serve.callers import Caller
 from serve.costs import Costs, Estimate
-from serve.domain import Arrival, ImageRequest, Note, TokenCount, Truncation
+from serve.domain.orders import Arrival, ImageRequest
+from serve.domain.text import Note, TokenCount, Truncation
 from serve.errors import (
     BackendUnavailable,
     Conflict,
@@ -35,7 +36,9 @@ from serve.orders import NewImage, complete, drawn
 from serve.placements import Fleet, Placement
 from serve.prompts.advice import notes_on
 from serve.prompts.plan import Planner, PromptPlan
-from serve.settings import JobSettings, LimitSettings, TemplateSettings, WebhookSettings
+from serve.settings.front import WebhookSettings
+from serve.settings.orders import LimitSettings, TemplateSettings
+from serve.settings.stores import JobSettings
 from serve.webhooks import check_webhook
 
 ASK_AGAIN_S = 1.0

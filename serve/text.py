@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from serve.analysis import Analysis, analysis
 from serve.aside import read_aside
-from serve.domain import CacheReport, Conditioning, Note, TextRequest, Tier, TokenCount, Truncation
+from serve.domain.conditioning import Conditioning
+from serve.domain.text import CacheReport, Note, TextRequest, Tier, TokenCount, Truncation
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.census import ProcessReport, RedisCensus, clear_all, read_census
 from serve.encoders.compose import compose
@@ -24,7 +25,7 @@ from serve.models import ModelFolder
 from serve.orders import MAX_SEED, within
 from serve.prompts.advice import notes_on
 from serve.prompts.plan import Planner, PromptPlan
-from serve.settings import LimitSettings, TemplateSettings
+from serve.settings.orders import LimitSettings, TemplateSettings
 from serve.telemetry.metrics import Metrics
 from serve.wording import NewPrompt, Worded, check_length, worded
 

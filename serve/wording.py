@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.domain import LongPrompt, Syntax, Weighting
+from serve.domain.text import LongPrompt, Syntax, Weighting
 from serve.errors import InvalidRequest
 from serve.prompts.parse import parse
 from serve.prompts.structured import Pieces, blended, scheduled
 from serve.prompts.templates import expand, names
 from serve.prompts.written import written
-from serve.settings import ArmSettings, LimitSettings, TemplateSettings
+from serve.settings.orders import ArmSettings, LimitSettings, TemplateSettings
 
 PROMPT = "prompt"
 """What stands in a template for the order's own prompt."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from serve.attempt import Attempt, Means
 from serve.diffusion.engine import Engine
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.encoders.cache import EmbeddingCache
 from serve.errors import TandemError
 from serve.health import allowed_s
@@ -24,7 +24,7 @@ from serve.relief import cards_of, living
 from serve.reports import Pace
 from serve.results.store import ResultStore
 from serve.scaling.start import ColdStart
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.spool import Spool
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.tracing import Tracing

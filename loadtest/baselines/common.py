@@ -19,7 +19,7 @@ from loadtest.baselines.order import Order
 from serve.models import resolve
 from serve.models.samplers import SAMPLERS
 from serve.orders import MAX_SEED
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 _NOT_LOADED = ("safety_checker", "feature_extractor")
 

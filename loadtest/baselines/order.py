@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve.models.samplers import SAMPLERS, sampler_names
 from serve.orders import MAX_SEED
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 MAX_WAITING = 100
 """Orders that wait beside the ones that are drawn; one more is refused. Tandem's `jobs.max_queued`."""

@@ -16,9 +16,9 @@ from typing import IO, Any, Self
 
 import psutil
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
-from serve.settings import ENV_PREFIX
+from serve.settings.tree import ENV_PREFIX
 
 _PROCESS = "loadtest.bench.bare_process"
 _END_S = 20.0

@@ -31,7 +31,8 @@ from serve.diffusion.engine import Engine, Rendered, Work
 from serve.diffusion.profile import open_profile
 from serve.diffusion.runner import open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import ImageRequest, StepEvent
+from serve.domain.jobs import StepEvent
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
 from serve.origins import load_args
 from serve.placements import plan_placements

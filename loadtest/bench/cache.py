@@ -17,9 +17,9 @@ from loadtest.servers import Budget, serving
 from loadtest.workload import Prompts, Unique, Zipf
 from serve.bench.machine import Machine, this_machine
 from serve.catalog import open_catalog
-from serve.domain import TextRequest, Tier
+from serve.domain.text import TextRequest, Tier
 from serve.prompts.plan import Planner
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 TRAFFIC, T5 = "traffic", "t5"
 SECTIONS = (TRAFFIC, T5)

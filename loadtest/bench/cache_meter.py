@@ -13,7 +13,7 @@ import httpx
 
 from loadtest.report.scrape import LINGER_S, values
 from loadtest.report.series import Key
-from serve.domain import Tier
+from serve.domain.text import Tier
 from serve.errors import OperatorError
 
 ROWS, UNITS = "tandem_encoder_forward_rows_total", "tandem_text_units_total"

@@ -21,7 +21,7 @@ from loadtest.workload import Prompts, Zipf
 from serve.bench.load import steady_rate
 from serve.bench.shapes import SHAPES, model_of
 from serve.bench.stats import Percentiles, Spread, poisson_arrivals
-from serve.domain import Tier
+from serve.domain.text import Tier
 from serve.errors import OperatorError
 
 ON: Mapping[str, Mapping[str, object]] = {}

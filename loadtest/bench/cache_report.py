@@ -14,7 +14,7 @@ from loadtest.bench.cache_meter import Counts
 from loadtest.bench.cache_paired import LOAD, TEXTS, Paired, Side
 from serve.bench.report import machine_line, plain_table
 from serve.bench.stats import Spread
-from serve.domain import Sign, Tier
+from serve.domain.text import Sign, Tier
 
 _SIGNS = (Sign.POSITIVE, Sign.NEGATIVE, Sign.EMPTY)
 _SIDES = {"cached": "with the cache", "plain": "without"}

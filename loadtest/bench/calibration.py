@@ -26,7 +26,7 @@ from serve.embedded import running_url
 from serve.errors import OperatorError
 from serve.jobs.store import JobStore
 from serve.jobs.terms import WorkerReport
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.simulate.fleet import Fleet
 from serve.simulate.traffic import Line
 from serve.telemetry.metrics import InProcessMetrics

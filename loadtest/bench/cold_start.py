@@ -19,7 +19,7 @@ from serve.embedded import running_url
 from serve.errors import OperatorError
 from serve.jobs.store import JobStore
 from serve.jobs.terms import Start, WorkerReport
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 IDLE_S = 1.0

@@ -29,7 +29,7 @@ from loadtest.workload import Closed, Workload, load
 from serve.bench.machine import this_machine
 from serve.errors import OperatorError
 from serve.models import resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 WORKLOAD = "mixed"
 STREAMS = 2000

@@ -28,7 +28,8 @@ from serve.embedded import EmbeddedRedis, running_url
 from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
 from serve.origins import load_args
-from serve.settings import ModelSettings, Settings
+from serve.settings.pools import ModelSettings
+from serve.settings.tree import Settings
 from serve.shapes.captions import held_out_prompts
 
 Section = Literal["saturated", "overhead", "redis", "start"]

@@ -25,7 +25,7 @@ from loadtest.driver import Progress, drive
 from loadtest.processes import COMPUTING, DIFFUSION, ENGINE, REST, VAE, Use, by_role, spent, thread_seconds
 from loadtest.samples import Arrival, Outcome, Sample
 from serve.bench.stats import Spread
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 
 USERS = 24
 DIALECT = "wait"

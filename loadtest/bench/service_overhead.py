@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from loadtest.bench.bare import Bare
 from loadtest.bench.service_load import body_of
 from serve.bench.stats import Percentiles, Spread
-from serve.domain import ImageRequest, Timings
+from serve.domain.jobs import Timings
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
 from serve.shapes.captions import held_out_prompts
 from serve.stages import STAGES, explained, stages, wall_s

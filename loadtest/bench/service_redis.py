@@ -15,7 +15,7 @@ import redis
 from loadtest.bench.service_load import body_of, until_ready
 from loadtest.driver import drive
 from loadtest.samples import Arrival, Outcome
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
 
 DIALECTS = ("wait", "events", "poll")

@@ -21,7 +21,7 @@ from loadtest.servers import Budget, serving
 from serve.bench.machine import Machine, this_machine
 from serve.bench.stats import Percentiles
 from serve.errors import OperatorError
-from serve.settings import MIB
+from serve.settings.room import MIB
 from serve.shapes.captions import QUALITY_WORDS, caption
 from serve.shapes.draw import sample_scene
 

@@ -16,7 +16,7 @@ from loadtest.report.thresholds import Bound
 from loadtest.samples import Outcome, Sample
 from loadtest.tail import Tail
 from serve.bench.stats import Percentiles
-from serve.domain import Timings
+from serve.domain.jobs import Timings
 from serve.stages import STAGES, stages, wall_s
 
 TEXT_DIALECTS = frozenset({"embeddings"})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
-from serve.telemetry.metrics import DECLARATIONS
+from serve.telemetry.declarations import DECLARATIONS
 
 RAY_EXPORT_S = 10.0
 """Ray's processes hand their metrics to the agent of their node about as often: no finer picture of a server exists."""

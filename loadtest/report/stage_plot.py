@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from loadtest.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, RED, SKY, YELLOW, Canvas, LeftOut, Plot
 from loadtest.report.results import Result, timings
 from loadtest.samples import Outcome, Sample
-from serve.domain import Timings
+from serve.domain.jobs import Timings
 from serve.stages import STAGES, stages
 
 _GROUPS = (

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from serve.analysis import Analysis, Moment, PlannedText, TextReading, UnitPlace
 from serve.api.fields import FiniteNumber, Name, Schema, Text
 from serve.api.text_schemas import TextOrder
-from serve.domain import LongPrompt, Note, Syntax, TokenCount, Truncation, Weighting
+from serve.domain.text import LongPrompt, Note, Syntax, TokenCount, Truncation, Weighting
 from serve.encoders.similarity import Compared
 
 MOST_COMPARED = 16

@@ -16,7 +16,7 @@ from serve.api.streams import Streams
 from serve.captions.service import CaptionService
 from serve.keys import KeyStore
 from serve.service import ImageService
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.tracing import Tracing
 from serve.text import TextService
 

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.domain import Arrival
+from serve.domain.orders import Arrival
 from serve.telemetry.tracing import OrderSpan, Tracing
 
 _ARRIVAL = "tandem.arrival"

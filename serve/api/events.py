@@ -13,7 +13,7 @@ from serve.api.dialects import ErrorBody
 from serve.api.errors import public
 from serve.api.parts import JobId, OpenStreams, Service
 from serve.api.schemas import EventView, PreviewView
-from serve.domain import JobEvent, JobState
+from serve.domain.jobs import JobEvent, JobState
 from serve.errors import TandemError
 
 Events = AsyncGenerator[JobEvent, None]

@@ -16,7 +16,8 @@ from serve.api.errors import documented
 from serve.api.fields import FiniteNumber, Schema, Text
 from serve.api.parts import JobId, Root, Service
 from serve.api.waiting import told_of
-from serve.domain import Job, JobState, Syntax, Weighting
+from serve.domain.jobs import Job, JobState
+from serve.domain.text import Syntax, Weighting
 from serve.errors import InvalidRequest, JobNotFound
 from serve.orders import NewImage
 from serve.results.keys import CONTENT_TYPES

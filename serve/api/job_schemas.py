@@ -11,7 +11,8 @@ from serve.api.fields import Schema
 from serve.api.ratelimits import UNITS
 from serve.api.schemas import CompleteOrder, JobOrder, JobView
 from serve.callers import Caller, Limit, Scope
-from serve.domain import Job, Note, TokenCount, Truncation
+from serve.domain.jobs import Job
+from serve.domain.text import Note, TokenCount, Truncation
 from serve.results.keys import split
 from serve.submission import Quote
 

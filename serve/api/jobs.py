@@ -17,7 +17,7 @@ from serve.api.parts import GUARDED, JobId, OpenStreams, Root, Service
 from serve.api.schemas import JobOrder, JobView
 from serve.api.waiting import Waiting, ended, told_of
 from serve.callers import Caller
-from serve.domain import Job, JobState
+from serve.domain.jobs import Job, JobState
 from serve.errors import InvalidRequest
 from serve.once import Once
 from serve.orders import NewImage

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict
 
 from serve.api.fields import Name, Schema
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.models.denoiser import Guidance
 from serve.offers import StepTime
 

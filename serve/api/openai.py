@@ -19,7 +19,7 @@ from serve.api.openai_stream import streamed
 from serve.api.parts import OpenStreams, Service
 from serve.api.waiting import Waiting, ended, succeeded
 from serve.callers import Caller
-from serve.domain import Job
+from serve.domain.jobs import Job
 from serve.errors import InvalidRequest
 from serve.service import ImageService
 

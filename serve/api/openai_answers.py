@@ -10,7 +10,8 @@ from typing import Literal
 from serve.api.fields import Schema
 from serve.api.openai_orders import Answering
 from serve.callers import Caller
-from serve.domain import CacheReport, ImageRef, Job, Note, Timings, Truncation
+from serve.domain.jobs import ImageRef, Job, Timings
+from serve.domain.text import CacheReport, Note, Truncation
 from serve.service import ImageService
 
 SQUARE = 16

@@ -24,7 +24,7 @@ from serve.api.openai_answers import file_of, made_at, revised_prompt, size_of, 
 from serve.api.openai_orders import Answering
 from serve.api.waiting import heard, hung_up, succeeded, told_of
 from serve.callers import Caller
-from serve.domain import Job, JobEvent
+from serve.domain.jobs import Job, JobEvent
 from serve.errors import TandemError
 from serve.inputs import settled
 from serve.orders import NewImage

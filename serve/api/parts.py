@@ -16,7 +16,7 @@ from serve.api.streams import Streams
 from serve.captions.service import CaptionService
 from serve.errors import InvalidRequest
 from serve.service import ImageService
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 from serve.telemetry.logs import escape
 from serve.text import TextService
 

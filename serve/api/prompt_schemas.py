@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAda
 from pydantic_core import PydanticCustomError
 
 from serve.api.fields import FiniteNumber, Name, Schema, Text
-from serve.domain import LongPrompt, Syntax, Weighting
+from serve.domain.text import LongPrompt, Syntax, Weighting
 
 MOST_PIECES = 64
 """Of one list, as many as a request may have texts."""

@@ -11,26 +11,9 @@ from serve import __version__
 from serve.api.dialects import ErrorDetail
 from serve.api.fields import FiniteNumber, Name, Schema, Text
 from serve.api.prompt_schemas import PromptOrder
-from serve.domain import (
-    CacheReport,
-    ImageRequest,
-    Job,
-    JobError,
-    JobEvent,
-    JobState,
-    LongPrompt,
-    MaskedContent,
-    MemoryReport,
-    Note,
-    Priority,
-    ResizeMode,
-    Syntax,
-    Timings,
-    TokenCount,
-    Truncation,
-    WebhookState,
-    Weighting,
-)
+from serve.domain.jobs import Job, JobError, JobEvent, JobState, MemoryReport, Timings, WebhookState
+from serve.domain.orders import ImageRequest, MaskedContent, Priority, ResizeMode
+from serve.domain.text import CacheReport, LongPrompt, Note, Syntax, TokenCount, Truncation, Weighting
 from serve.results.keys import reference
 
 

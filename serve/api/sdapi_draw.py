@@ -23,7 +23,8 @@ from serve.api.sdapi_schemas import Answer, Drawing
 from serve.api.sdapi_words import NAMES
 from serve.api.waiting import Ended, Waiting, succeeded, told_of
 from serve.callers import Caller
-from serve.domain import Arrival, Job, JobState, ResizeMode, Task
+from serve.domain.jobs import Job, JobState
+from serve.domain.orders import Arrival, ResizeMode, Task
 from serve.errors import BackendUnavailable, QueueFull, RateLimited
 from serve.inputs import settled
 from serve.jobs.calls import Call, Part, started_now

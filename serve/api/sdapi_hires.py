@@ -11,7 +11,8 @@ from typing import Any
 
 from serve.api.sdapi_schemas import Drawing, TextToImage
 from serve.api.sdapi_words import NAMES, braced, guidance, sampler
-from serve.domain import Job, ResizeMode, Task
+from serve.domain.jobs import Job
+from serve.domain.orders import ResizeMode, Task
 from serve.errors import InvalidRequest
 from serve.offers import ModelInfo
 from serve.options import model_named

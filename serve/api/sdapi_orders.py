@@ -13,7 +13,8 @@ from serve.api.sdapi_hires import STRENGTH, Enlarged, enlarged_of
 from serve.api.sdapi_schemas import Drawing, ImageToImage
 from serve.api.sdapi_words import OVERRIDES, braced, guidance, sampler
 from serve.callers import Caller
-from serve.domain import MaskedContent, ResizeMode, Syntax, Weighting
+from serve.domain.orders import MaskedContent, ResizeMode
+from serve.domain.text import Syntax, Weighting
 from serve.errors import InvalidRequest, JobNotFound
 from serve.offers import ModelInfo
 from serve.options import Options, changed, styled

@@ -16,7 +16,7 @@ from serve.errors import ModelNotFound
 from serve.images import inspect, written_file
 from serve.results.infotext import read_text
 from serve.results.notes import Notes, read_notes
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 router = APIRouter()
 """Part of `serve.api.sdapi.router`, which asks for the key."""

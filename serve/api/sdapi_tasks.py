@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serve.api.sdapi_schemas import Progress, State, TaskProgress
 from serve.callers import Caller
-from serve.domain import Job, JobState
+from serve.domain.jobs import Job, JobState
 from serve.errors import JobNotFound
 from serve.jobs.calls import Call, Part
 from serve.service import ImageService

@@ -9,10 +9,10 @@ from pydantic import ConfigDict
 
 from serve.api.fields import Name, Schema
 from serve.api.prompt_schemas import PromptOrder, Written
-from serve.domain import CacheReport, Note, Tier, TokenCount, Truncation
+from serve.domain.text import CacheReport, Note, Tier, TokenCount, Truncation
 from serve.encoders.cache import RedisState
 from serve.encoders.census import ProcessReport, RedisCensus
-from serve.settings import Dtype
+from serve.settings.room import Dtype
 from serve.text import CacheOverview, Embedded
 
 

@@ -15,7 +15,7 @@ from serve.api.arrivals import arrival_of
 from serve.api.errors import JobEnded, StillRunning, status_of
 from serve.api.middleware import release_body
 from serve.callers import Caller
-from serve.domain import Job, JobState
+from serve.domain.jobs import Job, JobState
 from serve.inputs import settled
 from serve.jobs.terms import Submitted
 from serve.once import Once

@@ -11,7 +11,7 @@ import numpy as np
 from serve.bench.engine_load import Texts
 from serve.diffusion.run import Picture, Work
 from serve.diffusion.runner import Runner
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.models.samplers import sampler_names
 
 THRESHOLDS = (0.05, 0.1, 0.2)

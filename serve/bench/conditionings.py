@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from serve.domain import ImageRequest, Schedule
+from serve.domain.conditioning import Schedule
+from serve.domain.orders import ImageRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import register
 from serve.models import ModelFolder
 from serve.prompts.plan import Planner
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 def encode_orders(model: ModelFolder, orders: Iterable[ImageRequest], data_dir: Path) -> dict[ImageRequest, Schedule]:

@@ -32,7 +32,9 @@ from serve.bench.windows import Budget
 from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import TextTower
 from serve.models import TextPart
-from serve.settings import MIB, CacheSettings, Dtype, EncoderSettings
+from serve.settings.pools import EncoderSettings
+from serve.settings.room import MIB, Dtype
+from serve.settings.stores import CacheSettings
 
 Section = Literal["throughput", "pool", "precision", "hits", "service", "loss"]
 SECTIONS: tuple[Section, ...] = get_args(Section)

@@ -31,10 +31,10 @@ from serve.diffusion.engine import Engine
 from serve.diffusion.profile import Profile, open_profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.models import ModelFolder, resolve
 from serve.models.presets import presets
-from serve.settings import DiffusionSettings, ModelSettings
+from serve.settings.pools import DiffusionSettings, ModelSettings
 from serve.shapes.captions import held_out_prompts
 from serve.telemetry.metrics import InProcessMetrics
 

@@ -14,7 +14,9 @@ from serve.bench.load import Latency, latency, open_loop
 from serve.bench.stats import Spread, poisson_arrivals
 from serve.bench.stock import StockPipeline
 from serve.diffusion.engine import Engine, Rendered, Work
-from serve.domain import ImageRequest, Schedule, StepEvent
+from serve.domain.conditioning import Schedule
+from serve.domain.jobs import StepEvent
+from serve.domain.orders import ImageRequest
 
 USERS = 24
 LOAD = 0.95

@@ -19,7 +19,7 @@ from serve.encoders.forward import TextTower
 from serve.encoders.weights import classes_of
 from serve.memory.terms import Dtype
 from serve.models import TextPart
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 MEASURED: Mapping[str, EncoderShape] = {each.name: each for each in (SHAPES["clip-l"], SHAPES["openclip-bigg"], T5_XXL)}
 """Those of SD 1.x, SDXL, SD 3.5 and FLUX."""

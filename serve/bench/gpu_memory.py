@@ -20,7 +20,7 @@ from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.diffusion.synthetic import synthetic_lanes
-from serve.domain import Relief
+from serve.domain.jobs import Relief
 from serve.errors import DeviceLost, TandemError
 from serve.memory.planner import Plan
 from serve.memory.terms import ModelShape

@@ -11,10 +11,11 @@ import torch
 from pydantic import SecretStr
 
 from serve.bench.stats import Percentiles
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.codec import pack
-from serve.settings import MIB, CacheSettings
+from serve.settings.room import MIB
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 Kind = Literal["memory", "redis"]

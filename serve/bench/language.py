@@ -19,14 +19,16 @@ from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import open_profile
 from serve.diffusion.runner import open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import EncodeUnit, ImageRequest, Weighting
+from serve.domain.orders import ImageRequest
+from serve.domain.text import EncodeUnit, Weighting
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import register
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
-from serve.settings import DiffusionSettings, ModelSettings, Settings
+from serve.settings.pools import DiffusionSettings, ModelSettings
+from serve.settings.tree import Settings
 from serve.shapes.captions import between
 from serve.shapes.draw import COLOR_NAMES, PALETTE, SHAPES, is_held_out
 from serve.shapes.judge import Reading, read, to_lab

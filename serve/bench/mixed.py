@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.models import ModelFolder
 from serve.models.denoiser import Guidance
 from serve.models.presets import presets

@@ -10,11 +10,12 @@ from serve.bench.load import Latency, Send, latency, open_loop, saturate
 from serve.bench.shapes import EncoderShape
 from serve.bench.stats import Percentiles, poisson_arrivals
 from serve.bench.texts import random_row
-from serve.domain import EncodeUnit
+from serve.domain.text import EncodeUnit
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
 from serve.encoders.registry import Encoder
-from serve.settings import CacheSettings, Settings
+from serve.settings.stores import CacheSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 LOADS = (0.5, 0.9)

@@ -21,7 +21,8 @@ from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 from serve.errors import TandemError
 from serve.models import TextPart
-from serve.settings import Dtype, EncoderSettings
+from serve.settings.pools import EncoderSettings
+from serve.settings.room import Dtype
 
 Form = Literal["plain", "compiled", "int8", "int4"]
 

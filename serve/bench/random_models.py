@@ -17,12 +17,13 @@ from serve.diffusion.families.speed import compile_family, remember_signatures
 from serve.diffusion.runner import Runner
 from serve.diffusion.synthetic import synthetic_text
 from serve.diffusion.vae import Vae
-from serve.domain import ImageRequest, Phase, Schedule, Task
+from serve.domain.conditioning import Phase, Schedule
+from serve.domain.orders import ImageRequest, Task
 from serve.memory.terms import ModelShape
 from serve.models import Denoiser, ModelFolder
 from serve.models.denoiser_configs import KINDS, Config
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 STEPS, GUIDANCE = 20, 4.0
 SPREAD = 0.02

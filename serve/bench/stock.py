@@ -13,7 +13,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from serve.domain import Conditioning, ImageRequest, Schedule
+from serve.domain.conditioning import Conditioning, Schedule
+from serve.domain.orders import ImageRequest
 from serve.encoders.export import conditioning_at
 from serve.models import ModelFolder
 from serve.models.samplers import SAMPLERS

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from serve.bench.shapes import EncoderShape
 from serve.encoders.registry import Encoder
 from serve.models import SHIPPED, TextPart
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 _ROLE = "text_encoder"
 _PROJECTION = "00000000"

@@ -15,7 +15,7 @@ from serve.captions.messages import Ask, Caption
 from serve.devices import check_dtype, device_errors
 from serve.errors import InvalidRequest, OperatorError, TandemError
 from serve.models.captioner import CaptionerFolder
-from serve.settings import CaptionSettings
+from serve.settings.pools import CaptionSettings
 
 log = logging.getLogger(__name__)
 

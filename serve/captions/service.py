@@ -9,7 +9,8 @@ from serve.callers import Caller
 from serve.captions.messages import Ask, Caption
 from serve.errors import ModelNotFound
 from serve.orders import within
-from serve.settings import CaptionSettings, LimitSettings
+from serve.settings.orders import LimitSettings
+from serve.settings.pools import CaptionSettings
 from serve.telemetry.logs import escape
 from serve.wording import check_length
 

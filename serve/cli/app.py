@@ -57,7 +57,7 @@ from serve.cli.options import (
 from serve.cli.plan import plan
 from serve.cli.running import run
 from serve.cli.simulate import simulate
-from serve.domain import Priority
+from serve.domain.orders import Priority
 from serve.errors import OperatorError, TandemError
 from serve.origins import flatten, shown
 

@@ -17,7 +17,8 @@ from serve.jobs.store import JobStore
 from serve.keys import KeyStore
 from serve.origins import shown
 from serve.results.store import ResultStore, open_store
-from serve.settings import JobSettings, Settings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics, Metrics
 
 _WAIT_S = 10.0

@@ -22,7 +22,7 @@ from serve.cli.child import ChildServer
 from serve.cli.client import Client
 from serve.cli.running import run
 from serve.errors import OperatorError
-from serve.settings import ENV_PREFIX
+from serve.settings.tree import ENV_PREFIX
 
 if TYPE_CHECKING:
     from serve.bench.encode import Plan, Report

@@ -83,7 +83,7 @@ def _plan(
 ) -> Plan:
     """Raises OperatorError that names the option."""
     from serve.bench.engine import SECTIONS, Plan
-    from serve.settings import DiffusionSettings
+    from serve.settings.pools import DiffusionSettings
 
     sections: Sequence[str] = named(only, SECTIONS, SECTIONS, "--only")
     return Plan(

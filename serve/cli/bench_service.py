@@ -18,7 +18,7 @@ from serve.cli.extras import want
 from serve.cli.options import Assignments, settings_tree
 from serve.cli.running import run
 from serve.errors import OperatorError
-from serve.settings import ENV_PREFIX
+from serve.settings.tree import ENV_PREFIX
 
 _SECTIONS = ("saturated", "overhead", "redis", "start")
 _FULL: Mapping[str, Any] = {"rounds": 5, "orders": 192, "pairs": 100, "jobs": 20, "idle_s": 10.0, "starts": 3}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from serve import client
 from serve.client import AsyncClient, Lost, NoServer
 from serve.errors import OperatorError, TandemError, Unauthorized
-from serve.settings import HttpSettings
+from serve.settings.front import HttpSettings
 
 KEY_VARIABLE = "TANDEM_KEY"
 """Environment variable with an API key: on a command line others on the machine can read it."""

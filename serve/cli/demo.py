@@ -26,9 +26,9 @@ from serve.cli.screen import job_bars, run_job
 from serve.cli.sheet import Picture, contact_sheet
 from serve.cli.wishes import WISHES, Wish
 from serve.client import Job, Pool
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import OperatorError
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.shapes.expectation import of_prompt
 from serve.shapes.judge import agrees, read
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serve.catalog import open_catalog
 from serve.errors import OperatorError
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 def fetch(settings: Settings) -> None:

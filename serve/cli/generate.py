@@ -14,7 +14,7 @@ from rich.console import Console
 from serve.cli.client import Client
 from serve.cli.screen import cache_line, cut_lines, job_bars, run_job
 from serve.client import Job
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import OperatorError
 from serve.telemetry.logs import escape
 

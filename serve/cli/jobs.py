@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from serve.cli.jobs_screen import Story, shown_list, shown_story
 from serve.cli.options import AsJson, Assignments, ConfigFile, DataDir, behind
-from serve.domain import Job, JobEvent, JobState
+from serve.domain.jobs import Job, JobEvent, JobState
 from serve.errors import JobNotFound, OperatorError
 
 if TYPE_CHECKING:

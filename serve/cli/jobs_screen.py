@@ -12,7 +12,8 @@ from rich.text import Text
 
 from serve.cli.cache_screen import size
 from serve.cli.screen import COLORS, ordinal, span
-from serve.domain import ImageRequest, Job, JobEvent, JobState, Timings
+from serve.domain.jobs import Job, JobEvent, JobState, Timings
+from serve.domain.orders import ImageRequest
 
 _ID_WIDTH, _KEY_WIDTH = 32, 12
 _STAGES = (

@@ -22,7 +22,7 @@ from serve.learning.examples import Example, read_examples
 from serve.learning.learner import Learner, Wishes, check_model
 from serve.models import ModelFolder, resolve
 from serve.prompts.concepts import ConceptFault
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 TILES = 4
 """Pictures of a preview, and a row of the sheet; more where more prompts are to be seen."""

@@ -11,7 +11,7 @@ import yaml
 
 from serve.cli.client import KEY_VARIABLE, Client, local_url
 from serve.cli.running import run
-from serve.domain import LongPrompt, Syntax, Weighting
+from serve.domain.text import LongPrompt, Syntax, Weighting
 from serve.errors import OperatorError
 from serve.origins import Loaded, load
 

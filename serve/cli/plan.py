@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from serve.cli.options import AsJson, Assignments, ConfigFile, load_settings
-from serve.settings import MOST_STEPS
+from serve.settings.room import MOST_STEPS
 
 
 def plan(

@@ -19,7 +19,7 @@ from serve.models.defaults import usual
 from serve.models.denoiser import Guidance
 from serve.models.folder import local_path
 from serve.models.weight_files import PICKLED
-from serve.settings import GpuClassSettings, ModelSettings
+from serve.settings.pools import GpuClassSettings, ModelSettings
 
 _SAMPLERS = {"playground-v2.5": "EDMDPMSolverMultistepScheduler"}
 """By model, the published one's own, where its kind is told by it."""

@@ -14,7 +14,7 @@ from rich.table import Column
 from serve import client as api
 from serve.cli.client import Client
 from serve.client import Job
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import TandemError
 
 PLACE_S = 1.0

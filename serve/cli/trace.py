@@ -11,7 +11,7 @@ from typing import Any
 from serve.cli.client import Client
 from serve.cli.trace_screen import shown_means, shown_trace
 from serve.client import Job
-from serve.domain import JobState, Timings
+from serve.domain.jobs import JobState, Timings
 from serve.errors import OperatorError
 from serve.stages import STAGES, explained, stages, wall_s
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from serve.cli.jobs_screen import plain
 from serve.cli.screen import COLORS, cache_line, place
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 if TYPE_CHECKING:
     from serve.cli.trace import Bar, Mean, Trace

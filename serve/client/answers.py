@@ -13,18 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from serve.client.errors import NotTandem
 from serve.client.orders import Order
-from serve.domain import (
-    CacheReport,
-    JobError,
-    JobState,
-    MemoryReport,
-    Note,
-    Priority,
-    Timings,
-    TokenCount,
-    Truncation,
-    WebhookState,
-)
+from serve.domain.jobs import JobError, JobState, MemoryReport, Timings, WebhookState
+from serve.domain.orders import Priority
+from serve.domain.text import CacheReport, Note, TokenCount, Truncation
 
 T = TypeVar("T")
 

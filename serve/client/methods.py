@@ -25,7 +25,7 @@ from serve.client.orders import (
 from serve.client.server import Limits, Model, Placement, Quote
 from serve.client.texts import Analysis, Caption, Compared, Encoded
 from serve.client.wire import Wire
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import TandemError
 
 _PAGE = 100

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serve.callers import Scope
-from serve.domain import Note, Task, TokenCount, Truncation
+from serve.domain.orders import Task
+from serve.domain.text import Note, TokenCount, Truncation
 from serve.rungs import Rung
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve.domain import CacheReport, LongPrompt, Note, Sign, Syntax, Tier, TokenCount, Truncation, Weighting
+from serve.domain.text import CacheReport, LongPrompt, Note, Sign, Syntax, Tier, TokenCount, Truncation, Weighting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFilter
 
-from serve.domain import ResizeMode
+from serve.domain.orders import ResizeMode
 from serve.fitting import WHITE_FROM, inner_box, resized
 
 Box = tuple[int, int, int, int]

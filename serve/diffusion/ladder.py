@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from serve.devices import let_go, out_of_memory
 from serve.diffusion.run import Run
-from serve.domain import Relief
+from serve.domain.jobs import Relief
 from serve.errors import DeviceLost, OperatorError, OutOfMemory, TandemError
 from serve.rungs import LADDER, MEANS, Means, Rung
 from serve.telemetry.metrics import Metrics

@@ -16,7 +16,7 @@ from serve.diffusion.profiling import measure, peak_memory, shapes_to_measure
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import LatentShape
 from serve.models import ModelFolder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import LatentShape
 from serve.models import ModelFolder
 from serve.models.weight_files import weight_files
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 log = logging.getLogger(__name__)
 

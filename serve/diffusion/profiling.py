@@ -18,7 +18,7 @@ from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
 from serve.memory.planner import USABLE
 from serve.models import ModelFolder
 from serve.rungs import MEANS
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,9 @@ from PIL import Image
 
 from serve.diffusion.area import Area
 from serve.diffusion.scheduler import Row
-from serve.domain import ImageRequest, Preview, Relief, Schedule, StepEvent
+from serve.domain.conditioning import Schedule
+from serve.domain.jobs import Preview, Relief, StepEvent
+from serve.domain.orders import ImageRequest
 from serve.errors import GenerationFailed, TandemError
 from serve.rungs import Rung
 

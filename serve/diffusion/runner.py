@@ -23,11 +23,11 @@ from serve.diffusion.scheduler import Group, Row
 from serve.diffusion.state import ImageState, Source, Start, start_from_image, start_from_noise
 from serve.diffusion.synthetic import synthetic_lanes
 from serve.diffusion.texts import Texts, check
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.errors import DeviceLost, GenerationFailed, NotFinite
 from serve.models import ModelFolder
 from serve.rungs import MEANS, Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 __all__ = ["Latents", "Runner", "Source", "open_runner"]
 

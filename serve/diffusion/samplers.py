@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from diffusers import schedulers as diffusers_schedulers
 
 from serve.diffusion.families.base import Family
-from serve.domain import ImageRequest, Task
+from serve.domain.orders import ImageRequest, Task
 from serve.errors import InvalidRequest
 from serve.models.samplers import SAMPLERS
 

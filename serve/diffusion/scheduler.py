@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from serve.domain import StepEvent
+from serve.domain.jobs import StepEvent
 
 LatentShape = tuple[int, int]
 

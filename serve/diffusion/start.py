@@ -7,7 +7,8 @@ from PIL import Image
 from serve.diffusion.area import Area, area_of, share_of
 from serve.diffusion.fill import filled
 from serve.diffusion.run import Work
-from serve.domain import ImageRequest, MaskedContent, Schedule
+from serve.domain.conditioning import Schedule
+from serve.domain.orders import ImageRequest, MaskedContent
 
 
 def work_of(

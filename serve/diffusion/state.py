@@ -15,7 +15,7 @@ from serve.diffusion.samplers import Track
 from serve.diffusion.step_cache import StepCache
 from serve.diffusion.texts import Sides, Texts
 from serve.diffusion.vae import Moments
-from serve.domain import ImageRequest, MaskedContent, Task
+from serve.domain.orders import ImageRequest, MaskedContent, Task
 from serve.models.denoiser import Denoiser
 
 INPAINTING_CHANNELS = 9

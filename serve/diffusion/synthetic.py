@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from serve.diffusion.families.base import Family, Lane
-from serve.domain import TextEmbedding
+from serve.domain.conditioning import TextEmbedding
 from serve.models.denoiser_configs import TIME_IDS
 
 TOKENS: Mapping[str, int] = {"sd3": 333, "flux": 512, "pixart": 300, "auraflow": 256}

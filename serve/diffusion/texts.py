@@ -9,7 +9,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from serve.diffusion.families.base import Family, Text
-from serve.domain import ImageRequest, Mix, Phase, Schedule
+from serve.domain.conditioning import Mix, Phase, Schedule
+from serve.domain.orders import ImageRequest
 from serve.errors import GenerationFailed, InvalidRequest
 
 

@@ -18,7 +18,7 @@ from serve.devices import undoing
 from serve.diffusion.families.load import load_part, loading
 from serve.errors import GenerationFailed, NotFinite, OperatorError
 from serve.models import ModelFolder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 
 SIDES = (512, 256)
 """Of the tiles of what ran out of memory as it was, in pixels."""

@@ -16,7 +16,7 @@ from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.state import Source
 from serve.diffusion.vae_thread import Task, VaeThread
 from serve.diffusion.vae_ways import Way, Ways
-from serve.domain import Preview, StepEvent
+from serve.domain.jobs import Preview, StepEvent
 from serve.errors import DeviceLost, OutOfMemory
 from serve.telemetry.metrics import Metrics
 

@@ -16,7 +16,9 @@ from serve.embedded import ever_used
 from serve.errors import TandemError
 from serve.keys import KeyStore
 from serve.ports import LOOPBACK
-from serve.settings import JobSettings, Settings, header_pairs
+from serve.settings.stores import JobSettings
+from serve.settings.telemetry import header_pairs
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.urls import shown_url
 from serve.webhooks.addresses import host_of, public

@@ -14,7 +14,7 @@ from serve.doctor.redis_servers import check_redis_servers
 from serve.doctor.result_store import check_results
 from serve.doctor.server import check_server
 from serve.doctor.versions import check_versions
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 def examine(settings: Settings, url: str, *, here: bool) -> list[Finding]:

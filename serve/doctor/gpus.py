@@ -13,7 +13,8 @@ from serve.memory.planner import Plan
 from serve.models import ModelFolder
 from serve.placements import Placement, held_size, plan_placements, setting_of, wanted_models
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings, GpuClassSettings, Settings
+from serve.settings.pools import DiffusionSettings, GpuClassSettings
+from serve.settings.tree import Settings
 
 _PLAN = "`tandem plan --detail` shows every rung; a larger card, a smaller diffusion.max_pixels, or another model"
 _LARGER = 1.25

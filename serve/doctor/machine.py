@@ -12,7 +12,7 @@ from pathlib import Path
 from serve.doctor.findings import Finding, fault, ok, warning
 from serve.errors import OperatorError
 from serve.ports import bind, check_port
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 LEAST_FILES = 8192
 """What Ray recommends; below half of it connections fail under load."""

@@ -10,7 +10,7 @@ from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
 from serve.models.weight_files import NotHereYet
 from serve.placements import wanted_models
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 _CURE = "mend the files or the setting: a whole diffusers folder or checkpoint in safetensors, a hub id at a commit"
 

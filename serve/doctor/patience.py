@@ -13,7 +13,7 @@ from serve.doctor.redis_servers import JOBS, job_redis
 from serve.embedded import check_redis_url
 from serve.errors import OperatorError
 from serve.jobs.schema import FIRST, SCHEMA
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 LOOKED_AT = 200
 """Jobs, the newest, whose times are looked at; of those that wait, the first."""

@@ -9,7 +9,7 @@ from serve.doctor.findings import Finding, fault, ok, refused, warning
 from serve.doctor.redis_look import Look, look
 from serve.embedded import running_url
 from serve.errors import OperatorError
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 JOBS, CACHE = "jobs.redis_url", "cache.redis_url"
 OLDEST = (6, 2)

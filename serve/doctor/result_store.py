@@ -20,7 +20,7 @@ from serve.errors import OperatorError, TandemError, Unavailable
 from serve.origins import shown
 from serve.results.keys import manifest_key
 from serve.results.store import ResultStore, open_store
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 CLOCK_S = 60.0
 """S3 refuses what is signed a quarter of an hour off; a minute is far from what clocks are kept to."""

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from serve import __version__
 from serve.doctor.findings import Finding, fault, ok, warning
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 PACKAGE = "tandem-serve"
 PINS = Path(__file__).parents[2] / "constraints.txt"

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from serve.domain import CacheReport, EncodeUnit, Tier
+from serve.domain.text import CacheReport, EncodeUnit, Tier
 from serve.encoders.flights import Flight, Flights
 from serve.encoders.leases import Claims, Leases
 from serve.encoders.lru import ByteLru
 from serve.encoders.redis_tier import PAUSE_S, RedisTier
 from serve.encoders.together import Together
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import Metrics
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from compel import EmbeddingsProvider
 
-from serve.domain import EncodeUnit
+from serve.domain.text import EncodeUnit
 from serve.prompts.wanted import Wanted
 
 LEAST = 1e-5

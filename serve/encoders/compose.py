@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from serve.domain import EncodeUnit, Schedule, TextEmbedding
+from serve.domain.conditioning import Schedule, TextEmbedding
+from serve.domain.text import EncodeUnit
 from serve.encoders.codec import unpack
 from serve.encoders.weighting import apply
 from serve.prompts.planned import Block, Column, PromptPlan, TextPlan, Window

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from safetensors.torch import save
 
-from serve.domain import Conditioning, Mix, Schedule, TextEmbedding
+from serve.domain.conditioning import Conditioning, Mix, Schedule, TextEmbedding
 from serve.errors import InvalidRequest
-from serve.settings import Dtype
+from serve.settings.room import Dtype
 
 _DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,

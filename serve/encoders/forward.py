@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from serve.devices import check_dtype
-from serve.domain import FIRST_CONCEPT_ID, EncodeUnit
+from serve.domain.text import FIRST_CONCEPT_ID, EncodeUnit
 from serve.encoders.reads import Read, parse_output
 from serve.encoders.registry import Encoder
 from serve.encoders.shard import devices_here, plan_map, spread

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.devices import device_errors
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.coalesce import Coalescer
 from serve.encoders.codec import pack, unpack
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable, DeviceLost, GenerationFailed
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from serve.encoders.breaker import Breaker, BreakerState
 from serve.encoders.libraries import computed_by
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ LEASE_PREFIX = f"tandem:encoding:{computed_by()}:"
 INT8 = "int8:"
 """Between prefix and key where values are int8: after the setting is changed back, nobody reads a rounded value."""
 MAGIC = b"TDM2"
-"""Form of a value. Another form wants another `serve.domain.UNIT_SCHEME` too: else two releases side by side would each
-overwrite what the other stored."""
+"""Form of a value. Another form wants another `serve.domain.text.UNIT_SCHEME` too: else two releases side by side would
+each overwrite what the other stored."""
 CHECKSUM_BYTES = 16
 PAUSE_S = 5.0
 """How long Redis is left alone after it failed: each wait for it would cost every request the full timeout."""

@@ -15,7 +15,8 @@ from serve.models.weight_files import naming
 from serve.origins import reason_of
 from serve.prompts.families import READS
 from serve.prompts.plan import Source
-from serve.settings import EncoderSettings, Settings
+from serve.settings.pools import EncoderSettings
+from serve.settings.tree import Settings
 
 log = logging.getLogger(__name__)
 

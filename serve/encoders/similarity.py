@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from serve.domain import EncodeUnit, Syntax, TextRequest
+from serve.domain.text import EncodeUnit, Syntax, TextRequest
 from serve.encoders.codec import unpack
 from serve.errors import InvalidRequest
 from serve.prompts.plan import Planner, TextPlan

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve.domain import FIRST_CONCEPT_ID
+from serve.domain.text import FIRST_CONCEPT_ID
 from serve.encoders.reads import Read
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from serve.domain import EncodeUnit, Weighting
+from serve.domain.text import EncodeUnit, Weighting
 from serve.prompts.wanted import Wanted
 
 FAINT = 0.02

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serve.errors import QueueFull
 from serve.jobs.terms import Crew
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 
 _SHORTEST_S, _LONGEST_S = 1.0, 120.0
 _ROOM = 0.1

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.domain import Job, JobState
+from serve.domain.jobs import Job, JobState
 from serve.errors import JobNotFound
 from serve.jobs import records, scripts
 from serve.jobs.bell import Bell
@@ -16,7 +16,7 @@ from serve.jobs.connection import Connection, milliseconds
 from serve.jobs.reading import readable
 from serve.jobs.schema import SCHEMA, Schema
 from serve.jobs.terms import REPORT, Backlog, Crew, Unfinished, WorkerReport
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import Metrics
 
 Fields = Mapping[str, str | bytes | int]

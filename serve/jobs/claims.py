@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from serve.domain import ImageRef, JobError, JobState, MemoryReport, Preview, Tier, Timings
+from serve.domain.jobs import ImageRef, JobError, JobState, MemoryReport, Preview, Timings
+from serve.domain.text import Tier
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs import reading, records, scripts
 from serve.jobs.base import Fields, Shared, flat
@@ -24,7 +25,7 @@ from serve.jobs.records import Claim, Marks, Want, outdone, step_of, steps_of
 from serve.jobs.renewals import Renewals
 from serve.jobs.schema import SCHEMA, Schema
 from serve.jobs.terms import Hold
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from serve.errors import BackendUnavailable
 from serve.jobs import scripts
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

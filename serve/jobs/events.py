@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 
-from serve.domain import Job, JobEvent, JobState
+from serve.domain.jobs import Job, JobEvent, JobState
 from serve.jobs.store import JobStore
 from serve.jobs.submissions import EVENTS_PAGE
 

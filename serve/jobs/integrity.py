@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 _INDEXES = ("records", "queue", "leases", "deadlines", "ended", "dead", "webhooks")
 _COUNTS = ("waiting", "unfinished")

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from serve.domain import JobState, Preview, StepEvent
+from serve.domain.jobs import JobState, Preview, StepEvent
 from serve.errors import LeaseLost, TandemError, Unavailable
 from serve.jobs.records import step_of
 from serve.jobs.store import Claim, JobStore

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from serve.domain import ImageRequest, Note
+from serve.domain.orders import ImageRequest
+from serve.domain.text import Note
 from serve.errors import BackendUnavailable
 
 log = logging.getLogger(__name__)

@@ -10,24 +10,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from serve.domain import (
-    CacheReport,
-    ImageRef,
-    ImageRequest,
-    Job,
-    JobError,
-    JobEvent,
-    JobState,
-    MemoryReport,
-    Note,
-    Priority,
-    Task,
-    Tier,
-    Timings,
-    TokenCount,
-    Truncation,
-    WebhookState,
-)
+from serve.domain.jobs import ImageRef, Job, JobError, JobEvent, JobState, MemoryReport, Timings, WebhookState
+from serve.domain.orders import ImageRequest, Priority, Task
+from serve.domain.text import CacheReport, Note, Tier, TokenCount, Truncation
 from serve.jobs import reading
 from serve.jobs.eta import Load, eta_s
 from serve.jobs.schema import FIRST, SCHEMA

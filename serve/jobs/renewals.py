@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.jobs.records import Claim
 
 Send = Callable[[Sequence[tuple[Claim, int, JobState]]], Awaitable[Sequence[bytes]]]

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 
 FIRST = 1
 """Of records that don't name any."""

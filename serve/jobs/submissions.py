@@ -12,7 +12,9 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from serve.callers import Allowance, Limit
-from serve.domain import ImageRequest, Job, JobEvent, JobState, Note, Tier, TokenCount, Truncation
+from serve.domain.jobs import Job, JobEvent, JobState
+from serve.domain.orders import ImageRequest
+from serve.domain.text import Note, Tier, TokenCount, Truncation
 from serve.errors import Conflict, InvalidRequest, JobGone, QueueFull, RateLimited
 from serve.jobs import reading, records
 from serve.jobs.admission import queue_full

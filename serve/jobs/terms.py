@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pydantic import TypeAdapter
 
 from serve.callers import Allowance, Limit
-from serve.domain import Arrival, Job, JobState, Priority
+from serve.domain.jobs import Job, JobState
+from serve.domain.orders import Arrival, Priority
 from serve.rungs import Rung
 
 

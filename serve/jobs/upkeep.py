@@ -10,13 +10,13 @@ from contextlib import AbstractAsyncContextManager
 
 from redis.exceptions import ResponseError
 
-from serve.domain import JobError
+from serve.domain.jobs import JobError
 from serve.errors import BackendUnavailable
 from serve.jobs import records
 from serve.jobs.base import Shared, checked
 from serve.jobs.connection import milliseconds
 from serve.jobs.terms import Memory
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 
 WORKER_LOST = JobError(code="worker_lost", message="the worker died or was cut off, in every attempt")
 TIMED_OUT = JobError(code="timed_out", message="the job was not finished in time")

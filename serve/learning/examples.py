@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from serve.errors import InvalidRequest, OperatorError
 from serve.images import image_png, inspect
 from serve.learning.captions import checked
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_EXAMPLES = 1000

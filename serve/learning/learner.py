@@ -21,7 +21,7 @@ from serve.learning.preview import draw
 from serve.learning.words import Words
 from serve.models import ModelFolder
 from serve.prompts.families import time_ids
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 FAMILIES = {"sd": "Stable Diffusion 1.x and 2.x", "sdxl": "Stable Diffusion XL"}
 PREDICTIONS = ("epsilon", "v_prediction")

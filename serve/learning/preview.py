@@ -9,7 +9,7 @@ from PIL import Image
 
 from serve.diffusion.families.base import Family, Lane
 from serve.diffusion.samplers import Track
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.learning.words import Words
 from serve.prompts.families import time_ids
 

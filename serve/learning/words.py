@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from serve.domain import FIRST_CONCEPT_ID, TextEmbedding
+from serve.domain.conditioning import TextEmbedding
+from serve.domain.text import FIRST_CONCEPT_ID
 from serve.encoders.concept_files import MAX_VECTORS
 from serve.encoders.reads import parse_output
 from serve.encoders.weights import load_trunk

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.models.weight_files import naming, read_headers, read_json, refused, weight_files
-from serve.settings import CaptionSettings
+from serve.settings.pools import CaptionSettings
 
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 

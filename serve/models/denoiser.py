@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.models.samplers import Process
 
 Guidance = Literal["classifier_free", "embedded", "none"]

@@ -20,7 +20,7 @@ from serve.models.image_parts import image_parts
 from serve.models.sources import configuration_files, downloaded, hub_files
 from serve.models.text_parts import CLASSES, DROPPABLE, TextPart, class_of, text_parts
 from serve.models.weight_files import PICKLED, naming, read_json, refused
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 SHIPPED = Path(__file__).parent.parent / "shapes" / "weights"
 FAMILIES: Mapping[str, str] = {

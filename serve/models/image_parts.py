@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.models.defaults import defaults
 from serve.models.denoiser import Denoiser
 from serve.models.denoiser_configs import KINDS, Config, Kind, Reading, Shape, pooled_width

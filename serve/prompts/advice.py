@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from serve.domain import Note, Syntax, TextRequest
+from serve.domain.text import Note, Syntax, TextRequest
 from serve.prompts.ast import (
     Alternate,
     Blend,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from serve.domain import LongPrompt
+from serve.domain.text import LongPrompt
 from serve.errors import InvalidRequest
 
 BACKTRACK = 20

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.prompts.ast import Composition, Part, Prompt, Text, Words
 from serve.prompts.building import trimmed
 from serve.prompts.calls import MAX_CALLS, Call, find_call, made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve.domain import TextRequest
+from serve.domain.text import TextRequest
 from serve.errors import InvalidRequest
 from serve.prompts.flats import Flat
 from serve.prompts.planned import Block, TextPlan

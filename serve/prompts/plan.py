@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from serve.domain import Phase, Syntax, TextRequest, TokenCount, Truncation
+from serve.domain.conditioning import Phase
+from serve.domain.text import Syntax, TextRequest, TokenCount, Truncation
 from serve.errors import InvalidRequest
 from serve.models import ModelFolder
 from serve.prompts.ast import Composition

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from serve.domain import EncodeUnit, Phase, Sign, TokenCount, Truncation, Weighting
+from serve.domain.conditioning import Phase
+from serve.domain.text import EncodeUnit, Sign, TokenCount, Truncation, Weighting
 from serve.prompts.flats import Flat
 from serve.prompts.wanted import Wanted
 

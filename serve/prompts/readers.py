@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serve.domain import EncodeUnit, LongPrompt, TextRequest, TokenCount, Truncation
+from serve.domain.text import EncodeUnit, LongPrompt, TextRequest, TokenCount, Truncation
 from serve.models import TextPart
 from serve.prompts.chunks import cut, part
 from serve.prompts.concepts import ConceptRef

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
-from serve.domain import FIRST_CONCEPT_ID
+from serve.domain.text import FIRST_CONCEPT_ID
 from serve.prompts.ast import Break
 from serve.prompts.chunks import Tokenized
 from serve.prompts.concepts import ConceptRef

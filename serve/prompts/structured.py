@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.ast import Blend, Composition, Conjunction, Entry, Part, Prompt, Scheduled, When
 from serve.prompts.calls import MAX_CALLS, can_be_normalized

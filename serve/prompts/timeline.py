@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from serve.domain import Mix
+from serve.domain.conditioning import Mix
 from serve.errors import InvalidRequest
 from serve.prompts.ast import Blend, Composition, Conjunction, Entry, Part, Prompt, Scheduled
 from serve.prompts.calls import can_be_normalized

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import InvalidRequest
 from serve.results.infotext import as_text
 from serve.results.keys import CONTENT_TYPES

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from serve import __version__
-from serve.domain import Job
+from serve.domain.jobs import Job
 from serve.results.infotext import as_text, prompts, settings
 from serve.results.png import parameters
 

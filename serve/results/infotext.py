@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from serve.domain import MaskedContent
+from serve.domain.orders import MaskedContent
 from serve.models.a1111 import labels
 from serve.models.samplers import SAMPLERS
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from serve.domain import ImageRef, ImageRequest
+from serve.domain.jobs import ImageRef
+from serve.domain.orders import ImageRequest
 from serve.results.keys import checked
 
 

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.results.encode import QUALITY
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.results.infotext import PARAMETERS, as_text
 
 JSON_CHUNK = "tandem"

@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from serve.errors import BackendUnavailable, JobNotFound, OperatorError
 from serve.results.keys import checked, checked_job
 from serve.results.stored import Stored
-from serve.settings import S3Settings
+from serve.settings.stores import S3Settings
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from serve.results.local import LocalStore
 from serve.results.stored import Stored
-from serve.settings import ResultSettings
+from serve.settings.stores import ResultSettings
 
 __all__ = ["ResultStore", "Stored", "open_store"]
 

@@ -6,12 +6,12 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import Want, outdone, steps_of
 from serve.jobs.schema import SCHEMA
 from serve.jobs.terms import Hold
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 
 _REAPED = 1000
 """Most jobs of one sweep."""

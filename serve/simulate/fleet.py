@@ -18,7 +18,8 @@ from serve.memory.sheets import with_speed
 from serve.memory.terms import ModelShape
 from serve.models import resolve
 from serve.models.folder import local_path
-from serve.settings import DiffusionSettings, JobSettings, ModelSettings
+from serve.settings.pools import DiffusionSettings, ModelSettings
+from serve.settings.stores import JobSettings
 from serve.simulate.fleet_parts import CardClass, Milliseconds, Part, Pool, RedisCosts, Times
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import redis
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.embedded import EmbeddedRedis
 from serve.jobs import scripts
 from serve.jobs.records import Want
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.simulate.calls import StoreCalls
 from serve.simulate.fleet_parts import RedisCosts
 

@@ -17,7 +17,7 @@ from serve.memory.speed import Speed, predicted
 from serve.memory.terms import ModelShape
 from serve.placements import Placement, held_size, plan_share
 from serve.relief import memory_mb
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 from serve.simulate.fleet import Fleet
 from serve.simulate.fleet_parts import Pool
 

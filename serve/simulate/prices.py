@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import gcd
 
 from serve.costs import Costs
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.terms import Crew
 from serve.simulate.pools import PoolPlan
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from serve.diffusion.scheduler import Group, Row, StepPlan
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.records import steps_of
 from serve.models.samplers import forwards_of
 from serve.simulate.clock import Clock

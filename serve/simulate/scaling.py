@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from itertools import pairwise
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.scaling.demand import Band, carried, desired
 from serve.scaling.places import places_of
 from serve.scaling.rates import Rates

@@ -9,12 +9,12 @@ from typing import Any
 
 from lupa import luajit21
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs import scripts
 from serve.jobs.connection import milliseconds
 from serve.jobs.records import Want
 from serve.jobs.terms import Hold
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.simulate.calls import StoreCalls
 
 TABLES = Path(__file__).with_name("redis.lua")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
 from serve.memory.terms import ModelShape
 from serve.models.samplers import SAMPLERS

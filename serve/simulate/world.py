@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.terms import Hold
 from serve.relief import AGED_S
 from serve.scaling.watch import EVERY_S

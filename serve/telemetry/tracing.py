@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from serve import __version__
-from serve.domain import ImageRequest, Timings
-from serve.settings import TracingSettings, header_pairs
+from serve.domain.jobs import Timings
+from serve.domain.orders import ImageRequest
+from serve.settings.telemetry import TracingSettings, header_pairs
 from serve.stages import stages
 from serve.urls import STARS, shown_url
 

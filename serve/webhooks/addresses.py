@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 import httpx
 
 from serve.errors import InvalidRequest
-from serve.settings import WebhookSettings
+from serve.settings.front import WebhookSettings
 
 Address = IPv4Address | IPv6Address
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpcore
 import httpx
 
-from serve.settings import WebhookSettings
+from serve.settings.front import WebhookSettings
 from serve.webhooks.addresses import public
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import httpx
 from standardwebhooks import Webhook
 
 from serve import __version__
-from serve.domain import Job
+from serve.domain.jobs import Job
 from serve.errors import ClientError, InvalidRequest, TandemError, Unavailable
 from serve.jobs.store import JobStore
-from serve.settings import WebhookSettings
+from serve.settings.front import WebhookSettings
 from serve.telemetry.metrics import Metrics
 from serve.webhooks.addresses import checked
 from serve.webhooks.calls import Caller, Resolve

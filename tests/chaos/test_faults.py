@@ -22,7 +22,7 @@ from support.chaos_worker import PLACES
 from support.history import Answer, spoke_too_late
 from support.tcp_proxy import TcpProxy, http_answer
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import EmbeddedRedis
 from serve.encoders.redis_tier import PAUSE_S
 

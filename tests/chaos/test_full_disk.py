@@ -19,7 +19,7 @@ from support.chaos_collect import collected, puts_of_folder
 from support.chaos_report import Verdict
 from support.chaos_worker import WorkerPlan
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.chaos, pytest.mark.timeout(300)]
 

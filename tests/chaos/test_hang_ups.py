@@ -18,14 +18,15 @@ from support.listening import listening
 
 from serve.api.app import create_app
 from serve.catalog import open_catalog
-from serve.domain import EncodeUnit
+from serve.domain.text import EncodeUnit
 from serve.encoders.cache import EmbeddingCache
 from serve.errors import BackendUnavailable
 from serve.jobs.store import JobStore
 from serve.placements import Fleet, plan_placements
 from serve.results.store import open_store
 from serve.service import ImageService
-from serve.settings import JobSettings, Settings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.text import TextService
 

@@ -23,7 +23,7 @@ from support.history import (
     write,
 )
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 QUEUED, ENCODING, RUNNING, STORING = JobState.QUEUED, JobState.ENCODING, JobState.RUNNING, JobState.STORING
 SUCCEEDED, FAILED, CANCELLED, EXPIRED = JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED

@@ -8,7 +8,7 @@ import pytest
 from support.chaos import House
 from support.chaos_report import Verdict
 
-from serve.domain import Job, JobState, MemoryReport
+from serve.domain.jobs import Job, JobState, MemoryReport
 from serve.rungs import Rung
 
 pytestmark = [pytest.mark.anyio, pytest.mark.chaos, pytest.mark.timeout(400)]

@@ -20,11 +20,11 @@ from support.chaos_collect import collected
 from support.history import Accepted, Entry, Heard, Put, Refused, Unheard, violations
 from support.jobs import BROKEN, a_request
 
-from serve.domain import ImageRef, JobState, Timings
+from serve.domain.jobs import ImageRef, JobState, Timings
 from serve.errors import BackendUnavailable, LeaseLost, QueueFull
 from serve.jobs import scripts
 from serve.jobs.store import Claim, JobStore, Want
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MAX_QUEUED, MAX_ATTEMPTS = 4, 3

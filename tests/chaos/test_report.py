@@ -9,7 +9,7 @@ import pytest
 from support.chaos_report import Row, Verdict, told_of, unlucky
 from support.history import Accepted, Answer, Entry, Heard, Put, Transition
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 QUEUED, ENCODING, SUCCEEDED, FAILED = JobState.QUEUED, JobState.ENCODING, JobState.SUCCEEDED, JobState.FAILED
 

@@ -15,7 +15,7 @@ from support.chaos_report import Verdict, unlucky
 from support.chaos_server import LEASE_S, Site, an_order
 from support.history import Accepted
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.chaos, pytest.mark.cluster, pytest.mark.timeout(900)]
 

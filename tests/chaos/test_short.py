@@ -8,7 +8,7 @@ import pytest
 from support.chaos import House
 from support.history import Transition, violations, write
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ import yaml
 from support.chart import CHART, ROOT, Refused, at, over, planted, put, render, values_of
 from support.promql import complaints, promql, promtool, recorded, selectors
 
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 
 TESTS = sorted((Path(__file__).parent / "rules").glob("*.test.yaml"))
 PAGE = ROOT / "docs" / "monitoring.md"

@@ -17,7 +17,7 @@ from support.server import free_port, ready, wait_until
 
 from deployments.app import application
 from serve.embedded import EmbeddedRedis
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -28,12 +28,14 @@ from deployments.app import text_encoder
 from deployments.handles import EncoderClients
 from deployments.text_encoder import DOOR, TextEncoder
 from serve.catalog import Catalog, open_catalog
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 from serve.errors import BackendUnavailable
-from serve.settings import CacheSettings, DiffusionSettings, EncoderSettings, ModelSettings, Settings
+from serve.settings.pools import DiffusionSettings, EncoderSettings, ModelSettings
+from serve.settings.stores import CacheSettings
+from serve.settings.tree import Settings
 
 pytestmark = pytest.mark.cluster
 

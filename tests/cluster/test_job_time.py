@@ -11,7 +11,7 @@ from PIL import Image
 from support.collector import Collector
 from support.server import wait_until
 
-from serve.domain import Timings
+from serve.domain.jobs import Timings
 from serve.stages import explained, stages, wall_s
 
 pytestmark = pytest.mark.cluster

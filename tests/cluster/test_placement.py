@@ -24,7 +24,7 @@ from deployments.app import application
 from serve.embedded import EmbeddedRedis
 from serve.relief import AGED_S
 from serve.service import Busy
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # test_executed_chart.py has the story
 

@@ -15,7 +15,7 @@ from support.drawing import Drawing
 
 from serve.api.sdapi_png import A1111PngInfo
 from serve.client import Client
-from serve.settings import CaptionSettings
+from serve.settings.pools import CaptionSettings
 
 ORDER = {"prompt": "a red circle, on a blue background", "negative_prompt": "green", "steps": 4, "seed": 7}
 

@@ -14,7 +14,8 @@ from support.drawing import Drawing
 
 from serve.api import sdapi_lists, sdapi_options, sdapi_png
 from serve.models.samplers import sampler_names
-from serve.settings import ConceptSettings, KeySettings, PromptSettings, TemplateSettings
+from serve.settings.front import KeySettings
+from serve.settings.orders import ConceptSettings, PromptSettings, TemplateSettings
 
 STYLES = {
     "oil": TemplateSettings(text="an oil painting of {prompt}", negative_prompt="photo"),

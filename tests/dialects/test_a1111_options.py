@@ -8,7 +8,7 @@ import pytest
 import webuiapi
 from support.drawing import Drawing
 
-from serve.settings import KeySettings
+from serve.settings.front import KeySettings
 
 DEFAULTS = {
     "sd_model_checkpoint": "shapes",

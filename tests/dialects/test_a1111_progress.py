@@ -11,8 +11,8 @@ from PIL import Image
 from support.a1111 import Replica, api_of, beside, pixels, until
 from support.drawing import Drawing, drawing_server
 
-from serve.domain import JobState
-from serve.settings import KeySettings
+from serve.domain.jobs import JobState
+from serve.settings.front import KeySettings
 
 SMALL = {"prompt": "a red circle", "seed": 7, "steps": 4, "width": 64, "height": 64}
 

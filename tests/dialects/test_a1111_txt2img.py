@@ -9,7 +9,8 @@ import pytest
 from support.a1111 import api_of, pixels, until
 from support.drawing import Drawing
 
-from serve.settings import HttpSettings, PromptSettings, TemplateSettings
+from serve.settings.front import HttpSettings
+from serve.settings.orders import PromptSettings, TemplateSettings
 from serve.shapes.captions import held_out_prompts
 from serve.shapes.judge import agrees, agrees_with_prompt, read
 

@@ -13,7 +13,8 @@ from support.drawing import Drawing
 
 from serve.callers import Scope
 from serve.client import AsyncClient, Client, JobFailed, Order, Preview, Progress
-from serve.domain import JobState, Tier
+from serve.domain.jobs import JobState
+from serve.domain.text import Tier
 from serve.errors import Forbidden, InvalidRequest, JobNotFound, ModelNotFound, QueueFull, Unauthorized
 
 DrawingWith = Callable[..., AbstractContextManager[Drawing]]

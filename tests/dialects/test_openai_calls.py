@@ -17,7 +17,7 @@ from support.openai_clients import client_of, pixels
 from support.server import wait_until
 
 from serve.callers import Allowance, Scope
-from serve.domain import JobError, Preview
+from serve.domain.jobs import JobError, Preview
 from serve.jobs.store import Claim
 
 WORDS = "a red circle"

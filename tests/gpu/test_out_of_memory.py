@@ -15,7 +15,7 @@ from serve.diffusion.run import Rendered
 from serve.diffusion.rungs import descend
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import Relief
+from serve.domain.jobs import Relief
 from serve.memory.planner import plan
 from serve.memory.shapes import published
 from serve.rungs import Rung, worse

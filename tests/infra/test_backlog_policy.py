@@ -16,7 +16,7 @@ from serve.catalog import open_catalog
 from serve.jobs.terms import Terms
 from serve.origins import load_args
 from serve.placements import plan_placements
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 VARIABLE = "TANDEM_JOBS__REDIS_URL"
 

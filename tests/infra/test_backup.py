@@ -15,7 +15,7 @@ from support.house import House, until
 from support.jobs import ANY, Bench, a_request, on
 from support.server import free_port, wait_until
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import LOCK, URL, EmbeddedRedis, folder_of
 from serve.jobs.store import Claim, Want
 from serve.keys import KeyStore

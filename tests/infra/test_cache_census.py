@@ -8,7 +8,7 @@ import pytest
 import redis
 from support.cache_node import UNIT, UNITS, Node, until
 
-from serve.domain import CacheReport, Tier
+from serve.domain.text import CacheReport, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.census import REPORTS, SEEN, CacheCensus, CensusTaker, clear_all, read_census
 from serve.encoders.redis_tier import ALL, PREFIX

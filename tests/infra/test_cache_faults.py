@@ -11,7 +11,7 @@ import redis
 from support.cache_node import UNIT, UNITS, Node, until
 from support.slow_proxy import SlowProxy
 
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.breaker import Breaker, BreakerState
 from serve.encoders.cache import Fetched

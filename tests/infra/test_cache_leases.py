@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.cache_node import UNIT, UNITS, Node, commands, until
 from support.slow_proxy import SlowProxy
 
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import Fetched
 from serve.encoders.coalesce import Coalescer
 from serve.encoders.redis_tier import LEASE_PREFIX

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from pydantic import SecretStr
 
-from serve.domain import CacheReport, EncodeUnit, Tier
+from serve.domain.text import CacheReport, EncodeUnit, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 UNITS = [EncodeUnit("encoder", (1, 2, number)) for number in range(4)]

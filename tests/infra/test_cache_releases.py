@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 from support.cache_node import UNIT, Node, stored
 
-from serve.domain import Tier
+from serve.domain.text import Tier
 from serve.encoders.libraries import computed_by, digest_of
 from serve.encoders.redis_tier import ALL
 

@@ -21,7 +21,7 @@ from serve.doctor.findings import Finding
 from serve.doctor.gpus import check_gpus
 from serve.doctor.model_files import check_concepts, check_models
 from serve.models import SHIPPED
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 ROOT = Path(__file__).parents[2]
 Driver = Callable[[str], None]

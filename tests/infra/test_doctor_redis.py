@@ -15,7 +15,8 @@ from serve.doctor.redis_look import look
 from serve.doctor.redis_servers import cache_findings, check_redis_servers, common_findings, jobs_findings
 from serve.embedded import EmbeddedRedis
 from serve.jobs.schema import SCHEMA
-from serve.settings import CacheSettings, JobSettings, Settings
+from serve.settings.stores import CacheSettings, JobSettings
+from serve.settings.tree import Settings
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from support.small_s3 import BUCKET, SmallS3, a_bucket, s3_settings
 
 from serve.doctor.findings import Finding
 from serve.doctor.result_store import check_results
-from serve.settings import ResultSettings, Settings
+from serve.settings.stores import ResultSettings
+from serve.settings.tree import Settings
 
 RIGHTS = ("PutObject", "GetObject", "ListBucket", "DeleteObject")
 KEYS = {"aws_access_key_id": "k", "aws_secret_access_key": "s"}

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from support.cache_node import UNIT, UNITS, Node, commands, stored, until
 from support.slow_proxy import SlowProxy
 
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import Fetched
 from serve.encoders.codec import pack, unpack
 from serve.encoders.redis_tier import MAGIC, PREFIX, seal, unseal
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 
 
 def test_what_one_encoded_another_reads_bit_for_bit(redis_url: str) -> None:

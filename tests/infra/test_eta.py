@@ -18,7 +18,8 @@ from serve.diffusion.engine import Engine
 from serve.diffusion.profile import Profile, open_profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import LatentShape, StepScheduler
-from serve.domain import ImageRequest, Job, JobState
+from serve.domain.jobs import Job, JobState
+from serve.domain.orders import ImageRequest
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
@@ -31,7 +32,9 @@ from serve.placements import Placement
 from serve.prompts.plan import Planner
 from serve.reports import Pace, cost_here, report_of
 from serve.results.store import open_store
-from serve.settings import DiffusionSettings, JobSettings, ModelSettings, ResultSettings, Settings
+from serve.settings.pools import DiffusionSettings, ModelSettings
+from serve.settings.stores import JobSettings, ResultSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.worker import Worker
 

@@ -16,7 +16,9 @@ from deployments.ingress import _open_keys
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, OperatorError
 from serve.keys import KeyStore
-from serve.settings import JobSettings, KeySettings, Settings
+from serve.settings.front import KeySettings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 FIRST = f"tdm_{'b' * 12}_{'B' * 43}"

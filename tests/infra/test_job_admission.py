@@ -7,7 +7,7 @@ import pytest
 from support.jobs import ANY, MODEL, Bench, a_request, on
 
 from serve.callers import Allowance
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import Conflict, InvalidRequest, JobGone, JobNotFound, QueueFull, RateLimited
 from serve.jobs.store import Claim, Terms
 from serve.jobs.terms import WorkerReport

@@ -8,7 +8,7 @@ import pytest
 from support.jobs import ANY, Bench, a_request, history, on, until
 from support.tcp_proxy import TcpProxy
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, JobNotFound
 from serve.jobs import bell, events

@@ -5,10 +5,7 @@ import asyncio
 import pytest
 from support.jobs import ANY, Bench, a_request, history, on, states, until
 
-from serve.domain import (
-    JobEvent,
-    JobState,
-)
+from serve.domain.jobs import JobEvent, JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, InvalidRequest, JobNotFound, LeaseLost
 from serve.jobs.events import follow

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support.jobs import ANY, BROKEN, MODEL, Bench, a_request, on
 
 from serve.callers import Allowance
-from serve.domain import JobState, Priority
+from serve.domain.jobs import JobState
+from serve.domain.orders import Priority
 from serve.jobs.store import Claim, Hold, Terms, Want
 
 

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from support.jobs import ANY, BROKEN, Bench, a_request, on, until
 
-from serve.domain import (
-    Job,
-    JobState,
-)
+from serve.domain.jobs import Job, JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs.store import Hold

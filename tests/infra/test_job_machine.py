@@ -31,12 +31,14 @@ from support.job_model import HELD, MAX_ATTEMPTS, Expected, FairShare, Told
 from support.jobs import BROKEN
 
 from serve.callers import Allowance
-from serve.domain import ImageRef, ImageRequest, JobState, Preview, Priority, Tier, Timings, WebhookState
+from serve.domain.jobs import ImageRef, JobState, Preview, Timings, WebhookState
+from serve.domain.orders import ImageRequest, Priority
+from serve.domain.text import Tier
 from serve.embedded import EmbeddedRedis
 from serve.errors import Conflict, JobGone, JobNotFound, LeaseLost, QueueFull, RateLimited
 from serve.jobs.events import follow
 from serve.jobs.store import Claim, Hold, JobStore, Terms, Want
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MAX_QUEUED, STEPS = 4, 3

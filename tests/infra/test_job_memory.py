@@ -12,7 +12,8 @@ from support.jobs import BROKEN, MODEL, Bench, a_request, on
 
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row
-from serve.domain import EncodeUnit, JobState, MemoryReport, Relief
+from serve.domain.jobs import JobState, MemoryReport, Relief
+from serve.domain.text import EncodeUnit
 from serve.encoders.cache import Fetched
 from serve.errors import OutOfMemory
 from serve.jobs.records import Marks

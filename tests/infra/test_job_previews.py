@@ -6,7 +6,7 @@ import time
 import pytest
 from support.jobs import IMAGE, Bench, a_preview, a_request, history, on, until
 
-from serve.domain import JobEvent, JobState, Preview, StepEvent, Timings
+from serve.domain.jobs import JobEvent, JobState, Preview, StepEvent, Timings
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs.events import follow

@@ -12,7 +12,9 @@ from redis import Redis
 from support.house import House
 from support.jobs import ANY, IMAGE, Bench, a_request, on
 
-from serve.domain import Arrival, JobError, JobState, Tier, Timings
+from serve.domain.jobs import JobError, JobState, Timings
+from serve.domain.orders import Arrival
+from serve.domain.text import Tier
 from serve.jobs import reading, records
 from serve.jobs.store import Terms
 from serve.stages import explained, stages

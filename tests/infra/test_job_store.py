@@ -5,12 +5,8 @@ import asyncio
 import pytest
 from support.jobs import ANY, BROKEN, CUT, IMAGE, MODEL, Bench, a_request, history, on, states
 
-from serve.domain import (
-    CacheReport,
-    JobState,
-    Tier,
-    Timings,
-)
+from serve.domain.jobs import JobState, Timings
+from serve.domain.text import CacheReport, Tier
 from serve.errors import JobNotFound, LeaseLost, QueueFull
 from serve.jobs.store import Claim, Hold, Want
 

@@ -4,7 +4,8 @@ import dataclasses
 
 from support.jobs import ANY, CUT, Bench, a_request, on
 
-from serve.domain import JobState, Note, TokenCount
+from serve.domain.jobs import JobState
+from serve.domain.text import Note, TokenCount
 from serve.jobs.store import Claim
 
 TOKENS = TokenCount(field="prompt", role="text_encoder", encoder="clip-l", used=80, cut=3, unknown=1, chunks=2)

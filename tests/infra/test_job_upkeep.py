@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from support.jobs import ANY, BROKEN, Bench, a_request, on
 
-from serve.domain import JobState, WebhookState
+from serve.domain.jobs import JobState, WebhookState
 from serve.embedded import EmbeddedRedis
 from serve.errors import JobNotFound
 from serve.jobs.store import Claim, Terms

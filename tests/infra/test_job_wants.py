@@ -13,7 +13,7 @@ from serve.embedded import EmbeddedRedis
 from serve.errors import QueueFull
 from serve.jobs.store import Claim, Hold, Want
 from serve.placements import Placement
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 from serve.wants import wants_of
 
 SIDES = (8, 16, 24, 64)

@@ -15,11 +15,14 @@ from support.jobs import ANY, BROKEN, CUT, a_request
 from serve.callers import Allowance, Scope
 from serve.cli.app import main
 from serve.cli.backstage import Backstage, backstage
-from serve.domain import ImageRef, Job, JobState, Priority, Tier, Timings
+from serve.domain.jobs import ImageRef, Job, JobState, Timings
+from serve.domain.orders import Priority
+from serve.domain.text import Tier
 from serve.errors import InvalidRequest, JobNotFound
 from serve.jobs.store import Claim, JobStore, Terms
 from serve.retry import retry
-from serve.settings import JobSettings, Settings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 PNG = b"\x89PNG not really"

@@ -19,7 +19,7 @@ from serve.callers import Allowance, Scope
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, OperatorError, Unauthorized
 from serve.keys import _REMEMBERED, KEEP_S, KeyStore
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 FIRST = f"tdm_{'b' * 12}_{'B' * 43}"

@@ -19,7 +19,8 @@ from serve.embedded import EmbeddedRedis, running_url
 from serve.errors import OperatorError, Unauthorized
 from serve.keys import ApiKey, KeyStore
 from serve.results.local import LocalStore
-from serve.settings import JobSettings, Settings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 Tandem = Callable[..., int]

@@ -12,7 +12,7 @@ from serve.cli.backstage import backstage
 from serve.embedded import running_url
 from serve.errors import OperatorError
 from serve.local import prepare
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 def settings_of(data_dir: Path, host: str = "0.0.0.0", **rooms: Any) -> Settings:

@@ -10,7 +10,7 @@ import pytest
 
 from serve.errors import OperatorError
 from serve.local import prepare
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 def begun(data_dir: Path, redis_url: str, **rooms: Any) -> None:

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from serve.jobs.options import OPTIONS_S
 from serve.jobs.store import JobStore
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 pytestmark = pytest.mark.anyio

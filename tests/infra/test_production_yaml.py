@@ -17,7 +17,7 @@ from serve.models import SHIPPED, ModelFolder
 from serve.origins import load, load_args, plain_secrets
 from serve.placements import plan_placements
 from serve.rungs import Rung
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 FILE = Path(__file__).parents[2] / "docs" / "operations" / "production.yaml"
 TREE: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from support.small_s3 import SmallS3, a_bucket, one_at_a_time, s3_settings
 from serve.errors import BackendUnavailable, JobNotFound, OperatorError
 from serve.results.keys import CONTENT_TYPES, checked, content_type, input_key, manifest_key, reference, split
 from serve.results.store import ResultStore, Stored, open_store
-from serve.settings import ResultSettings
+from serve.settings.stores import ResultSettings
 
 KEY = "0123456789abcdef/0.png"
 

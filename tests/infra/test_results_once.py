@@ -22,7 +22,7 @@ from serve.results import s3
 from serve.results.keys import input_key, manifest_key
 from serve.results.local import LocalStore
 from serve.results.store import ResultStore, Stored, open_store
-from serve.settings import ResultSettings
+from serve.settings.stores import ResultSettings
 
 JOB = "0123456789abcdef"
 KEY = f"{JOB}/0.png"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from serve.diffusion.engine import Rendered
 from serve.diffusion.run import Spent
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import BackendUnavailable, GenerationFailed
 from serve.jobs.records import Claim
 from serve.patience import GivenBack, Patience, Withdrawn

@@ -9,7 +9,7 @@ import redis
 from support.jobs import ANY, BROKEN, MODEL, Bench, a_request, on
 from support.server import wait_until
 
-from serve.domain import MemoryReport
+from serve.domain.jobs import MemoryReport
 from serve.embedded import EmbeddedRedis
 from serve.jobs.terms import Terms, WorkerReport
 from serve.scaling.demand import Band, Place

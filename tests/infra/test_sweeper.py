@@ -10,14 +10,14 @@ import pytest
 from support.jobs import BROKEN, Bench, a_request, on, until
 from support.small_s3 import BUCKET, a_bucket, s3_settings
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable, JobNotFound
 from serve.jobs import sweeper
 from serve.jobs.store import JobStore
 from serve.jobs.sweeper import DELETIONS, PAGE, Objects, sweep
 from serve.results.store import ResultStore, open_store
-from serve.settings import ResultSettings
+from serve.settings.stores import ResultSettings
 
 OVER = {"result_ttl_s": 0.001}
 """Time that is over as soon as a job has ended."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from redis import Redis
 from support.jobs import ANY, MODEL, Bench, a_request, on
 
-from serve.domain import JobState, Syntax
+from serve.domain.jobs import JobState
+from serve.domain.text import Syntax
 from serve.embedded import EmbeddedRedis
 from serve.errors import InvalidRequest
 from serve.jobs import reading

@@ -21,9 +21,9 @@ from support.jobs import Bench, a_request, on, until
 from support.receiver import Receiver
 from support.slow_proxy import SlowProxy
 
-from serve.domain import Job, WebhookState
+from serve.domain.jobs import Job, WebhookState
 from serve.jobs.terms import Terms
-from serve.settings import WebhookSettings
+from serve.settings.front import WebhookSettings
 from serve.webhooks import Deliverer, Pace
 from serve.webhooks.turns import IN_HAND, IN_HAND_A_HOST
 

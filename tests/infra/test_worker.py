@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from pydantic import SecretStr
 from support.house import House, open_house
 
-from serve.domain import EncodeUnit, JobState, Sign, Tier
+from serve.domain.jobs import JobState
+from serve.domain.text import EncodeUnit, Sign, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.errors import BackendUnavailable
 from serve.jobs.events import follow
@@ -19,7 +20,8 @@ from serve.orders import NewImage
 from serve.placements import Fleet
 from serve.results.encode import read_parameters
 from serve.service import ImageService
-from serve.settings import CacheSettings, LimitSettings
+from serve.settings.orders import LimitSettings
+from serve.settings.stores import CacheSettings
 from serve.shapes.draw import draw, sample_scene
 
 pytestmark = pytest.mark.anyio

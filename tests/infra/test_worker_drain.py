@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.house import GRACE_S, LONG, GatedRunner, House, a_runner, open_house, restarted, until
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import EmbeddedRedis
 from serve.jobs.store import Claim, JobStore
 from serve.jobs.terms import Crew

@@ -10,7 +10,7 @@ from support.house import GatedRunner, House, a_runner, open_house, restarted, u
 from serve.attempt import retried
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import Row
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import (
     BackendUnavailable,

@@ -12,7 +12,7 @@ from serve.diffusion.engine import Work
 from serve.diffusion.ladder import Ladder
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import Row
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import OutOfMemory
 from serve.rungs import Rung
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.house import LONG, GatedRunner, House, a_runner, open_house, until
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.jobs.store import Claim, JobStore, Want
 from serve.jobs.terms import Hold
 from serve.wants import LEFT_TO_OTHERS_S

@@ -17,7 +17,7 @@ from PIL import Image
 from support.drawing import Drawing
 from support.jobs import ANY, BROKEN
 
-from serve.domain import ImageRef, JobState, Preview, Timings
+from serve.domain.jobs import ImageRef, JobState, Preview, Timings
 from serve.jobs.store import Claim
 from serve.results.store import open_store
 

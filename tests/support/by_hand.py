@@ -13,7 +13,7 @@ from serve.diffusion.families.base import Lane, Text
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.samplers import Track
 from serve.diffusion.state import start_from_noise
-from serve.domain import Mix, Phase, Schedule, TextEmbedding
+from serve.domain.conditioning import Mix, Phase, Schedule, TextEmbedding
 
 Composed = Sequence[tuple[float, torch.Tensor]]
 Said = Callable[[int], tuple[Composed, torch.Tensor]]

@@ -7,10 +7,10 @@ from typing import Any
 import redis
 from pydantic import SecretStr
 
-from serve.domain import EncodeUnit, Tier
+from serve.domain.text import EncodeUnit, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.redis_tier import PAUSE_S, PREFIX
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 UNITS = [EncodeUnit("encoder", (number,)) for number in range(5)]

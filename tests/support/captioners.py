@@ -32,7 +32,8 @@ from serve.captions.describer import Describer
 from serve.captions.pool import CaptionPool
 from serve.captions.service import CaptionService, ReadPicture
 from serve.models.captioner import captioner_of
-from serve.settings import CaptionSettings, Settings
+from serve.settings.pools import CaptionSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import Metrics
 
 SIDE, PATCH = 32, 8

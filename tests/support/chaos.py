@@ -25,7 +25,8 @@ from support.chaos_collect import PREFIX, collected, puts_of_bucket, puts_of_fol
 from support.history import Accepted, Entry, Heard, Late, Refused, read
 from support.tcp_proxy import TcpProxy
 
-from serve.domain import ImageRequest, Job
+from serve.domain.jobs import Job
+from serve.domain.orders import ImageRequest
 from serve.embedded import EmbeddedRedis
 from serve.errors import QueueFull, RateLimited, Unavailable
 from serve.jobs.events import follow
@@ -33,7 +34,7 @@ from serve.jobs.store import JobStore
 from serve.jobs.sweeper import sweep
 from serve.jobs.terms import Terms
 from serve.results.store import open_store
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 LEASE_S = 2.0

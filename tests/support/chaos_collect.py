@@ -8,7 +8,7 @@ from typing import Any
 
 from support.history import Accepted, Answer, Entry, Put, Transition
 
-from serve.domain import Job
+from serve.domain.jobs import Job
 from serve.errors import JobNotFound
 from serve.jobs.store import JobStore
 

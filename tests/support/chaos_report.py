@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 from support.history import Accepted, Answer, Entry, Heard, Transition, violations, write
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 OUT = Path(os.environ.get("CHAOS_OUT", ".pytest_cache/chaos"))
 DOC = Path(__file__).parents[2] / "docs" / "reliability.md"

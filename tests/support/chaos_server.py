@@ -24,7 +24,7 @@ from support.tcp_proxy import TcpProxy
 
 from serve.embedded import EmbeddedRedis
 from serve.jobs.store import JobStore
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 LEASE_S = 3.0

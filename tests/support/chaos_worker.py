@@ -36,7 +36,8 @@ from serve.diffusion.rungs import descend
 from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.diffusion.scheduler import Row, StepScheduler
 from serve.diffusion.state import Source
-from serve.domain import EncodeUnit, JobState
+from serve.domain.jobs import JobState
+from serve.domain.text import EncodeUnit
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
@@ -51,7 +52,7 @@ from serve.prompts.plan import Planner
 from serve.reports import cost_here, report_of
 from serve.results.store import ResultStore, open_store
 from serve.rungs import Rung
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.worker import Worker
 

@@ -11,7 +11,7 @@ from support.chart import Manifest, Pods, Rendered, at, leaves, pods_of, where
 from support.chart_rules import Rule, selects, stateful_claims
 
 from serve.origins import flatten
-from serve.settings import ENV_DELIMITER, ENV_PREFIX, Settings
+from serve.settings.tree import ENV_DELIMITER, ENV_PREFIX, Settings
 
 NO_SETTINGS = {f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}KEY"}
 """Variables with the settings' prefix that the server knows beside them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from support.chart import Rendered, where
 
-from serve.telemetry.metrics import DECLARATIONS, Kind
+from serve.telemetry.declarations import DECLARATIONS, Kind
 
 OURS = re.compile(r"\b(?:ray_)?tandem_[a-z0-9_]+")
 SUFFIXES = {Kind.COUNTER: ("",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}

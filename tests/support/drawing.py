@@ -27,7 +27,8 @@ from serve.keys import KeyStore
 from serve.placements import Fleet, plan_placements
 from serve.readiness import PoolState
 from serve.service import ImageService
-from serve.settings import JobSettings, Settings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.text import TextService
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from support.traffic import Traffic
 
 from serve.embedded import EmbeddedRedis
 from serve.jobs.store import JobStore
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.urls import place_of
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

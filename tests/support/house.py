@@ -21,7 +21,9 @@ from serve.diffusion.ladder import Ladder
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import Row, StepScheduler
-from serve.domain import EncodeUnit, ImageRequest, Job, JobEvent
+from serve.domain.jobs import Job, JobEvent
+from serve.domain.orders import ImageRequest
+from serve.domain.text import EncodeUnit
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.encoders.forward import TextTower
@@ -37,7 +39,9 @@ from serve.placements import Placement
 from serve.prompts.plan import Planner
 from serve.reports import Pace, cost_here, report_of
 from serve.results.store import ResultStore, open_store
-from serve.settings import DiffusionSettings, JobSettings, ModelSettings, ResultSettings, Settings
+from serve.settings.pools import DiffusionSettings, ModelSettings
+from serve.settings.stores import JobSettings, ResultSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.telemetry.tracing import Tracing
 from serve.worker import Worker

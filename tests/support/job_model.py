@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from serve.domain import ImageRequest, Job, JobState, Priority
+from serve.domain.jobs import Job, JobState
+from serve.domain.orders import ImageRequest, Priority
 from serve.jobs.store import Terms, Want
 
 MAX_ATTEMPTS = 2

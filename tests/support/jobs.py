@@ -7,11 +7,13 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from serve.domain import ImageRef, ImageRequest, JobError, JobEvent, JobState, Preview, Tier, Timings, Truncation
+from serve.domain.jobs import ImageRef, JobError, JobEvent, JobState, Preview, Timings
+from serve.domain.orders import ImageRequest
+from serve.domain.text import Tier, Truncation
 from serve.jobs.events import follow
 from serve.jobs.schema import SCHEMA, Schema
 from serve.jobs.store import Claim, JobStore, Want
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MODEL = "shapes"
@@ -75,6 +77,7 @@ async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10.0
     deadline = time.monotonic() + within_s
     while not await condition():
         assert time.monotonic() < deadline, "the condition never came true"
+        await asyncio.sleep(0.005)
 
 
 def states(events: list[JobEvent]) -> list[tuple[JobState, int]]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from PIL import Image
 from support.jobs import ANY
 
-from serve.domain import ImageRef, Preview, Timings
+from serve.domain.jobs import ImageRef, Preview, Timings
 from serve.errors import BackendUnavailable, LeaseLost
 from serve.jobs.store import Claim, JobStore
 from serve.results.encode import encode_image

@@ -9,7 +9,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 from serve.api.app import create_app
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 Json = dict[str, Any]
 

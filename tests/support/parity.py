@@ -15,10 +15,11 @@ from serve.diffusion.engine import Work
 from serve.diffusion.paste import pasted
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.samplers import FlowMatchHeun
-from serve.domain import Conditioning, ImageRequest, Schedule, Task
+from serve.domain.conditioning import Conditioning, Schedule
+from serve.domain.orders import ImageRequest, Task
 from serve.models import check_folder
 from serve.models.samplers import SAMPLERS
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 SETTINGS = DiffusionSettings(device="cpu", torch_threads=1, channels_last=False)
 NEGATIVE = "green"

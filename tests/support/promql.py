@@ -14,8 +14,9 @@ from typing import Any
 import promql_parser as promql
 import pytest
 
-from serve.domain import JobState, Sign, Tier
-from serve.telemetry.metrics import DECLARATIONS, Kind
+from serve.domain.jobs import JobState
+from serve.domain.text import Sign, Tier
+from serve.telemetry.declarations import DECLARATIONS, Kind
 from serve.webhooks.deliverer import Outcome
 
 TARGET = {"namespace", "release", "pod", "container", "instance", "job", "ray_cluster", "ray_group"}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from serve.bench.footprints import CLASSES, built
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.memory.shapes import published
 from serve.models import ModelFolder
 from serve.models.denoiser import Denoiser

@@ -14,7 +14,7 @@ import pytest
 from moto.s3.responses import S3Response
 from pydantic import SecretStr
 
-from serve.settings import ResultSettings, S3Settings
+from serve.settings.stores import ResultSettings, S3Settings
 
 BUCKET = "tandem-tests"
 

@@ -14,7 +14,8 @@ import redis
 from pydantic import SecretStr
 from support.obliging import obliging
 
-from serve.settings import CacheSettings, HttpSettings
+from serve.settings.front import HttpSettings
+from serve.settings.stores import CacheSettings
 
 SOON_S = 20.0
 

@@ -6,7 +6,7 @@ import torch
 
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 
 def make(

@@ -8,7 +8,7 @@ import pytest
 from support.text_models import flux_folder, sd3_folder, sdxl_folder
 
 from serve.analysis import Analysis, analysis
-from serve.domain import LongPrompt, Syntax, TextRequest, Tier
+from serve.domain.text import LongPrompt, Syntax, TextRequest, Tier
 from serve.models import SHIPPED, check_folder
 from serve.prompts.concepts import ConceptRef
 from serve.prompts.plan import Planner, Source

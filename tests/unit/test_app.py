@@ -15,7 +15,7 @@ from serve.catalog import open_catalog
 from serve.errors import OperatorError
 from serve.local import on_this_machine
 from serve.placements import GPU_CLASS_LABEL, plan_placements
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 def settings_of(folder: Path, **tree: Any) -> Settings:

@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from deployments.app import replicas
 from deployments.autoscaling import REQUEST_TOKENS, QueuedTokens, ReplicaLoad, desired_replicas
 from serve.scaling.steady import Steady
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 
 def desire(loads: list[ReplicaLoad], current: int, **changes: float) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from serve.catalog import Catalog, open_catalog
 from serve.errors import OperatorError
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 TWIN = {"source": "shapes", "name": "twin"}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 
 from serve.costs import FALLBACK_MS, Costs, Estimate
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.terms import REPORT, Crew, StepCurve, WorkerReport
 
 MODEL = "shapes"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from serve.errors import InvalidRequest
 from serve.images import cut_out_png, inspect
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 SIZE = (24, 16)
 LEFT = np.s_[:, :12]

@@ -28,7 +28,7 @@ from serve.devices import (
 )
 from serve.errors import DeviceLost, OperatorError, OutOfMemory
 from serve.memory.planner import USABLE
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 
 def test_an_absent_device_names_the_setting() -> None:

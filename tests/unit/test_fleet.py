@@ -2,12 +2,12 @@
 
 import pytest
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import InvalidRequest
 from serve.fleet import check_replicas, held_pixels, place_info
 from serve.jobs.terms import WorkerReport
 from serve.placements import Fleet, Placement
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 SMALL, LARGE = 1024 * 1024, 2048 * 2048
 

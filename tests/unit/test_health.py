@@ -4,7 +4,7 @@ import pytest
 
 from serve.health import allowed_s, stall_s
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from serve.domain import ResizeMode
+from serve.domain.orders import ResizeMode
 from serve.errors import InvalidRequest
 from serve.image_files import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from serve.images import image_png, inspect, mask_png, written_file
-from serve.settings import LimitSettings
+from serve.settings.orders import LimitSettings
 
 LIMITS = LimitSettings()
 SIZE = (24, 16)

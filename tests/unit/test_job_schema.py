@@ -11,20 +11,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from support.jobs import IMAGE, a_request
 
-from serve.domain import (
-    ImageRef,
-    ImageRequest,
-    LongPrompt,
-    MaskedContent,
-    MemoryReport,
-    Note,
-    Syntax,
-    Tier,
-    Timings,
-    TokenCount,
-    Truncation,
-    Weighting,
-)
+from serve.domain.jobs import ImageRef, MemoryReport, Timings
+from serve.domain.orders import ImageRequest, MaskedContent
+from serve.domain.text import LongPrompt, Note, Syntax, Tier, TokenCount, Truncation, Weighting
 from serve.errors import BackendUnavailable
 from serve.jobs import reading
 from serve.jobs.reading import REQUEST, beside, order, readable

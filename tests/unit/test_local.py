@@ -4,7 +4,7 @@ import pytest
 
 from serve.local import on_this_machine
 from serve.placements import HERE
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 
 @pytest.mark.parametrize(

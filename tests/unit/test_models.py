@@ -8,10 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.errors import OperatorError
 from serve.models import SHIPPED, Denoiser, ModelFolder, TextPart, resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

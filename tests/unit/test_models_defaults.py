@@ -12,7 +12,7 @@ from serve.errors import OperatorError
 from serve.models import SHIPPED, check_folder, resolve
 from serve.models.defaults import GENERATION_CONFIG, Defaults, defaults
 from serve.models.denoiser import Guidance
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 EULER = {"_class_name": "EulerDiscreteScheduler"}
 

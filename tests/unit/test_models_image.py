@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.image_models import BUILDERS, flux_model, sd3_model, sd_model, sdxl_model
 
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.errors import OperatorError
 from serve.models import SHIPPED, Denoiser, check_folder
 from serve.models.defaults import GENERATION_CONFIG

@@ -39,7 +39,7 @@ from serve.models import SHIPPED, ModelFolder, resolve
 from serve.models.sources import hub_files
 from serve.models.tensor_tables import Kind, clip_table, stored_names, t5_table
 from serve.models.text_parts import CLASSES
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SETTING = "text_models.1"

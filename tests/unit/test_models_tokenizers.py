@@ -20,7 +20,8 @@ from serve.models import SHIPPED, resolve
 from serve.models.sources import hub_files
 from serve.models.text_tokenizers import check_clip_tokenizer
 from serve.prompts.tokenizers import PromptTokenizer
-from serve.settings import ModelSettings, Settings
+from serve.settings.pools import ModelSettings
+from serve.settings.tree import Settings
 
 SIZE = 918
 """Tokens of the shipped vocabulary; the last two begin and end a text."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serve.errors import ClientError, InvalidRequest, ModelNotFound
 from serve.options import Options, Style, changed, kept, model_named, read, styled, styles_of
-from serve.settings import ArmSettings, TemplateSettings
+from serve.settings.orders import ArmSettings, TemplateSettings
 
 MODELS = ("shapes", "sd 1.5")
 

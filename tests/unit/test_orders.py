@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given as given_
 from hypothesis import strategies as st
 
-from serve.domain import MaskedContent, ResizeMode, Task
+from serve.domain.orders import MaskedContent, ResizeMode, Task
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.jobs.reading import REQUEST
 from serve.models import SHIPPED, Denoiser, ModelFolder, check_folder
 from serve.orders import NewImage, complete
 from serve.placements import Fleet, Placement
-from serve.settings import DiffusionSettings, LimitSettings
+from serve.settings.orders import LimitSettings
+from serve.settings.pools import DiffusionSettings
 from serve.starting import Given
 
 SHAPES = check_folder(SHIPPED, "shapes")

@@ -21,7 +21,9 @@ from serve.models import ModelFolder
 from serve.origins import load
 from serve.placements import GRID, Fleet, Placement, draws, held_size, plan_placements, plan_share
 from serve.rungs import LADDER, Rung
-from serve.settings import DiffusionSettings, RungName, Settings
+from serve.settings.pools import DiffusionSettings
+from serve.settings.room import RungName
+from serve.settings.tree import Settings
 
 CLASSES = {"4gb": {"memory_gb": 4, "dtypes": ["float16"]}, "11gb": {"memory_gb": 11, "dtypes": ["float16", "float32"]}}
 SIDES = st.integers(1, 256).map(lambda each: 8 * each)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.domain import Task
+from serve.domain.orders import Task
 from serve.models import Denoiser
 from serve.models.presets import RATIOS, auto, presets
 

@@ -9,7 +9,7 @@ from serve.memory.shapes import published
 from serve.placements import Placement
 from serve.relief import AGED_S, STARTING_S, Card, Cards, Fortune, cards_of, living
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 SQUARE = 1024 * 1024
 

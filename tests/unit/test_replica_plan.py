@@ -16,7 +16,8 @@ from serve.models import ModelFolder, resolve
 from serve.placements import Placement, plan_placements
 from serve.replica_plan import card_use, planned_here, tell_plan
 from serve.rungs import LADDER, MEANS, Rung
-from serve.settings import GpuClassSettings, ModelSettings, Settings
+from serve.settings.pools import GpuClassSettings, ModelSettings
+from serve.settings.tree import Settings
 
 
 @pytest.fixture(scope="module")

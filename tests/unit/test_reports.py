@@ -7,11 +7,11 @@ from hypothesis import given
 from serve.costs import Costs
 from serve.diffusion.curves import Curve
 from serve.diffusion.profile import Profile
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.terms import REPORT, Crew, StepCurve
 from serve.placements import Placement
 from serve.reports import LEAST_PACE, MOST_PACE, REPORTED_POINTS, Pace, cost_here, report_of
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 PLACEMENT = Placement(
     name="a card",

@@ -16,7 +16,8 @@ from standardwebhooks import Webhook
 
 from serve.errors import OperatorError
 from serve.origins import EnvironmentSecret, flatten, load, load_args, plain_secrets, shown
-from serve.settings import Settings, header_pairs
+from serve.settings.telemetry import header_pairs
+from serve.settings.tree import Settings
 
 NAMES = [name for name, _ in flatten(Settings())]
 AMBIGUOUS = ("hunter2/x", "hunter2#x", "hunter2?x", "hunter2@x", "x/hunter2", "x#hunter2", "x?hunter2", "x@hunter2/y")

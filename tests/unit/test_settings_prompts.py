@@ -9,7 +9,7 @@ import pytest
 from serve.errors import OperatorError
 from serve.origins import load
 from serve.prompts.places import MAX_CHARACTERS
-from serve.settings import ArmSettings, TemplateSettings
+from serve.settings.orders import ArmSettings, TemplateSettings
 
 PORTRAIT = {"text": "a portrait of {subject}"}
 TEST = {"arms": {"plain": {"text": "{prompt}"}, "rich": {"text": "{prompt}, oil", "share": 3}}}

@@ -8,7 +8,9 @@ from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
 from serve.models.text_parts import TextPart
 from serve.placements import Placement
-from serve.settings import CaptionSettings, DiffusionSettings, EncoderSettings, HttpSettings, Settings
+from serve.settings.front import HttpSettings
+from serve.settings.pools import CaptionSettings, DiffusionSettings, EncoderSettings
+from serve.settings.tree import Settings
 from serve.shares import fit
 
 

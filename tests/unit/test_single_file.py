@@ -20,7 +20,7 @@ from serve.errors import OperatorError
 from serve.models import SHIPPED, ModelFolder, check_folder, resolve
 from serve.models.checkpoints import recognised
 from serve.models.conversion import conversion_digest
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 
 @pytest.fixture(scope="module")

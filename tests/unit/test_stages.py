@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from serve.domain import Tier, Timings
+from serve.domain.jobs import Timings
+from serve.domain.text import Tier
 from serve.stages import STAGES, explained, stages, wall_s
 
 WHOLE = Timings(

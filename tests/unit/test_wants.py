@@ -11,7 +11,7 @@ from serve.models import resolve
 from serve.models.denoiser import Denoiser
 from serve.placements import Placement
 from serve.relief import AGED_S
-from serve.settings import DiffusionSettings, ModelSettings
+from serve.settings.pools import DiffusionSettings, ModelSettings
 from serve.wants import LEFT_TO_OTHERS_S, batch_of, wants_of
 
 AGED = Want("m", 0, 4096, AGED_S)

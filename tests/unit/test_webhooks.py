@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from serve.errors import InvalidRequest
-from serve.settings import WebhookSettings
+from serve.settings.front import WebhookSettings
 from serve.webhooks import check_webhook
 from serve.webhooks.addresses import checked, public
 

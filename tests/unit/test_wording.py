@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.parse import parse
-from serve.settings import ArmSettings, LimitSettings, TemplateSettings
+from serve.settings.orders import ArmSettings, LimitSettings, TemplateSettings
 from serve.wording import NewPrompt, Worded, arm_of, worded
 
 LIMITS = LimitSettings()

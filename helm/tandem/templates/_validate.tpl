@@ -442,7 +442,7 @@ ray.head.shm: {{ $head.shm }} of shared memory, which counts as memory ({{ $head
 
 {{/*
 Every placement as {name, path, num_gpus, num_cpus, replicas, least, most, count, gpu_class, device}, `diffusion` under
-it, as YAML: what the server makes of them (serve/settings.py, serve/placements.py). `count` is the setting that says
+it, as YAML: what the server makes of them (serve/settings, serve/placements.py). `count` is the setting that says
 how many replicas there are at `most`.
 */}}
 {{- define "tandem.placements" -}}

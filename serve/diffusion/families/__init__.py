@@ -10,7 +10,7 @@ import torch
 
 from serve.models import ModelFolder
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 if TYPE_CHECKING:
     from serve.diffusion.families.base import Family

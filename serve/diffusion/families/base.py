@@ -19,10 +19,10 @@ from serve.diffusion.families.speed import remember_signatures
 from serve.diffusion.offload import Offload
 from serve.diffusion.rungs import check_library, settle
 from serve.diffusion.vae import Vae, open_vae
-from serve.domain import TextEmbedding
+from serve.domain.conditioning import TextEmbedding
 from serve.models import ModelFolder
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

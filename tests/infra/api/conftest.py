@@ -20,7 +20,8 @@ from support.jobs import ANY
 from support.speaking import Speaking, speaking_on
 
 from serve.api.app import create_app
-from serve.domain import EncodeUnit, ImageRef
+from serve.domain.jobs import ImageRef
+from serve.domain.text import EncodeUnit
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache, Fetch, Fetched
 from serve.encoders.forward import TextTower
@@ -36,7 +37,9 @@ from serve.readiness import PoolState
 from serve.results.keys import content_type
 from serve.results.store import ResultStore, open_store
 from serve.service import ImageService
-from serve.settings import JobSettings, ModelSettings, Settings
+from serve.settings.pools import ModelSettings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 from serve.telemetry.tracing import open_tracing
 from serve.text import TextService

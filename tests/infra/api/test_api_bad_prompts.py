@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.settings import PromptSettings, TemplateSettings
+from serve.settings.orders import PromptSettings, TemplateSettings
 
 pytestmark = pytest.mark.anyio
 SOON_S = 0.05

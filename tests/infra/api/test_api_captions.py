@@ -11,7 +11,9 @@ from support.captioners import blip_folder, describer_of, one_thread, picture
 from serve.captions.messages import Ask
 from serve.captions.service import MAX_SIDE
 from serve.images import MAX_RATIO
-from serve.settings import CaptionSettings, KeySettings, LimitSettings
+from serve.settings.front import KeySettings
+from serve.settings.orders import LimitSettings
+from serve.settings.pools import CaptionSettings
 
 pytestmark = pytest.mark.anyio
 RED = picture("red")

@@ -16,7 +16,8 @@ from serve.inputs import DECODINGS, Inputs, Pictures, settled
 from serve.jobs.store import JobStore
 from serve.orders import NewImage
 from serve.results.local import LocalStore
-from serve.settings import CacheSettings, LimitSettings
+from serve.settings.orders import LimitSettings
+from serve.settings.stores import CacheSettings
 
 pytestmark = pytest.mark.anyio
 SIZE = (72, 64)

@@ -10,7 +10,7 @@ import pytest
 
 from serve.embedded import EmbeddedRedis
 from serve.readiness import PoolState
-from serve.settings import ResultSettings, S3Settings
+from serve.settings.stores import ResultSettings, S3Settings
 
 pytestmark = pytest.mark.anyio
 PNG = b"\x89PNG not really"

@@ -9,7 +9,8 @@ import pytest
 
 from serve.callers import Allowance, Scope
 from serve.embedded import EmbeddedRedis
-from serve.settings import CacheSettings, KeySettings
+from serve.settings.front import KeySettings
+from serve.settings.stores import CacheSettings
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}

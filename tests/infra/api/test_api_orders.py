@@ -15,7 +15,7 @@ from serve.callers import Allowance
 from serve.embedded import EmbeddedRedis
 from serve.jobs.store import Claim, JobStore
 from serve.jobs.terms import StepCurve, Submitted, WorkerReport
-from serve.settings import KeySettings, WebhookSettings
+from serve.settings.front import KeySettings, WebhookSettings
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}

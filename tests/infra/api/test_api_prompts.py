@@ -16,9 +16,12 @@ from support.listening import listening
 from support.text_models import flux_folder, sd3_folder, sdxl_folder
 
 from serve.callers import Scope
-from serve.domain import Weighting
+from serve.domain.text import Weighting
 from serve.prompts.parse import parse
-from serve.settings import ArmSettings, CacheSettings, KeySettings, ModelSettings, PromptSettings, TemplateSettings
+from serve.settings.front import KeySettings
+from serve.settings.orders import ArmSettings, PromptSettings, TemplateSettings
+from serve.settings.pools import ModelSettings
+from serve.settings.stores import CacheSettings
 
 pytestmark = pytest.mark.anyio
 FORWARDS = "tandem_encoder_forwards_total"

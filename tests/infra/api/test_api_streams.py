@@ -9,7 +9,8 @@ import pytest
 from support.follower import Follower
 from support.jobs import until
 
-from serve.settings import CacheSettings, HttpSettings, KeySettings
+from serve.settings.front import HttpSettings, KeySettings
+from serve.settings.stores import CacheSettings
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}

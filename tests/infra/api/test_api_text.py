@@ -30,12 +30,13 @@ from support.text_models import (
     sdxl_folder,
 )
 
-from serve.domain import TextRequest
+from serve.domain.text import TextRequest
 from serve.embedded import EmbeddedRedis
 from serve.encoders.cache import EmbeddingCache
 from serve.encoders.census import CensusTaker
 from serve.models import SHIPPED
-from serve.settings import CacheSettings, ModelSettings
+from serve.settings.pools import ModelSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 pytestmark = pytest.mark.anyio

@@ -16,9 +16,9 @@ from support.house import House
 
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import GenerationFailed
-from serve.settings import TracingSettings
+from serve.settings.telemetry import TracingSettings
 from serve.stages import stages
 from serve.telemetry.tracing import Tracing, open_tracing
 
@@ -211,7 +211,7 @@ async def test_a_secret_that_a_collector_repeats_is_not_told(
 
 def test_what_is_off_is_not_even_imported() -> None:
     told = (
-        "import sys, serve.telemetry.tracing as t, serve.settings as s\n"
+        "import sys, serve.telemetry.tracing as t, serve.settings.telemetry as s\n"
         "assert t.open_tracing(s.TracingSettings(), 'ingress', 'a test') is None\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
     )

@@ -18,11 +18,11 @@ from PIL import Image
 from support.jobs import ANY
 from support.listening import listening
 
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.embedded import EmbeddedRedis
 from serve.errors import BackendUnavailable
 from serve.jobs.store import JobStore
-from serve.settings import HttpSettings
+from serve.settings.front import HttpSettings
 
 pytestmark = pytest.mark.anyio
 ORDER = {"prompt": "a red circle", "num_inference_steps": 2}

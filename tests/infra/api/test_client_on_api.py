@@ -10,7 +10,7 @@ import pytest
 from support.listening import listening
 
 from serve.cli.client import Client
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import InvalidRequest, JobNotFound, Unavailable
 
 pytestmark = pytest.mark.anyio

@@ -20,7 +20,9 @@ from deployments.ingress import Ingress
 from serve.embedded import EmbeddedRedis
 from serve.errors import OperatorError
 from serve.jobs.store import JobStore
-from serve.settings import JobSettings, KeySettings, Settings
+from serve.settings.front import KeySettings
+from serve.settings.stores import JobSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 pytestmark = pytest.mark.anyio

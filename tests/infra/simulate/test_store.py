@@ -4,11 +4,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.embedded import EmbeddedRedis
 from serve.jobs.records import Want
 from serve.jobs.terms import Hold
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.simulate.calls import StoreCalls
 from serve.simulate.measure import MeasuredStore, measure
 from serve.simulate.store import SimulatedStore

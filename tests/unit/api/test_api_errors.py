@@ -19,7 +19,8 @@ from serve.api.middleware import BodyLimit, RequestIds, release_body
 from serve.api.ratelimits import UNITS
 from serve.api.streams import TooManyStreams
 from serve.callers import Allowance, Limit
-from serve.settings import HttpSettings, LimitSettings
+from serve.settings.front import HttpSettings
+from serve.settings.orders import LimitSettings
 
 TREE = [
     each

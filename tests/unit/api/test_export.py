@@ -19,10 +19,10 @@ from diffusers import (
 )
 from safetensors.torch import load
 
-from serve.domain import Conditioning
+from serve.domain.conditioning import Conditioning
 from serve.encoders.export import shapes, to_safetensors
 from serve.errors import InvalidRequest
-from serve.settings import Dtype
+from serve.settings.room import Dtype
 
 TOKENS, WIDTH, POOLED = 5, 8, 4
 

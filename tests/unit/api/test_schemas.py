@@ -16,7 +16,9 @@ from serve.api.job_schemas import webhook_body
 from serve.api.model_schemas import ModelView
 from serve.api.schemas import EventView, JobOrder, JobView, PreviewView
 from serve.api.text_schemas import EmbeddingOrder
-from serve.domain import CacheReport, ImageRef, ImageRequest, Job, JobError, JobEvent, JobState, Truncation
+from serve.domain.jobs import ImageRef, Job, JobError, JobEvent, JobState
+from serve.domain.orders import ImageRequest
+from serve.domain.text import CacheReport, Truncation
 from serve.offers import ModelInfo
 from serve.orders import NewImage
 from serve.text import NewText

@@ -22,11 +22,13 @@ from serve.bench.stats import Percentiles, Spread
 from serve.bench.texts import random_row
 from serve.bench.throughput import Batch, Throughput
 from serve.bench.weights import encoder_of, random_encoder
-from serve.domain import EncodeUnit
+from serve.domain.text import EncodeUnit
 from serve.embedded import EmbeddedRedis
 from serve.encoders.forward import TextTower
 from serve.encoders.pool import EncoderPool
-from serve.settings import CacheSettings, EncoderSettings, Settings
+from serve.settings.pools import EncoderSettings
+from serve.settings.stores import CacheSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 SIZES = {"width": 64, "layers": 2, "heads": 2, "head_width": 32, "feed_forward": 128, "vocab_size": 1300}

@@ -18,7 +18,7 @@ from serve.bench.engine_report import as_json, bars, headline, tables
 from serve.bench.mixed import mixed_orders
 from serve.bench.stats import Spread
 from serve.models import check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from serve.bench.texts import caption_rows, prompt, random_row
 from serve.bench.weights import write_model
 from serve.models import resolve
 from serve.prompts.tokenizers import PromptTokenizer
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 CLIP = EncoderShape(
     name="tiny",

@@ -12,7 +12,7 @@ from serve.bench.texts import random_row
 from serve.bench.weights import encoder_of, random_encoder
 from serve.bench.windows import DISTURBED, Budget, Series, Spare, in_turns
 from serve.encoders.forward import TextTower
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 CLIP = EncoderShape(
     name="tiny-clip", kind="clip", width=64, layers=2, heads=2, head_width=32, feed_forward=128, vocab_size=1300

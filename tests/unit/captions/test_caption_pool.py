@@ -17,7 +17,7 @@ from serve.captions.messages import Ask, Caption
 from serve.captions.pool import CaptionPool
 from serve.devices import device_errors
 from serve.errors import BackendUnavailable, DeviceLost, InvalidRequest
-from serve.settings import CaptionSettings
+from serve.settings.pools import CaptionSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 ASKS = [Ask(picture(colour), "", 4) for colour in ("red", "blue", "green", "orange")]

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from serve.captions.describer import CHAT_PROMPT, Describer
 from serve.captions.messages import Ask
 from serve.errors import InvalidRequest, OperatorError
-from serve.settings import CaptionSettings
+from serve.settings.pools import CaptionSettings
 
 COLOURS = ("red", "blue", "green", "orange", "black")
 Make = Callable[[Path], Path]

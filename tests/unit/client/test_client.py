@@ -8,7 +8,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from serve.cli.client import Client, local_url
 from serve.client import AsyncClient, NotTandem, Pool, Progress
-from serve.domain import CacheReport, JobState, Truncation
+from serve.domain.jobs import JobState
+from serve.domain.text import CacheReport, Truncation
 from serve.errors import (
     ClientError,
     Forbidden,
@@ -21,7 +22,7 @@ from serve.errors import (
     Unauthorized,
     Unavailable,
 )
-from serve.settings import HttpSettings
+from serve.settings.front import HttpSettings
 
 pytestmark = pytest.mark.anyio
 STEPS = 4

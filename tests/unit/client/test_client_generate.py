@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import JSONResponse, Response
 
 from serve.client import AsyncClient, Client, JobFailed, NotTandem, Picture, Progress
-from serve.domain import JobState
+from serve.domain.jobs import JobState
 from serve.errors import QueueFull, RateLimited
 
 Ask = Callable[..., Any]

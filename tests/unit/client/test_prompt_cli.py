@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from serve.analysis import analysis
 from serve.api.analysis_schemas import AnalysisReport
 from serve.cli.prompt_screen import shown_analysis, shown_similarity
-from serve.domain import LongPrompt, TextRequest, Tier
+from serve.domain.text import LongPrompt, TextRequest, Tier
 from serve.models import SHIPPED, check_folder
 from serve.prompts.plan import Planner, Source
 

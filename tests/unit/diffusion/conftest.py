@@ -13,14 +13,15 @@ from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.diffusion.start import work_of
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import register
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
-from serve.settings import DiffusionSettings, ModelSettings, Settings
+from serve.settings.pools import DiffusionSettings, ModelSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 

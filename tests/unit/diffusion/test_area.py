@@ -13,7 +13,7 @@ from serve.diffusion.area import area_of
 from serve.diffusion.engine import Engine, Work
 from serve.diffusion.fill import filled
 from serve.diffusion.paste import pasted
-from serve.domain import MaskedContent
+from serve.domain.orders import MaskedContent
 
 MakeWork = Callable[..., Work]
 SIDE = 128

@@ -13,7 +13,8 @@ from serve.diffusion.engine import Engine, Rendered, Work
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner
 from serve.diffusion.scheduler import Row, StepScheduler
-from serve.domain import Conditioning, Schedule, StepEvent
+from serve.domain.conditioning import Conditioning, Schedule
+from serve.domain.jobs import StepEvent
 from serve.encoders.export import conditioning_at
 from serve.errors import DeviceLost, GenerationFailed, NotFinite, OutOfMemory
 from serve.telemetry.metrics import InProcessMetrics

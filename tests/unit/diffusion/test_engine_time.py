@@ -12,7 +12,7 @@ from serve.diffusion.profile import Profile
 from serve.diffusion.run import Picture, Spent
 from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import Row, StepScheduler
-from serve.domain import StepEvent
+from serve.domain.jobs import StepEvent
 from serve.errors import OutOfMemory
 from serve.telemetry.metrics import InProcessMetrics
 

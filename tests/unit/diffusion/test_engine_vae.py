@@ -18,7 +18,7 @@ from serve.diffusion.runner import Latents, Runner
 from serve.diffusion.scheduler import StepScheduler
 from serve.diffusion.state import Source
 from serve.diffusion.vae_thread import VaeThread
-from serve.domain import Preview, StepEvent
+from serve.domain.jobs import Preview, StepEvent
 from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
 from serve.telemetry.metrics import InProcessMetrics
 

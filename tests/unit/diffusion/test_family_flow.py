@@ -20,10 +20,10 @@ from support.image_models import auraflow_model, flux_model, pixart_model, sd3_m
 from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family, Lane, Text
 from serve.diffusion.families.flux import image_ids, pack, unpack
-from serve.domain import Conditioning, Schedule
+from serve.domain.conditioning import Conditioning, Schedule
 from serve.errors import OperatorError
 from serve.models.folder import check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 MODELS: Mapping[str, Callable[[Path], Path]] = {
     "sd3": sd3_model,

@@ -26,10 +26,10 @@ from support.text_models import OPENCLIP_PROJECTION, fill
 from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family, Lane, Text
 from serve.diffusion.families.unet import guidance_embedding
-from serve.domain import TextEmbedding
+from serve.domain.conditioning import TextEmbedding
 from serve.errors import OperatorError
 from serve.models import check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 CPU = torch.device("cpu")
 ROW = 77

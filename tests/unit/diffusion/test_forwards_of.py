@@ -8,11 +8,11 @@ from support.image_models import playground_model, sd3_model
 
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.samplers import Track
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.records import steps_of
 from serve.models import check_folder
 from serve.models.samplers import forwards_of, sampler_names
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 
 @pytest.fixture(scope="module", params=["diffusion", "flow", "edm"])

@@ -18,10 +18,11 @@ from serve.diffusion.engine import Engine, Work
 from serve.diffusion.profile import Profile
 from serve.diffusion.runner import Runner, open_runner
 from serve.diffusion.scheduler import StepScheduler
-from serve.domain import ImageRequest, Mix, Phase, Schedule, Task, TextEmbedding
+from serve.domain.conditioning import Mix, Phase, Schedule, TextEmbedding
+from serve.domain.orders import ImageRequest, Task
 from serve.models import ModelFolder, check_folder
 from serve.models.samplers import sampler_names
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MakeWork = Callable[..., Work]

@@ -12,7 +12,7 @@ from serve.diffusion.families.speed import blocks
 from serve.diffusion.offload import ALIGNMENT, Offload, layers
 from serve.models import check_folder
 from serve.quantize import quantize
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 CPU = torch.device("cpu")
 

@@ -30,12 +30,13 @@ from serve.diffusion.scheduler import Row, StepScheduler
 from serve.diffusion.state import Source
 from serve.diffusion.vae_thread import VaeThread
 from serve.diffusion.vae_ways import Way, Ways
-from serve.domain import ImageRequest, Relief, StepEvent
+from serve.domain.jobs import Relief, StepEvent
+from serve.domain.orders import ImageRequest
 from serve.errors import GenerationFailed, OperatorError, OutOfMemory
 from serve.models import ModelFolder
 from serve.quantize import load_library
 from serve.rungs import LADDER, Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 MakeWork = Callable[..., Work]

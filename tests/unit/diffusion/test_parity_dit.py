@@ -9,7 +9,8 @@ from diffusers import AuraFlowPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
 from support.image_models import auraflow_model, pixart_model
 from support.parity import Pair
 
-from serve.domain import Conditioning, ImageRequest, Task
+from serve.domain.conditioning import Conditioning
+from serve.domain.orders import ImageRequest, Task
 
 
 class DitPair(Pair):

@@ -19,7 +19,8 @@ from support.image_models import flux_model, sd3_model, vae
 from support.parity import Pair
 from support.text_models import fill
 
-from serve.domain import Conditioning, ImageRequest, Task
+from serve.domain.conditioning import Conditioning
+from serve.domain.orders import ImageRequest, Task
 
 SD3 = {
     Task.TXT2IMG: StableDiffusion3Pipeline,

@@ -15,7 +15,8 @@ from diffusers import (
 from support.image_models import lcm_model, sd_model
 from support.parity import Pair
 
-from serve.domain import Conditioning, ImageRequest, Task
+from serve.domain.conditioning import Conditioning
+from serve.domain.orders import ImageRequest, Task
 from serve.errors import InvalidRequest
 from serve.models.folder import SHIPPED
 from serve.models.samplers import sampler_names

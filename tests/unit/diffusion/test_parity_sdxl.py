@@ -16,7 +16,8 @@ from support.parity import Pair
 from support.text_models import OPENCLIP, OPENCLIP_PROJECTION, fill
 
 from serve.diffusion.samplers import Track
-from serve.domain import Conditioning, ImageRequest, Task
+from serve.domain.conditioning import Conditioning
+from serve.domain.orders import ImageRequest, Task
 from serve.errors import InvalidRequest
 from serve.models.samplers import sampler_names
 

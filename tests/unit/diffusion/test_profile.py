@@ -23,7 +23,7 @@ from serve.diffusion.runner import Latents, Runner, open_runner
 from serve.errors import DeviceLost, GenerationFailed, OutOfMemory
 from serve.models import ModelFolder, check_folder
 from serve.rungs import Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 Ms = Callable[[tuple[int, int], int], float]
 SETTINGS = DiffusionSettings(device="cpu", torch_threads=1)

@@ -26,7 +26,7 @@ from serve.errors import DeviceLost, GenerationFailed, OperatorError, OutOfMemor
 from serve.models import ModelFolder, check_folder
 from serve.quantize import BlockwiseLinear, load_library, packed
 from serve.rungs import LADDER, MEANS, Rung
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 MakeWork = Callable[..., Work]
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from support.parity import SETTINGS, difference, drawn
 
 from serve.diffusion.run import Work
 from serve.diffusion.runner import Latents, Runner, open_runner
-from serve.domain import Conditioning, Schedule
+from serve.domain.conditioning import Conditioning, Schedule
 from serve.encoders.export import conditioning_at
 from serve.errors import DeviceLost, GenerationFailed, OperatorError
 from serve.models import ModelFolder, check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 MakeWork = Callable[..., Work]
 

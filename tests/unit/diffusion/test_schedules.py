@@ -12,7 +12,7 @@ from support.parity import difference, drawn
 from serve.diffusion.families.base import Lane
 from serve.diffusion.run import Work
 from serve.diffusion.runner import Runner
-from serve.domain import Mix, Phase
+from serve.domain.conditioning import Mix, Phase
 from serve.encoders.export import conditioning_at
 
 MakeWork = Callable[..., Work]

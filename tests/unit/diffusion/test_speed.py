@@ -19,7 +19,7 @@ from serve.diffusion.synthetic import synthetic_lanes
 from serve.errors import OperatorError
 from serve.models import check_folder
 from serve.models.denoiser import FLOAT16
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 OTHERS = sorted(FAMILIES.keys() - set(FLOAT16))

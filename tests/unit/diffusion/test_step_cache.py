@@ -11,7 +11,7 @@ from serve.diffusion.families.base import Lane
 from serve.diffusion.run import Work
 from serve.diffusion.runner import Runner
 from serve.diffusion.step_cache import StepCache
-from serve.domain import Phase, Schedule, TextEmbedding
+from serve.domain.conditioning import Phase, Schedule, TextEmbedding
 from serve.encoders.export import conditioning_at
 
 MakeWork = Callable[..., Work]

@@ -12,10 +12,11 @@ from support.text_models import OPENCLIP_PROJECTION
 from serve.diffusion.families import open_family
 from serve.diffusion.families.base import Family, Text
 from serve.diffusion.texts import Sides, Texts, check
-from serve.domain import Conditioning, ImageRequest, Mix, Phase, Schedule, TextEmbedding
+from serve.domain.conditioning import Conditioning, Mix, Phase, Schedule, TextEmbedding
+from serve.domain.orders import ImageRequest
 from serve.errors import GenerationFailed, InvalidRequest
 from serve.models import check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 TOKENS, WIDTH = 5, 48
 

@@ -16,7 +16,7 @@ from serve.diffusion import vae as vae_module
 from serve.diffusion.vae import Vae, open_vae
 from serve.errors import GenerationFailed, NotFinite, OperatorError
 from serve.models import check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 
 PLAIN = DiffusionSettings(channels_last=False)
 HALF = [torch.float16, torch.bfloat16]

@@ -8,7 +8,7 @@ from transformers import T5EncoderModel
 
 from serve.encoders.registry import Encoder, register
 from serve.models import check_folder
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 WIDE_CLIP = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
 WIDE_T5 = {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_layers": 4, "num_heads": 4}

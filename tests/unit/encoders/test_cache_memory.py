@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.domain import CacheReport, EncodeUnit, Tier
+from serve.domain.text import CacheReport, EncodeUnit, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.errors import BackendUnavailable
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 ALPHABET = [EncodeUnit("encoder", (number,)) for number in range(6)]

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from serve.domain import EncodeUnit, Phase, Schedule, TextEmbedding, Weighting
+from serve.domain.conditioning import Phase, Schedule, TextEmbedding
+from serve.domain.text import EncodeUnit, Weighting
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.export import conditioning_at

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from serve.domain import LongPrompt, Schedule, TextRequest
+from serve.domain.conditioning import Schedule
+from serve.domain.text import LongPrompt, TextRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.export import conditioning_at
@@ -13,7 +14,7 @@ from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import register
 from serve.models.folder import SHIPPED, check_folder
 from serve.prompts.plan import Planner
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 STEPS = 10
 Read = Callable[..., Schedule]

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from support.text_models import sd_folder, sdxl_folder
 
-from serve.domain import FIRST_CONCEPT_ID, EncodeUnit, Schedule, TextRequest
+from serve.domain.conditioning import Schedule
+from serve.domain.text import FIRST_CONCEPT_ID, EncodeUnit, TextRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.concepts import ConceptFolder
@@ -19,7 +20,7 @@ from serve.encoders.registry import register
 from serve.errors import BackendUnavailable, InvalidRequest
 from serve.models import SHIPPED, ModelFolder, check_folder
 from serve.prompts.plan import Planner, PromptPlan
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from support.text_models import flux_folder, sd3_folder, sdxl_folder
 from transformers import T5EncoderModel
 
-from serve.domain import EncodeUnit
+from serve.domain.text import EncodeUnit
 from serve.encoders.unit import fingerprint, projection_id
 from serve.models import SHIPPED, ModelFolder, TextPart, resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 
 def parts(folder: Path) -> dict[str, TextPart]:

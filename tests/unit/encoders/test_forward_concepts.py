@@ -11,7 +11,7 @@ import torch
 from support.towers import all_outputs, make, random_rows
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, UMT5EncoderModel
 
-from serve.domain import FIRST_CONCEPT_ID
+from serve.domain.text import FIRST_CONCEPT_ID
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.reads import Read
 from serve.encoders.registry import Encoder

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.towers import all_outputs, make, random_rows
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, UMT5EncoderModel
 
-from serve.domain import EncodeUnit
+from serve.domain.text import EncodeUnit
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 

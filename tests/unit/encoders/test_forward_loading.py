@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from serve.encoders.forward import TextTower
 from serve.encoders.registry import Encoder
 from serve.errors import OperatorError
-from serve.settings import EncoderSettings
+from serve.settings.pools import EncoderSettings
 
 Weights = dict[str, torch.Tensor]
 

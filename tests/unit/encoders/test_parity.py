@@ -43,7 +43,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from serve.domain import Conditioning, EncodeUnit, LongPrompt, TextRequest, Weighting
+from serve.domain.conditioning import Conditioning
+from serve.domain.text import EncodeUnit, LongPrompt, TextRequest, Weighting
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.export import conditioning_at
@@ -52,7 +53,7 @@ from serve.encoders.registry import Registry, register
 from serve.models.folder import SHIPPED, ModelFolder, check_folder
 from serve.prompts.families import UNPADDED
 from serve.prompts.plan import Planner, PromptPlan
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "shapes": lambda _: SHIPPED,

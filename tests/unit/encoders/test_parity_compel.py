@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from support.text_models import sd_folder, sdxl_folder
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from serve.domain import Syntax, TextRequest, Weighting
+from serve.domain.text import Syntax, TextRequest, Weighting
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import register
 from serve.models import ModelFolder, check_folder
 from serve.prompts.plan import Planner
-from serve.settings import Settings
+from serve.settings.tree import Settings
 
 FOLDERS: Mapping[str, Callable[[Path], Path]] = {"sd": sd_folder, "sdxl": sdxl_folder}
 RETURNED = {

@@ -11,7 +11,7 @@ import torch
 from support.text_models import sd3_folder, sdxl_folder
 
 from deployments.doors import Order
-from serve.domain import EncodeUnit, TextRequest, Tier
+from serve.domain.text import EncodeUnit, TextRequest, Tier
 from serve.encoders.codec import unpack
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.pool import Ask, EncoderPool
@@ -19,7 +19,9 @@ from serve.encoders.registry import Encoder, Registry, register
 from serve.errors import BackendUnavailable, DeviceLost, GenerationFailed, OutOfMemory
 from serve.models import ModelFolder, resolve
 from serve.prompts.plan import Planner
-from serve.settings import CacheSettings, EncoderSettings, ModelSettings, Settings
+from serve.settings.pools import EncoderSettings, ModelSettings
+from serve.settings.stores import CacheSettings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 FORWARDS, ROWS, DROPPED = (

@@ -8,14 +8,14 @@ import pytest
 import torch
 from support.towers import all_outputs, random_rows
 
-from serve.domain import FIRST_CONCEPT_ID, EncodeUnit, Tier
+from serve.domain.text import FIRST_CONCEPT_ID, EncodeUnit, Tier
 from serve.encoders.codec import unpack
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.pool import EncoderPool
 from serve.encoders.registry import Encoder
 from serve.encoders.weights import load_trunk
 from serve.errors import BackendUnavailable
-from serve.settings import Settings
+from serve.settings.tree import Settings
 from serve.telemetry.metrics import InProcessMetrics
 
 ROWS = "tandem_encoder_forward_rows_total"

@@ -15,7 +15,8 @@ from serve.encoders.registry import Registry, register
 from serve.encoders.unit import projection_id
 from serve.errors import OperatorError
 from serve.models import ModelFolder, resolve
-from serve.settings import ModelSettings, Settings
+from serve.settings.pools import ModelSettings
+from serve.settings.tree import Settings
 
 CLIP, OPEN, T5 = "clip-32x3", "clip-48x2", "t5-96x2"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from serve.domain import EncodeUnit, Weighting
+from serve.domain.text import EncodeUnit, Weighting
 from serve.encoders.weighting import apply, emphasize, multiply
 from serve.prompts.wanted import Wanted, WeightedRow
 

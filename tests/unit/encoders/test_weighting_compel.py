@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.towers import make
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from serve.domain import EncodeUnit, Weighting
+from serve.domain.text import EncodeUnit, Weighting
 from serve.encoders.forward import Row, TextTower
 from serve.encoders.registry import Encoder
 from serve.encoders.weighting import apply

@@ -13,7 +13,7 @@ from serve.encoders.concept_files import write_concept
 from serve.learning.examples import read_examples
 from serve.learning.learner import Learner, Wishes
 from serve.models import ModelFolder, check_folder
-from serve.settings import DiffusionSettings
+from serve.settings.pools import DiffusionSettings
 from serve.shapes import WEIGHTS
 from serve.shapes.draw import NEVER_DRAWN_PAIRS, PLACES, Scene, Thing, draw, shade
 from serve.shapes.evaluate import Model

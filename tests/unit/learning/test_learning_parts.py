@@ -13,7 +13,7 @@ from support.image_models import lcm_model, playground_model, sd_model, sdxl_mod
 from support.text_models import sd3_folder
 
 from serve.diffusion.families import open_family
-from serve.domain import TextRequest
+from serve.domain.text import TextRequest
 from serve.encoders.codec import pack
 from serve.encoders.compose import compose
 from serve.encoders.concept_files import write_concept
@@ -27,7 +27,8 @@ from serve.learning.learner import Learner, Process, Wishes, check_model
 from serve.learning.words import Words
 from serve.models import SHIPPED, ModelFolder, check_folder
 from serve.prompts.plan import Planner
-from serve.settings import DiffusionSettings, Settings
+from serve.settings.pools import DiffusionSettings
+from serve.settings.tree import Settings
 
 CPU = torch.device("cpu")
 ON_CPU = DiffusionSettings(device="cpu", torch_threads=1)

@@ -9,7 +9,7 @@ import pytest
 
 from loadtest.bench.bare import Bare
 from loadtest.processes import ENGINE, VAE, thread_seconds
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
 
 pytestmark = pytest.mark.slow

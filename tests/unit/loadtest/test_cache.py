@@ -23,10 +23,10 @@ from loadtest.servers import Budget
 from loadtest.tail import Tail
 from serve.bench.machine import this_machine
 from serve.bench.stats import Percentiles
-from serve.domain import Tier
+from serve.domain.text import Tier
 from serve.errors import OperatorError
 from serve.prompts.plan import Planner
-from serve.settings import CacheSettings
+from serve.settings.stores import CacheSettings
 from serve.telemetry.metrics import InProcessMetrics
 
 PAIRED = PairedPlan(encoder="t5-small", rounds=2, seconds=5.0, threads=1, seed=4)

@@ -17,7 +17,8 @@ from support.load_results import STARTED_AT, key, page
 from loadtest.report.scrape import NAMES, Scraper, values
 from loadtest.report.series import Series, amounts
 from serve.errors import OperatorError
-from serve.telemetry.metrics import DECLARATIONS, InProcessMetrics
+from serve.telemetry.declarations import DECLARATIONS
+from serve.telemetry.metrics import InProcessMetrics
 
 pytestmark = pytest.mark.anyio
 

@@ -24,7 +24,8 @@ from serve.bench.machine import Machine
 from serve.bench.stats import Spread
 from serve.cli.bench_service import environment, read_baseline, service
 from serve.cli.options import settings_tree
-from serve.domain import ImageRequest, Timings
+from serve.domain.jobs import Timings
+from serve.domain.orders import ImageRequest
 from serve.errors import OperatorError
 
 ORDER = ImageRequest(

@@ -14,7 +14,7 @@ from loadtest.trace import Catalog, catalog_of, due_times, read_catalog, trace
 from loadtest.workload import Burst, Closed, Diurnal, HangUps, Images, Poisson, Workload, load, names
 from serve.errors import OperatorError
 from serve.models import resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 FIELDS = {
     "prompt",

@@ -22,7 +22,7 @@ from serve.memory.activations import decode_bytes, encode_bytes, step_bytes
 from serve.memory.shapes import published, shape_of
 from serve.memory.terms import ModelShape
 from serve.models import resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 WITHIN = 0.03
 FEW = {"num_layers": 3, "num_single_layers": 2, "num_mmdit_layers": 2, "num_single_dit_layers": 2}

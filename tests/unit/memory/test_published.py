@@ -15,7 +15,7 @@ from serve.memory.flops import decoding, forward
 from serve.memory.planner import plan
 from serve.memory.shapes import published, shape_of
 from serve.models import SHIPPED, resolve
-from serve.settings import ModelSettings
+from serve.settings.pools import ModelSettings
 
 ROOT = Path(__file__).parents[3]
 MILLIONS = {

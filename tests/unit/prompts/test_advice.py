@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve.domain import LongPrompt, Note, Syntax, TextRequest
+from serve.domain.text import LongPrompt, Note, Syntax, TextRequest
 from serve.prompts.advice import advice_on, notes_on
 from serve.prompts.plan import Planner
 

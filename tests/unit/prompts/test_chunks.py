@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.domain import LongPrompt
+from serve.domain.text import LongPrompt
 from serve.errors import InvalidRequest
 from serve.prompts.ast import Break
 from serve.prompts.chunks import BACKTRACK, MAX_ROWS, Tokenized, cut, part

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.prompt_trees import weights_of
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.ast import Blend, Concept, Conjunction, Part, Prompt, Text, Weighted, Words
 from serve.prompts.parse import parse

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.domain import ImageRequest, LongPrompt, Phase, Sign, TextRequest
+from serve.domain.conditioning import Phase
+from serve.domain.orders import ImageRequest
+from serve.domain.text import LongPrompt, Sign, TextRequest
 from serve.errors import InvalidRequest
 from serve.models.folder import ModelFolder
 from serve.prompts.plan import Planner, PromptPlan, UnitRead

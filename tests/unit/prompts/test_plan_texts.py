@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.domain import FIRST_CONCEPT_ID, EncodeUnit, LongPrompt, Phase, Sign, Syntax, TextRequest, Weighting
+from serve.domain.conditioning import Phase
+from serve.domain.text import FIRST_CONCEPT_ID, EncodeUnit, LongPrompt, Sign, Syntax, TextRequest, Weighting
 from serve.errors import InvalidRequest
 from serve.prompts.concepts import ConceptFault, ConceptRef, Concepts
 from serve.prompts.flats import Span

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from compel import prompt_parser as compel
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.parse import parse, words
 from serve.prompts.places import MAX_CHARACTERS

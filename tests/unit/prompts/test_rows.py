@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.domain import FIRST_CONCEPT_ID, LongPrompt
+from serve.domain.text import FIRST_CONCEPT_ID, LongPrompt
 from serve.prompts.ast import Break
 from serve.prompts.chunks import cut, part
 from serve.prompts.concepts import ConceptRef

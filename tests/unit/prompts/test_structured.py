@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.ast import Blend, Entry, Part, Prompt, Scheduled, Text, Weighted, When
 from serve.prompts.parse import parse

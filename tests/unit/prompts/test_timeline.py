@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.domain import Mix, Syntax
+from serve.domain.conditioning import Mix
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.ast import (
     Alternate,

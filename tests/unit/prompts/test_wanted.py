@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.domain import EncodeUnit, Weighting
+from serve.domain.text import EncodeUnit, Weighting
 from serve.errors import InvalidRequest
 from serve.prompts.wanted import MAX_FRAGMENTS, NO_WORDS, WeightedRow, runs, wanted
 

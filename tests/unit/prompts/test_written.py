@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from support.prompt_trees import TEXTS, prompt_trees
 
-from serve.domain import Syntax
+from serve.domain.text import Syntax
 from serve.errors import InvalidRequest
 from serve.prompts.ast import Blend, Prompt
 from serve.prompts.normal import normal

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.results.encode import encode_image, read_parameters
 from serve.results.infotext import as_text
 from serve.results.png import parameters

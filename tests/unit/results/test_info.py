@@ -4,7 +4,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from serve.domain import ImageRef, ImageRequest, Job, JobState
+from serve.domain.jobs import ImageRef, Job, JobState
+from serve.domain.orders import ImageRequest
 from serve.results.info import info_json
 from serve.results.infotext import read_text
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.results.partial import partial_image
 
 REQUEST = ImageRequest(model="m", prompt="p", width=96, height=64, num_inference_steps=4, guidance_scale=1.0, seed=0)

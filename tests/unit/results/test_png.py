@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.errors import InvalidRequest
 from serve.results.encode import read_parameters
 from serve.results.infotext import as_text

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from unit.simulate.test_world import fleet, poisson, traffic
 
-from serve.domain import ImageRequest
+from serve.domain.orders import ImageRequest
 from serve.jobs.records import Want
-from serve.settings import JobSettings
+from serve.settings.stores import JobSettings
 from serve.simulate import world
 from serve.simulate.fleet import Fleet
 from serve.simulate.outcome import Outcome

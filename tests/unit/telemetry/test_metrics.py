@@ -2,7 +2,8 @@
 
 import pytest
 
-from serve.telemetry.metrics import DECLARATIONS, InProcessMetrics, Kind
+from serve.telemetry.declarations import DECLARATIONS, Kind
+from serve.telemetry.metrics import InProcessMetrics
 
 
 def test_every_metric_is_declared_once_and_named_by_convention() -> None:
