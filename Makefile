@@ -16,6 +16,8 @@ S ?= 3600
 BUILD_ARGS ?=
 TAG ?= $(shell awk -F '"' '/^version = / {print $$2; exit}' pyproject.toml)
 BIN = .venv/bin
+QUICK = $(BIN)/python -m pytest -m 'not slow and not chaos and not gpu'
+WHOLE = tests/cluster tests/chaos
 SUITABLE = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
@@ -30,8 +32,14 @@ demo: .venv/.installed ## Start a server, make six pictures, show what happened
 up: .venv/.installed ## Start the server on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/tandem up $(ARGS)
 
+# What starts whole servers has the machine to itself; the rest goes in two processes before it.
 test: .venv/.installed ## Every test that is not slow: unit, Redis, S3, Ray, end to end
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not chaos and not gpu' $(ARGS)
+ifeq (,$(findstring tests/,$(ARGS)))
+	HF_HUB_OFFLINE=1 $(QUICK) -n 2 --dist loadfile $(WHOLE:%=--ignore=%) $(ARGS); parts=$$?; \
+	HF_HUB_OFFLINE=1 $(QUICK) $(WHOLE) $(ARGS) && exit $$parts
+else
+	HF_HUB_OFFLINE=1 $(QUICK) $(ARGS)
+endif
 
 test-slow: .venv/.installed ## The slow tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not chaos and not gpu' $(ARGS)

@@ -132,6 +132,8 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await asyncio.wait([self._claiming])
+                with contextlib.suppress(TandemError):
+                    await self._jobs.stand_by_no_more(self._name, self._placement.model)
                 while self._held:
                     await asyncio.wait(list(self._held))
         await self._leave()
@@ -165,12 +167,15 @@ class Worker:
             self._freed.clear()
             # Until it is stored: what is claimed meanwhile may end this process, and with it the last attempt.
             alone = any(attempt.claim.alone for attempt in self._held.values())
-            wants = [] if alone else wants_of(self._placement, self.rows, self._batch())
+            batch = self._batch()
+            wants = [] if alone else wants_of(self._placement, self.rows, batch)
             if not wants:
                 await first(self._freed.wait(), self._draining.wait())
                 continue
             try:
-                claim = await self._jobs.claim(self._name, wants, idle=not self.rows, marks=self._cards.marks)
+                claim = await self._jobs.claim(
+                    self._name, wants, idle=not self.rows, free=batch - self.rows, marks=self._cards.marks
+                )
             except Exception as error:  # noqa: BLE001  what can't be claimed must not stop what is in hand
                 log.warning("claiming: %s", error)
                 await first(asyncio.sleep(IDLE_WAIT_S), self._draining.wait())
@@ -178,13 +183,19 @@ class Worker:
             if isinstance(claim, Claim):
                 await self._take(claim)
             if claim is None or (isinstance(claim, Claim) and claim.last):
-                # Free rows find nothing in an empty queue: what comes into it rings.
-                await first(self._jobs.wait_for_work(IDLE_WAIT_S), self._draining.wait())
+                # Rows that come free find nothing in an empty queue; but with some a replica is told before full ones.
+                room = [self._has_room(batch)] if self.rows >= batch else []
+                await first(self._jobs.wait_for_work(self._name, IDLE_WAIT_S), self._draining.wait(), *room)
             elif claim is Hold.ALONE:  # unless another worker takes that job: then there may be others
                 await first(asyncio.sleep(IDLE_WAIT_S), self._freed.wait(), self._draining.wait())
             elif claim is Hold.UNFIT:
                 wait_s = min([IDLE_WAIT_S, *(want.waited_s for want in wants if want.waited_s)])
-                await first(self._jobs.wait_for_work(wait_s), self._freed.wait(), self._draining.wait())
+                await first(self._jobs.wait_for_work(self._name, wait_s), self._freed.wait(), self._draining.wait())
+
+    async def _has_room(self, batch: int) -> None:
+        while self.rows >= batch:
+            self._freed.clear()
+            await self._freed.wait()
 
     async def _take(self, claim: Claim) -> None:
         if self._draining.is_set():  # it came while this replica was told to stop

@@ -67,13 +67,13 @@ def _redis(answer: Answer) -> str:
     found, redis = answer.outcome, answer.outcome.redis
     orders = found.slices * len(found.fates) / found.duration_s
     most = ", ".join(
-        f"{name} {100 * busy / redis.duration_s:.2g} %"
+        f"{name} {_short(100 * busy / redis.duration_s)} %"
         for name, busy in sorted(redis.busy_s.items(), key=lambda each: -each[1])[:3]
     )
     warning = "" if redis.share <= 1 else "\nIt does not keep up: the latencies above are those without that."
     return (
-        f"One job Redis: {redis.calls_per_s:,.0f} calls a second, {100 * redis.share:.2g} % busy (most: {most}).\n"
-        f"It is full at {redis.growth:.2g} times this fleet and traffic: {redis.growth * orders:,.1f} orders a second."
+        f"One job Redis: {redis.calls_per_s:,.0f} calls a second, {_short(100 * redis.share)} % busy (most: {most}).\n"
+        f"It is full at {_short(redis.growth)} times this fleet and traffic: {redis.growth * orders:,.1f} orders a second."
         f"{warning}"
     )
 
@@ -81,7 +81,7 @@ def _redis(answer: Answer) -> str:
 def _shards(answer: Answer) -> Table:
     table = _table("shards by tenant", "busiest has", "its Redis", "its P95 at the peak")
     for each in answer.shards:
-        table.add_row(str(each.number), f"{100 * each.share:.0f} %", f"{100 * each.redis:.2g} %", _seconds(each.p95_s))
+        table.add_row(str(each.number), f"{100 * each.share:.0f} %", f"{_short(100 * each.redis)} %", _seconds(each.p95_s))
     return table
 
 
@@ -121,3 +121,8 @@ def _seconds(seconds: float | None) -> str:
 
 def _span(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds:g} s"
+
+
+def _short(value: float) -> str:
+    """Two figures, and whole numbers as they are."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -16,7 +16,8 @@ from serve.lately import Lately
 
 log = logging.getLogger(__name__)
 
-WORK = "tandem:work"
+WORK = "tandem:work:"
+"""And a worker's name: rung when a job is queued that the worker may take, which stands by since its last claim."""
 ENDED, CANCEL = "tandem:ended", "tandem:cancel"
 """Rung for all jobs, each time with the id of one."""
 REMEMBERED_S = 10.0
@@ -53,17 +54,18 @@ class Bell:
         self._standing = {_KEPT}
         self._heard_since: dict[str, float] = {}
         self._lately: Lately[tuple[str, str]] = Lately(REMEMBERED_S)
-        self._work = asyncio.Event()
+        self._work: dict[str, asyncio.Event] = {}  # by worker
         self._pubsub: PubSub | None = None
         self._changing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
-    async def work(self) -> asyncio.Event:
-        """The event of WORK. It stays registered, so that what rings between two waits is not missed."""
-        if WORK not in self._heard_since:
-            self._enter(WORK, "", self._work)
-            await self._subscribe_for_good(WORK)
-        return self._work
+    async def work(self, worker: str) -> asyncio.Event:
+        """The event of a worker's WORK. It stays registered, so that what rings between two waits is not missed."""
+        channel, event = WORK + worker, self._work.setdefault(worker, asyncio.Event())
+        if channel not in self._heard_since:
+            self._enter(channel, "", event)
+            await self._subscribe_for_good(channel)
+        return event
 
     @contextlib.asynccontextmanager
     async def listening(self, channel: str, event: asyncio.Event | None = None) -> AsyncIterator[asyncio.Event]:

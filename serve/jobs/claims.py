@@ -47,7 +47,7 @@ class Claims(Shared):
         self._unanswered: dict[str, str] = {}
 
     async def claim(
-        self, worker: str, wants: Sequence[Want], *, idle: bool = True, marks: Marks = Marks()
+        self, worker: str, wants: Sequence[Want], *, idle: bool = True, free: int = 1, marks: Marks = Marks()
     ) -> Claim | Hold | None:
         """Lease a queued job that satisfies the first want which any queued job satisfies; None where none is queued,
         Hold.UNFIT where none satisfies any, Hold.ALONE where that whose turn it is waits until this worker is `idle`.
@@ -59,8 +59,12 @@ class Claims(Shared):
         A job of a later schema than this release reads is for workers of the release that wrote it. A job that `fail`
         has marked with an amount of memory is for workers with clearly more; after a time that `marks` says for this
         one too.
+
+        A worker that is left with nothing to claim stands by from the same moment: it is told (`wait_for_work`) of a
+        job that is queued later, unless better placed ones are. `free` images fit beside those that it holds: with more
+        it is better placed.
         """
-        flat: list[str | int] = [marks.alive, marks.coming, _patience(marks.coming_s), _patience(marks.rest_s)]
+        flat: list[str | int] = [marks.alive, marks.coming, _patience(marks.coming_s), _patience(marks.rest_s), free]
         for want in wants:
             flat += want.model, want.above, want.upto, round(want.waited_s * 1000), outdone(want.memory_mb)
         lease, timeout = milliseconds(self._settings.lease_s), milliseconds(self._settings.timeout_s)
@@ -156,13 +160,18 @@ class Claims(Shared):
         """Give an unfinished job back to its old place in the queue; the attempt does not count."""
         await self._settle(claim, "release")
 
-    async def wait_for_work(self, timeout_s: float) -> None:
-        """Return when a job was queued, at the latest after `timeout_s`. May return early, never raises."""
+    async def wait_for_work(self, worker: str, timeout_s: float) -> None:
+        """Return when a job was queued for which this worker was chosen, of all whose last claim left them nothing, at
+        the latest after `timeout_s`. May return early, never raises."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                rung = await self._bell.work()
+                rung = await self._bell.work(worker)
                 await rung.wait()
                 rung.clear()
+
+    async def stand_by_no_more(self, worker: str, model: str) -> None:
+        """For one that will not claim again."""
+        await self._connection.guarded(self._redis.zrem(f"tandem:standby:{model}", worker))
 
     async def _put_back(self, job_id: bytes, fence: int, error: ValidationError) -> None:
         """What no worker can read costs none its lease: others may try, until the attempts are used up."""

@@ -15,7 +15,7 @@ _INDEXES = ("records", "queue", "leases", "deadlines", "ended", "dead", "webhook
 _COUNTS = ("waiting", "unfinished")
 _OTHERS = ("sequence", "round", "rounds", "workers", "alive", "silent", "rules")
 _OWN = ("job", "events", "previews")
-_APART = ("owner", "allowance", "order", "key", "keys", "claim", "line", "options", "call", "calls")
+_APART = ("owner", "allowance", "order", "key", "keys", "claim", "line", "options", "call", "calls", "standby")
 _ENTRY = b":entry"
 
 Fields = Mapping[str, str]

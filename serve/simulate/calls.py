@@ -74,7 +74,7 @@ class StoreCalls(abc.ABC):
         ]
         times = _NEVER_MS, milliseconds(self._settings.timeout_s)
         answer = self._call(
-            "claim", now_ms, worker, self._claims, *times, int(idle), SCHEMA.newest, 0, 0, -1, -1, *flat
+            "claim", now_ms, worker, self._claims, *times, int(idle), SCHEMA.newest, 0, 0, -1, -1, 0, *flat
         )
         if answer is None or isinstance(answer, str):
             return None if answer is None else Hold(answer)

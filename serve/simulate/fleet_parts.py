@@ -120,19 +120,21 @@ class RedisCosts(Part):
     """Microseconds that scripts keep the job Redis busy. The defaults were measured with `tandem simulate
     --measure-redis` on two busy cores."""
 
-    submit_us: AtLeast0 = 220.0
+    submit_us: AtLeast0 = 215.0
     """An order, into an empty queue."""
-    claim_us: AtLeast0 = 205.0
+    claim_us: AtLeast0 = 180.0
     """A claim that gets a job, from a queue without others."""
-    empty_us: AtLeast0 = 34.0
+    empty_us: AtLeast0 = 51.0
     """A claim that gets none from an empty queue."""
-    renew_us: AtLeast0 = 72.0
+    renew_us: AtLeast0 = 60.0
     """Signs of life and progress."""
-    settle_us: AtLeast0 = 200.0
+    settle_us: AtLeast0 = 157.0
     """The end of a job, and the end of its record."""
-    submit_us_per_queued: AtLeast0 = 9.0
+    submit_us_per_queued: AtLeast0 = 8.5
     """What each queued job adds to an order."""
-    submit_us_per_held: AtLeast0 = 4.5
+    submit_us_per_held: AtLeast0 = 4.8
     """What each job in a replica's hand adds to an order, whose ETA is told from at most 256 of them."""
-    claim_us_per_queued: AtLeast0 = 9.0
+    claim_us_per_queued: AtLeast0 = 9.5
     """What each queued job adds to a claim."""
+    bell_us: AtLeast0 = 2.0
+    """What telling one replica takes that a job is queued."""

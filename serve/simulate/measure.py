@@ -11,13 +11,14 @@ import redis
 from serve.domain.orders import ImageRequest
 from serve.embedded import EmbeddedRedis
 from serve.jobs import scripts
+from serve.jobs.bell import WORK
 from serve.jobs.records import Want
 from serve.settings.stores import JobSettings
 from serve.simulate.calls import StoreCalls
 from serve.simulate.fleet_parts import RedisCosts
 
-DEPTH = 200
-"""Jobs that wait or are held, for what each of them adds."""
+DEPTH, LISTENERS = 200, 20
+"""Jobs that wait or are held, and listeners to a bell, for what each of them adds."""
 _ANY = Want("m", 0, 10**8)
 _OWNERS = 10
 
@@ -27,6 +28,7 @@ class MeasuredStore(StoreCalls):
 
     def __init__(self, settings: JobSettings, url: str) -> None:
         super().__init__(settings)
+        self._url = url
         self._redis = redis.Redis.from_url(url)
         self._scripts = {name: self._redis.register_script(text) for name, text in scripts.sources().items()}
 
@@ -35,6 +37,29 @@ class MeasuredStore(StoreCalls):
         info = self._redis.info("commandstats")
         self._redis.config_resetstat()
         return float(info["cmdstat_evalsha"]["usec"]) if "cmdstat_evalsha" in info else 0.0
+
+    def bell_us(self, listeners: int, rounds: int) -> float:
+        """Of Redis' own processor time, what each of so many listeners adds to a ring of a bell. It writes to them
+        after the command, which has no part in its time."""
+        with redis.Redis.from_url(self._url, max_connections=listeners) as crowd:
+            connections = [crowd.pubsub() for _ in range(listeners)]
+            for each in connections:
+                each.subscribe(WORK)
+                each.get_message(timeout=5)
+            alone, heard = self._ring("nobody hears this", rounds), self._ring(WORK, rounds)
+            for each in connections:
+                each.close()
+        return max(0.0, heard - alone) / listeners
+
+    def _ring(self, channel: str, rounds: int) -> float:
+        before = self._processor_us()
+        for _ in range(rounds):
+            self._redis.publish(channel, "")
+        return (self._processor_us() - before) / rounds
+
+    def _processor_us(self) -> float:
+        info = self._redis.info("cpu")
+        return 1e6 * float(info["used_cpu_sys"] + info["used_cpu_user"])
 
     def close(self) -> None:
         self._redis.close()
@@ -86,6 +111,7 @@ class _Rounds:
             submit_us_per_queued=_round(max(0.0, deep_submit - submit) / self._depth),
             claim_us_per_queued=_round(max(0.0, deep_claim - claim) / self._depth),
             submit_us_per_held=_round(max(0.0, held_submit - submit) / self._depth),
+            bell_us=_round(self._store.bell_us(LISTENERS, self._rounds)),
         )
 
     def _turns(self) -> list[float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SQUARE = frozenset({"wake", "queue", "held"})
+SQUARE = frozenset({"queue", "held"})
 """What of Redis' time grows with traffic and fleet at once."""
 
 FEW = 100
@@ -71,8 +71,8 @@ class PoolUse:
 class RedisUse:
     """`calls` of the job scripts by kind, and `busy_s`, the seconds that they keep one Redis busy; there also `queue`
     and `held`, what calls take longer for the jobs that wait and that are in hand, `held_at_most` where these are as
-    many as an order looks at. `wake` are claims of those that a
-    bell woke in vain, `poll` of those that looked by themselves."""
+    many as an order looks at. `wake` is the telling of replicas, and their claims that got nothing, `poll` those of
+    replicas that looked of themselves."""
 
     calls: Mapping[str, float]
     busy_s: Mapping[str, float]
@@ -108,9 +108,7 @@ class RedisUse:
     def of_shard(self, share: float, shards: int) -> float:
         """How busy the Redis of a shard is that has such a share of the orders and an equal part of the fleet."""
         by_fleet = self.busy_s.get("poll", 0.0) / self.duration_s
-        by_both = self.busy_s.get("wake", 0.0) / self.duration_s
-        orders = (self.linear - by_fleet) * share + (self.square - by_both) * share * share
-        return orders + by_fleet / shards + by_both * share / shards
+        return (self.linear - by_fleet) * share + self.square * share * share + by_fleet / shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,7 +166,7 @@ function commands.ZRANGEBYSCORE(key, low, high, limit, offset, count)
 end
 
 local function nothing() return 0 end
-commands.XADD, commands.XDEL, commands.PUBLISH, commands.PEXPIRE = nothing, nothing, nothing, nothing
+commands.XADD, commands.XDEL, commands.PUBLISH, commands.PEXPIRE, commands.PTTL = nothing, nothing, nothing, nothing, nothing
 
 redis = {}
 function redis.call(name, ...)

@@ -16,8 +16,8 @@ RENEWED = 3
 
 
 class RedisMeter:
-    """`slices` is of how many equal parts of the fleet one is simulated. A single Redis has as many times the calls;
-    but a bell wakes all that wait in all parts, and a queue is as many times as long.
+    """`slices` is of how many equal parts of the fleet one is simulated. A single Redis has as many times the calls,
+    and a queue that is as many times as long.
 
     Owns: the counts.
     """
@@ -27,7 +27,7 @@ class RedisMeter:
         self._slices = slices
         self._calls: defaultdict[str, float] = defaultdict(float)
         self._busy_us: defaultdict[str, float] = defaultdict(float)
-        self._since_ms = self._rung_ms = 0.0
+        self._since_ms = 0.0
 
     def submitted(self, queued: int, held: int) -> None:
         self._add("submit", 1, self._costs.submit_us)
@@ -45,12 +45,14 @@ class RedisMeter:
         self._add("renew", RENEWED, self._costs.renew_us)
         self._add("settle", 1, self._costs.settle_us)
 
-    def rung(self, now_ms: float, asking: int, queued: int, trip_ms: float) -> None:
-        """A bell woke so many more than got a job. Whose claim is under way asks once more, however often it rings."""
-        heard = asking * self._slices
-        share = min(1.0, (now_ms - self._rung_ms) / (self._slices * trip_ms)) if self._rung_ms else 1.0
-        self._rung_ms = now_ms
-        self._add("wake", heard * share, self._costs.empty_us + queued * self._slices * self._costs.claim_us_per_queued)
+    def told(self) -> None:
+        """One of those that stand by heard of a job."""
+        self._busy_us["wake"] += self._costs.bell_us
+
+    def in_vain(self, queued: int) -> None:
+        """A replica asked, and got nothing."""
+        self._add("wake", 1, self._costs.empty_us)
+        self._longer("queue", queued * self._costs.claim_us_per_queued)
 
     def passes(self, now_ms: float, waiting: int, busy: int, rows: int) -> None:
         """So many replicas have waited, and so many stepped with so many images in hand, until now."""

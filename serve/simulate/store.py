@@ -150,6 +150,7 @@ class SimulatedStore(StoreCalls):
         self._tell(replace(order, request=replace(order.request, model=alias)))
         self._redis("HSET", f"tandem:job:{order.job_id}", "cost", "0")
         super().claim(order.claimed_ms, "lost", [Want(alias, 0, order.request.pixels)], idle=True)
+        self._redis("DEL", f"tandem:standby:{alias}")
         self._redis("HSET", f"tandem:job:{order.job_id}", "model", order.request.model, "cost", str(order.cost_ms))
         self._empty = empty
 

@@ -1,4 +1,4 @@
-"""Replicas that found nothing to claim and wait for the store's bell, by what they would claim."""
+"""Replicas that found nothing to claim and stand by, by what they would claim."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from serve.jobs.records import Want
 from serve.simulate.replica import Replica
 
+TOLD = 2
+"""As in `common.lua`."""
+
 
 @dataclass(slots=True)
 class Same:
@@ -18,10 +21,22 @@ class Same:
     idle: bool
     members: list[Replica] = field(default_factory=list)
 
+    def may_take(self, model: str, pixels: int) -> bool:
+        return any(want.model == model and want.upto >= pixels for want in self.wants)
+
+    @property
+    def kind(self) -> int:
+        """0 for the idle, 1 where they hold others, 2 where they only take what others leave."""
+        return (0 if self.idle else 1) if any(not want.waited_s for want in self.wants) else 2
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return self.kind, max(want.upto for want in self.wants)
+
 
 class Waiting:
-    """Each of them hears each bell, and all of them ask; the one whose claim comes first gets the job. So it is drawn
-    by lot, and only as many claims are really made as can have different answers: `Same` tells apart who asks alike.
+    """Where many ask, only as many claims are really made as can have different answers: `Same` tells apart who asks
+    alike.
 
     Owns: who waits where.
     """
@@ -56,6 +71,17 @@ class Waiting:
     def groups(self) -> list[Same]:
         """Those with anybody."""
         return [group for group in self._groups.values() if group.members]
+
+    def told(self, model: str, pixels: int) -> list[tuple[Same, Replica]]:
+        """Whom the store tells of a job that is queued (`tell_workers` in `common.lua`); among equals by lot."""
+        fit = sorted((each for each in self.groups() if each.may_take(model, pixels)), key=lambda each: each.rank)
+        chosen = [
+            (group, replica)
+            for group in fit
+            if group.kind == fit[0].kind
+            for replica in self._lots.sample(group.members, min(TOLD, len(group.members)))
+        ]
+        return chosen[:TOLD]
 
     def drawn(self, groups: list[Same]) -> Iterator[tuple[Same, Replica]]:
         """One of all members of the groups by lot, again and again while there are any. Who draws takes replicas and

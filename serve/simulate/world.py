@@ -24,7 +24,7 @@ from serve.simulate.staff import Staff
 from serve.simulate.store import SimulatedStore
 from serve.simulate.traffic import Order, Traffic
 from serve.simulate.waiting import Same, Waiting
-from serve.wants import LEFT_TO_OTHERS_S, wants_of
+from serve.wants import IDLE_WAIT_S, LEFT_TO_OTHERS_S, wants_of
 
 SWEEP_S = 1.0
 """Between two looks of the sweep, as in the server."""
@@ -105,33 +105,32 @@ class _World:
         self._joined(job_id)
 
     def _joined(self, job_id: str) -> None:
-        """The job waits: the bell rings."""
+        """The job waits: those ask that are told of it."""
         self._pass()
         self._queued[job_id] = self._clock.now_ms
-        self._ring()
+        request = self._orders[job_id].request
+        for group, replica in self._waiting.told(request.model, request.pixels):
+            self._meter.told()
+            if not self._queued or not self._claim(replica, group):
+                self._meter.in_vain(len(self._queued))
         if job_id in self._queued:
-            # Nobody wants it yet: full replicas will when an idle one would have taken it, and any after that.
-            for seconds in (LEFT_TO_OTHERS_S, AGED_S):
-                jitter = self._lots.random() * seconds / max(1, len(self._waiting))
-                self._clock.at(self._clock.now_ms + 1000 * (seconds + min(jitter, 1.0)), partial(self._aged, job_id))
+            # They can't take it: another asks of itself, a full one when an idle one would have had it, any after that.
+            for after_s, every_s in ((0.0, IDLE_WAIT_S), (LEFT_TO_OTHERS_S, LEFT_TO_OTHERS_S), (AGED_S, AGED_S)):
+                jitter_s = min(1.0, self._lots.random() * every_s / max(1, len(self._waiting)))
+                self._clock.at(self._clock.now_ms + 1000 * (after_s + jitter_s), partial(self._aged, job_id))
 
     def _aged(self, job_id: str) -> None:
         if job_id in self._queued:
-            self._ring(heard=False)
+            self._ask_all()
 
-    def _ring(self, *, heard: bool = True) -> None:
-        """All that wait ask; `heard` is False where a few ask by themselves."""
-        groups, got = self._waiting.groups(), 0
-        asking = len(self._waiting)
+    def _ask_all(self) -> None:
+        """All that wait ask of themselves, in an order by lot."""
+        groups = self._waiting.groups()
         for group, replica in self._waiting.drawn(groups):
             if not self._queued:
                 break
-            if self._claim(replica, group):
-                got += 1
-            else:
+            if not self._claim(replica, group):
                 groups.remove(group)  # the others of it would hear the same
-        if heard:
-            self._meter.rung(self._clock.now_ms, asking - got, len(self._queued), self._fleet.trip_ms)
 
     def _claim(self, replica: Replica, asks: Same) -> bool:
         """Whether the replica got a job."""
@@ -167,7 +166,7 @@ class _World:
         if self._queued and replica in self._waiting:
             wants = wants_of(replica.pool.placement, replica.rows, replica.pool.batch)
             if not self._claim(replica, Same(wants, not replica.rows)):
-                self._meter.rung(self._clock.now_ms, 1, len(self._queued), 0.001)
+                self._meter.in_vain(len(self._queued))
 
     def _wait(self, replica: Replica) -> None:
         self._pass()
@@ -246,7 +245,7 @@ class _World:
                     del self._queued[job_id]
                     self._store.forget(now, job_id)
                     self._end(job_id, state)
-            self._ring()
+            self._ask_all()
         self._clock.at(now + 1000 * SWEEP_S, self._sweep)
 
     def _end(self, job_id: str, how: str) -> None:

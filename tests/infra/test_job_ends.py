@@ -294,7 +294,8 @@ def test_what_was_rung_is_forgotten_after_a_while(redis_url: str) -> None:
 
 def test_a_worker_hears_of_work_and_of_no_ends(redis_url: str) -> None:
     async def story(bench: Bench) -> None:
-        waiter = asyncio.create_task(bench.store.wait_for_work(60))
+        assert await bench.store.claim("worker", ANY) is None
+        waiter = asyncio.create_task(bench.store.wait_for_work("worker", 60))
         await until(lambda: _subscribed(bench))
         await bench.store.submit("a", a_request())
         await asyncio.wait_for(waiter, SOON_S)
@@ -307,4 +308,4 @@ def test_a_worker_hears_of_work_and_of_no_ends(redis_url: str) -> None:
 
 
 async def _subscribed(bench: Bench) -> bool:
-    return b"tandem:work" in await bench.store._redis.pubsub_channels()
+    return b"tandem:work:worker" in await bench.store._redis.pubsub_channels()

@@ -78,12 +78,12 @@ def test_waiting_for_work_ends_when_work_comes_even_between_two_waits(redis_url:
     async def story(bench: Bench) -> None:
         async def next_claim() -> Claim:
             while (claim := await bench.store.claim("worker", ANY)) is None:
-                await bench.store.wait_for_work(60)
+                await bench.store.wait_for_work("worker", 60)
             return claim
 
         for job_id in "abc":
             waiter = asyncio.create_task(next_claim())
-            await bench.store.wait_for_work(0.01)
+            await bench.store.wait_for_work("worker", 0.01)
             await bench.store.submit(job_id, a_request())
             claim = await asyncio.wait_for(waiter, 5)
             assert claim.job_id == job_id

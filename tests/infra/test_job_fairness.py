@@ -272,7 +272,7 @@ def test_a_claim_whose_answer_was_lost_is_the_same_claim_again(redis_url: str) -
     async def story(bench: Bench) -> None:
         for job_id in "ab":
             await bench.store.submit(job_id, a_request())
-        args = ("worker", "number 1", 10_000, 600_000, 1, 1, 0, 0, -1, -1, MODEL, 0, 1 << 30, 0, 0)
+        args = ("worker", "number 1", 10_000, 600_000, 1, 1, 0, 0, -1, -1, 1, MODEL, 0, 1 << 30, 0, 0)
         first, again = [await bench.store._run("claim", *args) for _ in range(2)]
         assert first == again
         assert first[:3] == [b"a", 1, 1]

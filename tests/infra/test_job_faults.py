@@ -124,8 +124,10 @@ def test_records_and_streams_leave_after_their_time(redis_url: str) -> None:
 
         async def all_forgotten() -> bool:
             await bench.store.forget(await bench.store.overdue())
-            left = [key async for key in bench.store._redis.scan_iter("*") if not key.startswith(b"tandem:claim:")]
-            return left == [b"tandem:sequence"]  # a claim is remembered for one lease
+            # A claim is remembered for one lease, and a worker stands by for a minute.
+            workers = b"tandem:claim:", b"tandem:standby:"
+            left = [key async for key in bench.store._redis.scan_iter("*") if not key.startswith(workers)]
+            return left == [b"tandem:sequence"]
 
         await until(all_forgotten)
 
@@ -150,7 +152,7 @@ def test_a_store_that_is_away_is_said_so_and_no_accepted_job_is_lost(jobs_redis:
 
         claim = await bench.claimed("running")
         clients = [asyncio.create_task(submit_until_the_outage(client)) for client in range(4)]
-        waiter = asyncio.create_task(store.wait_for_work(60))
+        waiter = asyncio.create_task(store.wait_for_work("worker", 60))
         await outage.wait()
         await asyncio.to_thread(jobs_redis.kill)
         await asyncio.wait_for(asyncio.gather(*clients), 30)

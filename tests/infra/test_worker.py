@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from pydantic import SecretStr
 from support.house import House, open_house
 
-from serve.domain.jobs import JobState
+from serve.domain.jobs import JobEvent, JobState
 from serve.domain.text import EncodeUnit, Sign, Tier
 from serve.encoders.cache import EmbeddingCache, Fetched
 from serve.errors import BackendUnavailable
@@ -177,9 +177,13 @@ async def test_an_image_is_stored_in_the_form_that_was_ordered(house: House) -> 
 
 
 async def test_previews_come_with_the_events(house: House) -> None:
+    async def seen() -> list[JobEvent]:
+        return [event async for event in follow(house.jobs, "a") if event.preview is not None]
+
+    await house.submit("a", num_inference_steps=60, num_images=2, preview_every=2)
+    following = asyncio.create_task(seen())
     async with house.worker():
-        await house.submit("a", num_inference_steps=60, num_images=2, preview_every=2)
-        shown = [event async for event in follow(house.jobs, "a") if event.preview is not None]
+        shown = await following
         job = await house.jobs.get("a")
     assert job.state is JobState.SUCCEEDED
     assert {event.index for event in shown} == {0, 1}

@@ -35,6 +35,10 @@ class KubeService(TcpProxy):
         self._probing.join(30)
         super().__exit__(None, None, None)
 
+    def switch(self, cluster: RayCluster) -> None:
+        """New connections go to another cluster; those that are open stay."""
+        self._cluster, self._ready = cluster, cluster.endpoints()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"

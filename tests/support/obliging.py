@@ -38,7 +38,7 @@ async def _work(jobs: JobStore, results: ResultStore) -> None:
             if isinstance(claim, Claim):
                 await _draw(claim, jobs, results)
             else:
-                await jobs.wait_for_work(1.0)
+                await jobs.wait_for_work("obliging", 1.0)
 
 
 async def _draw(claim: Claim, jobs: JobStore, results: ResultStore) -> None:

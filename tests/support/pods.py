@@ -8,12 +8,15 @@ network: `host:port` of a service is told as it is on this machine.
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,13 +141,16 @@ class Pod:
     _first: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        command = (sys.executable, str(HERE / "pod_init.py"), "ray", "start", "--block", *self.arguments)
+        self._first = self._begin(command, stdin=subprocess.PIPE)
+
+    def _begin(self, command: Sequence[str], stdin: int) -> subprocess.Popen[bytes]:
         own = {name: os.environ[name] for name in KEPT if name in os.environ}
         own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
         own |= LIGHT | {"PYTHONPATH": str(HERE / "pod_network"), "POD_IP": self.address} | self.environment
-        command = (sys.executable, str(HERE / "pod_init.py"), "ray", "start", "--block", *self.arguments)
         with self.log.open("ab") as output:
-            self._first = subprocess.Popen(
-                command, env=own, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            return subprocess.Popen(
+                command, env=own, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     @property
@@ -160,3 +166,22 @@ class Pod:
         if self._first is not None and self._first.stdin is not None:
             self._first.stdin.close()
             self._first.wait(30)
+
+    def end(self, pre_stop: Sequence[str], grace_s: float) -> float:
+        """As the kubelet ends it: the hook, unless it ends of itself meanwhile, then SIGTERM, then -9 once its grace is
+        over. Seconds that it took."""
+        assert self._first is not None
+        began = time.monotonic()
+        hook = self._begin(pre_stop, stdin=subprocess.DEVNULL)
+        while self.alive and hook.poll() is None and time.monotonic() < began + grace_s:
+            time.sleep(0.2)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(hook.pid, signal.SIGKILL)
+        hook.wait()
+        if self.alive:
+            self._first.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._first.wait(max(1.0, began + grace_s - time.monotonic()))
+        took = time.monotonic() - began
+        self.kill()
+        return took

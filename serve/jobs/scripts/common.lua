@@ -17,6 +17,9 @@
 --   tandem:unfinished  hash        owner -> number of jobs that have not ended, where there are any
 --   tandem:workers     hash        worker -> its report;  tandem:alive  sorted set  worker -> when that is too old
 --   tandem:silent      hash        placement -> the last report of a worker that has fallen silent; has a time to live
+--   tandem:standby:MODEL sorted set worker that has nothing to claim -> its rank: HOLDING or FULL where it is that, the
+--                                  pixels of the largest image that it takes, and a lot below 1; until it is told of a
+--                                  job; has a time to live
 --   tandem:owner:O     sorted set  job id -> sequence            the records of one owner
 --   tandem:allowance:O hash        the token buckets of an owner; has a time to live
 --   tandem:order:NAME  hash        owner, fingerprint and job of an order that is logged once, by its name: the id, or
@@ -28,8 +31,9 @@
 --   tandem:previews:ID hash        a held job's previews, the latest of each image: field I holds the file, field
 --                                  I:entry the stream's entry that tells of it
 -- Records have no time to live of their own: the sweep deletes them after the job's pictures.
--- Channels: tandem:work rings when a job waits, tandem:events:ID when that stream grew, tandem:webhooks when a call is
--- due; with the job's id as the message, tandem:ended when it ended, tandem:cancel when a held job is no longer wanted.
+-- Channels: tandem:work:W rings when a job waits that worker W may take, tandem:events:ID when that stream grew,
+-- tandem:webhooks when a call is due; with the job's id as the message, tandem:ended when it ended, tandem:cancel when a
+-- held job is no longer wanted.
 -- A preview's file lies beside the stream: a stream gives the memory of a deleted entry back only with its neighbours'.
 --
 -- ARGV of every script begins with three settings: the time to live of an ended job's record, that of a dead letter,
@@ -55,6 +59,7 @@ local function previews_key(id) return 'tandem:previews:' .. id end
 local function order_key(name) return 'tandem:order:' .. name end
 local function owner_key(owner) return 'tandem:owner:' .. owner end
 local function allowance_key(owner) return 'tandem:allowance:' .. owner end
+local function standby_key(model) return 'tandem:standby:' .. model end
 local function claim_key(worker, number) return 'tandem:claim:' .. worker .. ':' .. number end
 local function exists(id) return redis.call('EXISTS', job_key(id)) == 1 end
 local function get(id, ...) return unpack(redis.call('HMGET', job_key(id), ...)) end
@@ -117,9 +122,31 @@ local function round_of(id, paid)
   return math.max(paid + price, tonumber(redis.call('GET', ROUND) or 0))
 end
 
+-- A few of those that stand by for such a job are told: idle ones, else some that hold others, else some that only take
+-- what others leave; of each kind those with the least room for it, of these by lot. Were all told, each order would cost
+-- a claim of every idle worker of the fleet. Two are, because the first may have died a moment ago; whom nobody hears for is
+-- passed over. Who was told stands by no more until it has looked. Whether a worker reads the job's schema and has the
+-- memory that its mark asks for is not known here: such a job may have to wait for one that looks of itself.
+local TOLD, HOLDING, FULL, STANDBY_MS = 2, 2 ^ 40, 2 ^ 41, 60000
+local function tell_workers(model, pixels)
+  local key, told = standby_key(model), 0
+  for _, kind in ipairs({0, HOLDING, FULL}) do
+    local worker = nil
+    repeat
+      worker = redis.call('ZRANGEBYSCORE', key, kind + pixels, kind + HOLDING - 1, 'LIMIT', 0, 1)[1]
+      if worker then
+        redis.call('ZREM', key, worker)
+        told = told + redis.call('PUBLISH', 'tandem:work:' .. worker, '')
+      end
+    until not worker or told >= TOLD
+    if told > 0 then return end
+  end
+end
+
 -- `waiting` is when the job last joined the queue: for how long no idle worker has taken it.
 local function enqueue(id)
-  local owner, model, cost, sequence, priority = get(id, 'owner', 'model', 'cost', 'sequence', 'priority')
+  local owner, model, cost, sequence, priority, pixels =
+      get(id, 'owner', 'model', 'cost', 'sequence', 'priority', 'pixels')
   set(id, 'waiting', now)
   if redis.call('HINCRBY', WAITING, owner, 1) == 1 then
     redis.call('ZADD', ROUNDS, redis.call('GET', ROUND) or 0, owner)
@@ -127,7 +154,7 @@ local function enqueue(id)
   tally(model, owner, 1, cost)
   redis.call('ZADD', QUEUE, sequence + (priority == 'batch' and AFTER_INTERACTIVE or 0), id)
   emit(id)
-  redis.call('PUBLISH', 'tandem:work', '')
+  tell_workers(model, tonumber(pixels or 0))
 end
 
 local function dequeue(id)

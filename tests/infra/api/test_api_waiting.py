@@ -32,7 +32,7 @@ async def queued(stand: Any) -> str:
     """The id of the one job, as soon as it is there."""
     async with asyncio.timeout(10):
         while (claim := await stand.jobs.claim("test", ANY)) is None:
-            await stand.jobs.wait_for_work(1.0)
+            await stand.jobs.wait_for_work("test", 1.0)
     await stand.jobs.release(claim)
     return str(claim.job_id)
 

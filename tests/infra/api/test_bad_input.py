@@ -139,7 +139,7 @@ def test_a_model_that_is_not_served_is_told_so(dialect: Dialect, model: str, spe
     assert param == dialect.param("model")
 
 
-ROUTES = [(dialect, path) for dialect in DIALECTS for path in {dialect.path, dialect.picture} if path]
+ROUTES = [(dialect, path) for dialect in DIALECTS for path in dict.fromkeys((dialect.path, dialect.picture)) if path]
 each_route = pytest.mark.parametrize(("dialect", "path"), ROUTES, ids=[path for _, path in ROUTES])
 
 

@@ -133,7 +133,7 @@ def test_a_slice_tells_of_the_whole() -> None:
     assert (whole.latency_s(95) or 9) <= (one.latency_s(95) or 0) * 1.02
 
 
-def test_redis_is_full_at_the_growth_that_is_told_and_bells_are_why() -> None:
+def test_redis_is_full_at_the_growth_that_is_told() -> None:
     own, orders = fleet(a={"replicas": 8}), poisson(4.0, 200)
     once, double = simulate(own, orders).redis, simulate(fleet(a={"replicas": 16}), poisson(8.0, 400)).redis
     assert once.linear * once.growth + once.square * once.growth**2 == pytest.approx(1)
