@@ -149,6 +149,7 @@ def test_a_sampler_s_own_limit_is_the_client_s_mistake() -> None:
         Order(prompt="a red circle", scheduler="lcm", num_inference_steps=51)
 
 
+@pytest.mark.slow
 def test_one_at_a_time() -> None:
     asyncio.run(whole_life("lock", LINE))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import checkpoints
 from support.image_models import sd_model
 
@@ -43,6 +44,7 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_several_at_once_convert_a_checkpoint_once_and_leave_nothing_to_do(tmp_path: Path) -> None:
     file = checkpoints.write(checkpoints.sd(SHIPPED), tmp_path / "one.safetensors")
     folder = sd_model(tmp_path / "two")

@@ -227,6 +227,7 @@ def test_a_configuration_of_another_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert "guidance_embedder" in last_words(monkeypatch, dev, tmp_path / "out-schnell", schnell)
 
 
+@pytest.mark.slow
 def test_the_rest_from_the_hub_at_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
