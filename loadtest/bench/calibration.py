@@ -3,7 +3,8 @@
 One server draws. What the simulation has to know of it comes from orders that are in no figure: its capacity is
 measured, which also has it step batches of every size, then an open loop gives the times around the steps. Its
 replica's report gives the step times, as it tells them to whoever predicts waiting times in a server. Then other orders
-are sent, and the same ones simulated.
+are sent, and the same ones simulated: every second of them says how fast the machine is just then, the rest is
+compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import SecretStr
 
-from loadtest.bench.calibration_fit import Compared, Overheads, compared, fleet_of, lines_of, overheads, paced
+from loadtest.bench.calibration_fit import HELD, Compared, Overheads, compared, fleet_of, lines_of, overheads, paced
 from loadtest.capacity import capacity
 from loadtest.driver import drive
 from loadtest.processes import Outside
@@ -55,16 +56,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`capacity` is in orders a second; `pace` is what a millisecond of the reported steps really takes; `fleet` what
-    was simulated, `lines` the traces by load, as `tandem simulate` reads them. `other_work` is the share of the
-    processors that belonged to neither the server nor this command."""
+    """`capacity` is in orders a second; `fleets` are what was simulated, `lines` the traces, by load, as `tandem
+    simulate` reads them. `other_work` is the share of the processors that belonged to neither the server nor this
+    command."""
 
     machine: Machine
     plan: Plan
     capacity: float
     overheads: Overheads
-    pace: float
-    fleet: Fleet
+    fleets: Sequence[Fleet]
     compared: Sequence[Compared]
     other_work: float | None = None
     lines: Sequence[Sequence[Line]] = field(default=(), repr=False)
@@ -97,23 +97,23 @@ class _Run:
         self.tell("measuring the capacity")
         most = await capacity(self.server.url, self.workload, self.catalog, self.plan.seed, None)
         self.tell(f"{most:.2f} orders a second; learning from an open loop at {LEARNING_LOAD:g} times as many")
-        others, learnt = await self._sent(LEARNING_LOAD * most, self.plan.learning_s, self.plan.seed + 1)
+        _, learnt = await self._sent(LEARNING_LOAD * most, self.plan.learning_s, self.plan.seed + 1)
         found = overheads(learnt)
         reported = fleet_of(await self._told(), found, MODEL)
-        shape, results, lines = reported.shape("here"), [], []
-        fleet, pace = paced(reported, shape, others, learnt)
+        shape, fleets, results, lines = reported.shape("here"), [], [], []
         for number, part in enumerate(self.plan.loads):
             self.tell(f"comparing at {part:g} times the capacity, {self.plan.seconds:g} s")
             arrivals, samples = await self._sent(part * most, self.plan.seconds, self.plan.seed + 2 + number)
-            results.append(compared(fleet, shape, arrivals, samples, part, self.plan.seconds))
+            fleet, pace = paced(reported, shape, arrivals, samples)
+            results.append(compared(fleet, shape, arrivals, samples, part, self.plan.seconds, pace, HELD))
+            fleets.append(fleet)
             lines.append(lines_of(arrivals))
         return Report(
             machine=this_machine(),
             plan=self.plan,
             capacity=most,
             overheads=found,
-            pace=pace,
-            fleet=fleet,
+            fleets=fleets,
             compared=results,
             lines=lines,
         )

@@ -1,5 +1,9 @@
 """The simulation beside a measured run: what it has to know of the server, taken from other orders than those that it
-is held against, and the two side by side."""
+is held against, and the two side by side.
+
+How fast the machine is at the moment is one number, the pace, and it is one that drifts. So it is taken from every
+second order of the very run, by the mean of their times, and what is compared are the percentiles of the others.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,8 @@ _BEFORE = ("queued_s", "claim_s", "text_s", "batch_s", "steps_s", "decode_wait_s
 """Stages of a job between its order and its decoded picture."""
 PACES, CLOSE = (0.5, 2.0), 0.002
 """Between which the pace is looked for, and how closely."""
+ALL, LEARNED, HELD = slice(None), slice(0, None, 2), slice(1, None, 2)
+"""Of a run's orders: those that the pace is taken from, and those that are compared."""
 MEMORY_GB = 64.0
 """Of the class that stands for the CPU: memory is no bound of the shipped model."""
 
@@ -45,9 +51,10 @@ class Overheads:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """One open loop at `load` times the capacity, measured and simulated: seconds by percentile. `orders` were sent,
-    `done` answered."""
+    `done` answered; `pace` is what a millisecond of the reported steps really took."""
 
     load: float
+    pace: float
     rate: float
     orders: int
     done: int
@@ -107,16 +114,17 @@ def fleet_of(report: WorkerReport, found: Overheads, model: str) -> Fleet:
 
 
 def paced(
-    fleet: Fleet, shape: ModelShape, arrivals: Sequence[Arrival], samples: Sequence[Sample]
+    fleet: Fleet, shape: ModelShape, arrivals: Sequence[Arrival], samples: Sequence[Sample], some: slice = LEARNED
 ) -> tuple[Fleet, float]:
-    """With steps as much slower, or faster, as has these orders take the time on average that they took; and by how
-    much. A replica reports what its steps take, and not what passes between two of them."""
-    measured_s = fmean(sample.latency_s for sample in samples if sample.outcome is Outcome.DONE)
+    """With steps as much slower, or faster, as has some of these orders take the time on average that they took; and by
+    how much. A replica reports what its steps took in the beginning, and not what passes between two of them."""
+    measured_s = fmean(sample.latency_s for sample in samples[some] if sample.outcome is Outcome.DONE)
     traffic = _traffic(arrivals, shape, arrivals[-1].due_s)
     low, high = PACES
     while high - low > CLOSE:
         pace = (low + high) / 2
-        taken = [fate.latency_s for fate in simulate(_at(fleet, pace), traffic).fates if fate.latency_s is not None]
+        fates = simulate(_at(fleet, pace), traffic).fates[some]
+        taken = [fate.latency_s for fate in fates if fate.latency_s is not None]
         low, high = (pace, high) if fmean(taken) < measured_s else (low, pace)
     found = round((low + high) / 2, 3)
     return _at(fleet, found), found
@@ -152,21 +160,24 @@ def compared(
     samples: Sequence[Sample],
     load: float,
     duration_s: float,
+    pace: float = 1.0,
+    some: slice = ALL,
 ) -> Compared:
-    """The same orders at the same moments. Raises OperatorError where an order was not drawn: the two could not be
-    held against each other."""
+    """The same orders at the same moments, and the percentiles of some of them. Raises OperatorError where an order was
+    not drawn: the two could not be held against each other."""
     lost = [sample for sample in samples if sample.outcome is not Outcome.DONE]
     if lost or not samples:
         what = f"{lost[0].outcome} {lost[0].detail}".strip() if lost else "none was sent"
         raise OperatorError(f"calibration: {len(lost)} of {len(samples)} orders were not drawn ({what})")
     found = simulate(fleet, _traffic(arrivals, shape, duration_s))
-    taken = [fate.latency_s for fate in found.fates if fate.latency_s is not None]
+    taken = [fate.latency_s for fate in found.fates[some] if fate.latency_s is not None]
     return Compared(
         load=load,
+        pace=pace,
         rate=len(arrivals) / duration_s,
         orders=len(arrivals),
         done=len(samples),
-        measured_s=_percentiles([sample.latency_s for sample in samples]),
+        measured_s=_percentiles([sample.latency_s for sample in samples[some]]),
         simulated_s=_percentiles(taken),
     )
 

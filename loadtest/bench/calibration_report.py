@@ -21,7 +21,6 @@ def as_json(report: Report) -> dict[str, Any]:
         "machine": asdict(report.machine),
         "capacity_per_s": report.capacity,
         "learned_ms": asdict(report.overheads),
-        "pace": report.pace,
         "bar": BAR,
         "within": report.within,
         "loads": [asdict(each) | {"errors": each.errors} for each in report.compared],
@@ -33,7 +32,7 @@ def headline(report: Report) -> str:
     what = (
         f"capacity {report.capacity:.2f} orders a second; a claim {own.trip_ms:.1f} ms, text {own.text_ms:.1f} ms, "
         f"decoding {own.decode_ms:,.0f} ms a megapixel, all else around an order {own.store_ms:.1f} ms; "
-        f"steps {report.pace:.2f} times as long as reported; seed {plan.seed}"
+        f"seed {plan.seed}"
     )
     return machine_line(report.machine, "cpu", what, report.other_work)
 
@@ -41,7 +40,7 @@ def headline(report: Report) -> str:
 def tables(report: Report) -> Sequence[Table]:
     percents = [f"P{each}" for each in PERCENTS]
     names = [f"{percent} {what}" for percent in percents for what in ("measured", "simulated", "error")]
-    table = plain_table("Measured and simulated", "load", "orders", "a second", *names)
+    table = plain_table("Measured and simulated", "load", "orders", "a second", "steps", *names)
     table.caption = f"The bar: {BAR:.0%}. " + ("Met." if report.within else "Missed.")
     for each in report.compared:
         figures = (
@@ -53,15 +52,16 @@ def tables(report: Report) -> Sequence[Table]:
                 f"{each.errors[percent]:+.1%}",
             )
         )
-        table.add_row(f"{each.load:g}", str(each.orders), f"{each.rate:.2f}", *figures)
+        table.add_row(f"{each.load:g}", str(each.orders), f"{each.rate:.2f}", f"x {each.pace:.2f}", *figures)
     return [table]
 
 
 def files(report: Report) -> Mapping[str, str]:
-    """The fleet, and a trace for each load, by the names of their files."""
-    fleet = yaml.safe_dump(report.fleet.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-    found = {"fleet.yaml": fleet}
-    for one, lines in zip(report.compared, report.lines, strict=True):
+    """A fleet and a trace for each load, by the names of their files."""
+    found = {}
+    for one, fleet, lines in zip(report.compared, report.fleets, report.lines, strict=True):
+        tree = fleet.model_dump(mode="json", exclude_defaults=True)
+        found[f"fleet-{one.load:g}.yaml"] = yaml.safe_dump(tree, sort_keys=False)
         told = (json.dumps(line.model_dump(exclude_defaults=True)) + "\n" for line in lines)
         found[f"load-{one.load:g}.jsonl"] = "".join(told)
     return found

@@ -73,7 +73,8 @@ def _redis(answer: Answer) -> str:
     warning = "" if redis.share <= 1 else "\nIt does not keep up: the latencies above are those without that."
     return (
         f"One job Redis: {redis.calls_per_s:,.0f} calls a second, {_short(100 * redis.share)} % busy (most: {most}).\n"
-        f"It is full at {_short(redis.growth)} times this fleet and traffic: {redis.growth * orders:,.1f} orders a second."
+        f"It is full at {_short(redis.growth)} times this fleet and traffic: "
+        f"{redis.growth * orders:,.1f} orders a second."
         f"{warning}"
     )
 
@@ -81,7 +82,9 @@ def _redis(answer: Answer) -> str:
 def _shards(answer: Answer) -> Table:
     table = _table("shards by tenant", "busiest has", "its Redis", "its P95 at the peak")
     for each in answer.shards:
-        table.add_row(str(each.number), f"{100 * each.share:.0f} %", f"{_short(100 * each.redis)} %", _seconds(each.p95_s))
+        table.add_row(
+            str(each.number), f"{100 * each.share:.0f} %", f"{_short(100 * each.redis)} %", _seconds(each.p95_s)
+        )
     return table
 
 

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from loadtest.bench.calibration import Plan, Report
-from loadtest.bench.calibration_fit import Overheads, compared, fleet_of, lines_of, overheads, paced
+from loadtest.bench.calibration_fit import ALL, HELD, Overheads, compared, fleet_of, lines_of, overheads, paced
 from loadtest.bench.calibration_report import as_json, files, headline, tables
 from loadtest.samples import Arrival, Outcome, Sample
 from loadtest.servers import Budget
@@ -111,10 +111,12 @@ def test_steps_that_take_longer_than_reported_are_learned_too() -> None:
     longer = tuple(each.model_copy(update={"ms": {n: 1.3 * ms for n, ms in each.ms.items()}}) for each in curves)
     slower = FLEET.with_pools({"here": FLEET.pools["here"].model_copy(update={"curves": longer})})
     others, sending = arrivals(60, 6), arrivals(60, 7)
-    learned, pace = paced(FLEET, FLEET.shape("here"), others, sent(others, slower))
-    assert pace == pytest.approx(1.3, abs=0.02)
-    found = compared(learned, FLEET.shape("here"), sending, sent(sending, slower), LOAD, SECONDS)
-    assert all(abs(error) < 0.03 for error in found.errors.values())
+    for run, some in ((others, ALL), (sending, HELD)):  # other orders of another run, or of the same
+        learned, pace = paced(FLEET, FLEET.shape("here"), run, sent(run, slower))
+        assert pace == pytest.approx(1.3, abs=0.02)
+        found = compared(learned, FLEET.shape("here"), sending, sent(sending, slower), LOAD, SECONDS, pace, some)
+        assert (found.pace, found.orders) == (pace, 60)
+        assert all(abs(error) < 0.03 for error in found.errors.values())
 
 
 def test_the_files_are_what_the_command_reads() -> None:
@@ -124,7 +126,7 @@ def test_the_files_are_what_the_command_reads() -> None:
     assert report.within
     assert "+0.0%" in _screen(report)
     written = files(report)
-    assert Fleet.model_validate(yaml.safe_load(written["fleet.yaml"])) == FLEET
+    assert Fleet.model_validate(yaml.safe_load(written["fleet-0.5.yaml"])) == FLEET
     read = [Line.model_validate_json(line) for line in written["load-0.5.jsonl"].splitlines()]
     assert read == lines_of(sending)
 
@@ -143,7 +145,7 @@ def test_orders_that_were_not_drawn_are_no_comparison() -> None:
 
 def _report(found: object, lines: Sequence[Line] = ()) -> Report:
     plan = Plan(loads=[LOAD], seconds=SECONDS, learning_s=1.0, seed=0, budget=Budget(cores=(0,), torch_threads=1))
-    own = {"overheads": OWN, "pace": 1.0, "fleet": FLEET, "compared": [found], "lines": [lines]}
+    own = {"overheads": OWN, "fleets": [FLEET], "compared": [found], "lines": [lines]}
     return Report(machine=this_machine(), plan=plan, capacity=4.0, **own)  # type: ignore[arg-type]
 
 
