@@ -32,7 +32,7 @@ def simulate(
     quick: Annotated[bool, typer.Option("--quick", help="About two minutes: few orders.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="For fleet.yaml and the traces of `tandem simulate`."),
+        typer.Option(metavar="FOLDER", help="For the fleets and traces of `tandem simulate`."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON.")] = None,
 ) -> None:

@@ -24,7 +24,7 @@ def test_a_short_calibration_measures_simulates_and_keeps_what_it_simulated(tmp_
     assert one["orders"] == one["done"] > 0
     assert 0 < one["measured_s"]["50"] <= one["measured_s"]["95"]
     assert 0 < one["simulated_s"]["50"] <= one["simulated_s"]["95"]
-    fleet = load(kept / "fleet.yaml")
+    fleet = load(kept / "fleet-0.3.yaml")
     assert len(read(kept / "load-0.3.jsonl", [fleet.shape("here")]).orders) == one["orders"]
 
 
