@@ -94,7 +94,7 @@ def _redis(answer: Answer) -> Plot:
     (axes,) = canvas.panels
     times = np.geomspace(min(0.1, redis.growth / 10), max(10.0, 2 * redis.growth), 100)
     orders = times * found.slices * len(found.fates) / found.duration_s
-    axes.plot(orders, redis.linear * times, color=GREEN, label="orders, tidings, claims, signs of life")
+    axes.plot(orders, redis.linear * times, color=GREEN, label="orders, telling, claims, signs of life")
     axes.plot(orders, redis.square * times**2, color=ORANGE, label="long queues, ETAs")
     axes.plot(orders, redis.linear * times + redis.square * times**2, color=BLUE, label="all")
     axes.axhline(1, color=RED, linewidth=0.8)

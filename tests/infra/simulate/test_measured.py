@@ -97,4 +97,5 @@ async def test_the_simulation_is_within_a_few_percent_of_the_server(redis_url: s
     shape = fleet.shape("here")
     fleet, _ = paced(fleet, shape, others, learned)
     found = compared(fleet, shape, sending, samples, 0.7, sending[-1].due_s)
+    print(told(found))  # docs/simulate.md has them
     assert all(abs(error) <= OFF_BY for error in found.errors.values()), told(found)
